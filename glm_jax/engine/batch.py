@@ -1,0 +1,104 @@
+"""A plan as one padded int32 array.
+
+Knows neither policy nor devices: `glm_jax.shapes` says what each column means.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_jax.engine.scheduler import Plan
+from glm_jax.engine.sequence import Sequence
+from glm_jax.shapes import (
+    IS_LAST,
+    MIN_P,
+    NUM_FIELDS,
+    NUM_TOKENS,
+    SEED_HIGH,
+    SEED_LOW,
+    SLOT,
+    START,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    StepShapes,
+)
+
+
+class Packer:
+    """Packs plans, keeping one ready-made row per slot between steps.
+
+    What a sequence's rows share (slot, sampling, page table) is written when it enters its slot
+    and extended when it gets a page. Packing a decode step is then a single gather.
+    """
+
+    def __init__(self, shapes: StepShapes) -> None:
+        self._shapes = shapes
+        # Row num_slots stays the padding row: that slot, no tokens, zeros.
+        self._rows = np.zeros(
+            (shapes.num_slots + 1, NUM_FIELDS + shapes.pages_per_sequence), np.int32
+        )
+        self._rows[:, SLOT] = np.arange(shapes.num_slots + 1)
+        # Per slot, the page list its row was written from, and how much of it.
+        self._pages: list[list[int] | None] = [None] * shapes.num_slots
+        self._num_pages = [0] * shapes.num_slots
+
+    def pack(self, plan: Plan) -> NDArray[np.int32]:
+        """Returns int32[bucket, columns(phase)], an array of its own for every call."""
+        if plan.phase == "prefill":
+            return self._pack_prefill(plan)
+        slots = self._padding_slots(plan)
+        slots[: plan.num_rows] = [self._refresh(sequence) for _, sequence in plan.samples]
+        return self._rows[slots]
+
+    def _pack_prefill(self, plan: Plan) -> NDArray[np.int32]:
+        tile = self._shapes.prefill_tile
+        slots = self._padding_slots(plan)
+        for chunk in plan.chunks:
+            slots[chunk.row : chunk.row + chunk.num_rows] = self._refresh(chunk.sequence)
+        batch = np.zeros((slots.size, self._shapes.columns("prefill")), np.int32)
+        batch[:, :-tile] = self._rows[slots]
+        tokens = batch[:, -tile:]
+        for chunk in plan.chunks:
+            last = chunk.row + chunk.num_rows - 1
+            end = chunk.start + chunk.num_tokens
+            batch[chunk.row : last + 1, START] = np.arange(chunk.start, end, tile)
+            batch[chunk.row : last, NUM_TOKENS] = tile
+            batch[last, NUM_TOKENS] = end - batch[last, START]
+            batch[last, IS_LAST] = chunk.is_last
+            prompt = chunk.sequence.prompt
+            tokens[chunk.row : last] = prompt[chunk.start : batch[last, START]].reshape(-1, tile)
+            tokens[last, : batch[last, NUM_TOKENS]] = prompt[batch[last, START] : end]
+        return batch
+
+    def _padding_slots(self, plan: Plan) -> NDArray[np.intp]:
+        num_rows = self._shapes.rows(plan.phase, plan.num_rows)
+        return np.full(num_rows, self._shapes.num_slots, np.intp)
+
+    def _refresh(self, sequence: Sequence) -> int:
+        """Brings the row of a sequence's slot up to date; returns the slot."""
+        slot = sequence.slot
+        assert slot is not None, f"{sequence.request.id} is planned without a slot"
+        pages = sequence.pages
+        if self._pages[slot] is not pages:
+            self._enter(slot, sequence)
+        num_known = self._num_pages[slot]
+        if num_known < len(pages):
+            self._rows[slot, NUM_FIELDS + num_known : NUM_FIELDS + len(pages)] = pages[num_known:]
+            self._num_pages[slot] = len(pages)
+        return slot
+
+    def _enter(self, slot: int, sequence: Sequence) -> None:
+        """Writes what stays the same for as long as the sequence holds the slot."""
+        sampling = sequence.request.sampling
+        row = self._rows[slot]
+        row[START:] = 0
+        row[NUM_TOKENS] = 1
+        floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32)
+        row[[TEMPERATURE, TOP_P, MIN_P]] = floats.view(np.int32)
+        row[TOP_K] = sampling.top_k
+        halves = np.array([sampling.seed & 0xFFFFFFFF, sampling.seed >> 32], np.uint32)
+        row[[SEED_LOW, SEED_HIGH]] = halves.view(np.int32)
+        self._pages[slot] = sequence.pages
+        self._num_pages[slot] = 0

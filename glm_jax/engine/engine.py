@@ -1,0 +1,258 @@
+"""Admit, schedule, dispatch, commit; forever.
+
+Knows neither HTTP nor text nor JAX: a runner computes steps, a callback takes the events.
+
+The life of a turn, on the engine's own thread:
+
+1. Drain the inbox: queue what was submitted, end what was cancelled. Blocks only when there is
+   neither a sequence nor a step in flight.
+2. Schedule: admit into free slots and decide step n, prefill or decode. Pack it into one array.
+3. Dispatch step n. The device gets it while it still computes step n-1; the tokens that step n
+   feeds are already there, in the device's slots, and never visit the host on their way.
+4. Commit step n-1: wait for its tokens, append each to its sequence, free the pages and the slot
+   of those that finished, and deliver all events of the turn in one call.
+
+One surplus token: step n is dispatched before step n-1 is read, so a sequence that n-1 ends, or
+that is cancelled meanwhile, can have one more token in flight. Commit drops it. A step in flight
+remembers the sequences it samples for, not their slots; so it cannot be taken for a token of the
+next sequence in the slot. Pages and slots are reused at once: the device runs steps in order, so
+what the surplus token still writes, it writes before the next owner does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_jax.engine.batch import Packer
+from glm_jax.engine.request import (
+    EngineDeadError,
+    EngineDrainingError,
+    EngineStats,
+    QueueFullError,
+    Request,
+    TokenEvent,
+)
+from glm_jax.engine.scheduler import Plan, Scheduler
+from glm_jax.engine.sequence import Sequence
+from glm_jax.shapes import OUTPUT_LOGPROBS, OUTPUT_TOKENS, Phase, StepShapes
+
+Deliver = Callable[[list[TokenEvent]], None]
+
+
+class Output(Protocol):
+    """What a dispatched step will have computed."""
+
+    def __array__(self) -> NDArray[Any]:
+        """int32[2, rows]: tokens, then float32 bits of log-probabilities. Waits for the step."""
+        ...
+
+
+class Runner(Protocol):
+    """Computes steps, in the order of dispatch."""
+
+    def dispatch(self, phase: Phase, batch: NDArray[np.int32], /) -> Output:
+        """Starts a step on int32[rows, columns(phase)] and returns at once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A step in flight: its output, and the (row, sequence) pairs it samples for."""
+
+    output: Output
+    samples: tuple[tuple[int, Sequence], ...]
+
+
+class Engine:
+    """Serves requests on one runner. One thread runs it; any thread submits and cancels.
+
+    Args:
+      runner: computes the steps.
+      shapes: the runner's shapes.
+      max_queue: requests that may wait beyond those that fill the slots.
+
+    Raises:
+      ValueError: max_queue is negative.
+    """
+
+    def __init__(self, runner: Runner, shapes: StepShapes, max_queue: int) -> None:
+        if max_queue < 0:
+            raise ValueError(f"max_queue must not be negative, got {max_queue}")
+        self._runner = runner
+        self._num_pages = shapes.num_pages
+        self._max_live = shapes.num_slots + max_queue
+        self._scheduler = Scheduler(shapes)
+        self._packer = Packer(shapes)
+        self._num_steps: dict[Phase, int] = {"prefill": 0, "decode": 0}
+        # Guards everything below; held for moments only, never while the device is waited for.
+        self._inbox = threading.Condition()
+        self._arrivals: list[Sequence] = []
+        self._cancellations: list[Sequence] = []
+        self._live: dict[str, Sequence] = {}  # until the last event is handed over
+        self._is_draining = False
+        self._cause_of_death: str | None = None
+
+    @property
+    def draining(self) -> bool:
+        """Whether stop() was called, so that new requests are refused."""
+        return self._is_draining
+
+    def submit(self, request: Request) -> None:
+        """Accepts a request; its events will be delivered. Any thread.
+
+        Raises:
+          ValueError: the request can never fit, or its id is that of a live request.
+          QueueFullError: every slot and every place in the queue is taken.
+          EngineDrainingError: stop() was called.
+          EngineDeadError: the engine died.
+        """
+        sequence = self._scheduler.sequence_for(request)
+        with self._inbox:
+            if self._cause_of_death is not None:
+                raise EngineDeadError(f"the engine died of {self._cause_of_death}; restart it")
+            if self._is_draining:
+                raise EngineDrainingError("the engine is shutting down; ask another one")
+            if request.id in self._live:
+                raise ValueError(f"request id {request.id!r} is in use by a live request")
+            if len(self._live) >= self._max_live:
+                raise QueueFullError(f"{len(self._live)} requests are in work; try again later")
+            self._live[request.id] = sequence
+            self._arrivals.append(sequence)
+            self._inbox.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request early, with a last event "cancelled". Any thread; any number of times.
+
+        A request that is unknown or has finished is left as it is.
+        """
+        with self._inbox:
+            sequence = self._live.get(request_id)
+            if sequence is not None:
+                self._cancellations.append(sequence)
+                self._inbox.notify()
+
+    def stop(self) -> None:
+        """Refuses new requests from now on; run() returns once the accepted ones have finished."""
+        with self._inbox:
+            self._is_draining = True
+            self._inbox.notify()
+
+    def stats(self) -> EngineStats:
+        """A snapshot; any thread."""
+        scheduler = self._scheduler
+        with self._inbox:
+            return EngineStats(
+                num_waiting=len(self._arrivals) + scheduler.num_waiting,
+                num_running=scheduler.num_running,
+                num_pages_used=scheduler.num_pages_used,
+                num_pages=self._num_pages,
+                num_prefill_steps=self._num_steps["prefill"],
+                num_decode_steps=self._num_steps["decode"],
+                is_alive=self._cause_of_death is None,
+            )
+
+    def check_integrity(self) -> None:
+        """Checks the account of slots and pages. Only on the engine's thread, or once it ended.
+
+        Raises:
+          AssertionError: it does not add up.
+        """
+        self._scheduler.check_integrity()
+
+    def run(self, deliver: Deliver) -> None:
+        """The body of the engine's thread: serves until stop() and the last request's end.
+
+        `deliver` gets all events of a turn in one list, on this thread; it must not block.
+
+        Raises:
+          Exception: whatever the runner or `deliver` raised. Every live request then ends with
+            an "error" event, and the engine accepts nothing any more.
+        """
+        in_flight: Dispatched | None = None
+        try:
+            while in_flight is not None or not self._is_drained():
+                in_flight = self._turn(in_flight, deliver)
+        except BaseException as error:
+            self._die(error, deliver)
+            raise
+
+    def _turn(self, in_flight: Dispatched | None, deliver: Deliver) -> Dispatched | None:
+        events = self._drain_inbox(block=in_flight is None and self._scheduler.is_idle)
+        plan = self._scheduler.schedule()
+        dispatched = self._dispatch(plan) if plan is not None else None
+        if in_flight is not None:
+            events += self._commit(in_flight)
+        if events:
+            self._hand_over(events, deliver)
+        return dispatched
+
+    def _drain_inbox(self, *, block: bool) -> list[TokenEvent]:
+        with self._inbox:
+            while block and not (self._arrivals or self._cancellations or self._is_draining):
+                self._inbox.wait()
+            for sequence in self._arrivals:
+                self._scheduler.add(sequence)
+            cancellations = self._cancellations
+            self._arrivals, self._cancellations = [], []
+        events: list[TokenEvent] = []
+        for sequence in cancellations:
+            if sequence.finish_reason is None:
+                self._scheduler.finish(sequence, "cancelled")
+                events.append(TokenEvent(sequence.request.id, None, finish_reason="cancelled"))
+        return events
+
+    def _dispatch(self, plan: Plan) -> Dispatched:
+        output = self._runner.dispatch(plan.phase, self._packer.pack(plan))
+        self._num_steps[plan.phase] += 1
+        return Dispatched(output, plan.samples)
+
+    def _commit(self, step: Dispatched) -> list[TokenEvent]:
+        # Also without samples: waiting here keeps the host from running further ahead.
+        output = np.asarray(step.output)
+        tokens: list[int] = output[OUTPUT_TOKENS].tolist()
+        logprobs: list[float] = output[OUTPUT_LOGPROBS].view(np.float32).tolist()
+        events: list[TokenEvent] = []
+        for row, sequence in step.samples:
+            if sequence.finish_reason is not None:
+                continue  # the surplus token
+            finish_reason = self._scheduler.commit(sequence, tokens[row])
+            events.append(
+                TokenEvent(sequence.request.id, tokens[row], logprobs[row], finish_reason)
+            )
+        return events
+
+    def _hand_over(self, events: list[TokenEvent], deliver: Deliver) -> None:
+        finished = [event.request_id for event in events if event.finish_reason is not None]
+        if finished:
+            with self._inbox:
+                for request_id in finished:
+                    del self._live[request_id]
+        deliver(events)
+
+    def _is_drained(self) -> bool:
+        with self._inbox:
+            return self._is_draining and not self._arrivals and self._scheduler.is_idle
+
+    def _die(self, error: BaseException, deliver: Deliver) -> None:
+        cause = f"{type(error).__name__}: {error}"
+        with self._inbox:
+            self._cause_of_death = cause
+            live = list(self._live.values())
+            for sequence in self._arrivals:
+                self._scheduler.add(sequence)
+            self._arrivals, self._live = [], {}
+        deliver(
+            [
+                TokenEvent(sequence.request.id, None, finish_reason="error", error=cause)
+                for sequence in live
+            ]
+        )
+        for sequence in live:
+            if sequence.finish_reason is None:
+                self._scheduler.finish(sequence, "error")

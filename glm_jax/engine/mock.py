@@ -1,0 +1,113 @@
+"""A device that is not there: deterministic tokens at a chosen pace.
+
+Knows no model: a token depends only on the one before it and on its position.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_jax.shapes import (
+    IS_LAST,
+    NUM_TOKENS,
+    OUTPUT_LOGPROBS,
+    OUTPUT_TOKENS,
+    SLOT,
+    START,
+    Phase,
+    StepShapes,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MockOutput:
+    """The result of a step; np.asarray waits until its time has come.
+
+    Attributes:
+      values: int32[2, rows], as `glm_jax.shapes` lays a step's output out.
+      ready_at: time.monotonic() at which the step ends.
+    """
+
+    values: NDArray[np.int32]
+    ready_at: float
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        delay = self.ready_at - time.monotonic()
+        if delay > 0:
+            time.sleep(delay)
+        return np.array(self.values, dtype, copy=copy)
+
+
+class MockRunner:
+    """Runs steps without a model, and like a device: asynchronously, one after the other.
+
+    Args:
+      shapes: the steps' shapes.
+      vocab_size: tokens are in 0 … vocab_size-1.
+      seconds_per_step: how long a step takes, of either phase; steps queue up.
+      tokens: draw tokens from this range only, for instance one without stop tokens.
+
+    Raises:
+      ValueError: `tokens` is empty or leaves the vocabulary.
+    """
+
+    def __init__(
+        self,
+        shapes: StepShapes,
+        vocab_size: int,
+        *,
+        seconds_per_step: float = 0.0,
+        tokens: range | None = None,
+    ) -> None:
+        drawn = range(vocab_size) if tokens is None else tokens
+        if not drawn or min(drawn) < 0 or max(drawn) >= vocab_size:
+            raise ValueError(f"{drawn} must be a part of the vocabulary, 0 … {vocab_size - 1}")
+        self.shapes = shapes
+        self._seconds_per_step = seconds_per_step
+        self._tokens = np.array(drawn, np.int32)
+        # The last entry takes what padding rows write.
+        self._last_tokens = np.zeros(shapes.num_slots + 1, np.int32)
+        self._lengths = np.zeros(shapes.num_slots + 1, np.int32)
+        self._ready_at = 0.0
+
+    def dispatch(self, phase: Phase, batch: NDArray[np.int32]) -> MockOutput:
+        """Starts a step on int32[rows, columns(phase)] and returns at once.
+
+        Raises:
+          ValueError: the batch does not have a shape that a real device has compiled.
+        """
+        num_rows, num_columns = batch.shape
+        if num_rows != self.shapes.rows(phase, num_rows):
+            raise ValueError(f"{num_rows} rows are no {phase} bucket")
+        if num_columns != self.shapes.columns(phase):
+            raise ValueError(f"{phase} takes {self.shapes.columns(phase)} columns, {num_columns=}")
+        slots = batch[:, SLOT]
+        if phase == "prefill":
+            num_tokens = batch[:, NUM_TOKENS]
+            last = batch[:, -self.shapes.prefill_tile :][np.arange(num_rows), num_tokens - 1]
+            lengths = batch[:, START] + num_tokens
+            slots = np.where(batch[:, IS_LAST] != 0, slots, self.shapes.num_slots)
+        else:
+            last = self._last_tokens[slots]
+            lengths = self._lengths[slots] + 1
+        output = self._sample(last, lengths)
+        self._last_tokens[slots] = output[OUTPUT_TOKENS]
+        self._lengths[slots] = lengths
+        self._ready_at = max(self._ready_at, time.monotonic()) + self._seconds_per_step
+        return MockOutput(output, self._ready_at)
+
+    def _sample(self, last: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The output of a step that fed `last`, whose samples stand at `positions`."""
+        mixed = last.astype(np.uint32) * np.uint32(2654435761) + positions.astype(np.uint32)
+        mixed = (mixed ^ (mixed >> 15)) * np.uint32(2246822519)
+        mixed ^= mixed >> 13
+        output = np.empty((2, last.size), np.int32)
+        output[OUTPUT_TOKENS] = self._tokens[mixed % self._tokens.size]
+        logprobs = -(mixed % 1024).astype(np.float32) / 256
+        output[OUTPUT_LOGPROBS] = logprobs.view(np.int32)
+        return output

@@ -1,0 +1,123 @@
+"""What a caller asks for, and what comes back. Plain data.
+
+Knows neither pages nor devices: these are the only objects that cross between server and engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen, and when to stop.
+
+    Attributes:
+      max_new_tokens: completion tokens at most, 1 or more.
+      temperature: 0 means greedy.
+      top_p: nucleus mass in (0, 1]; 1 means off.
+      top_k: candidates kept; 0 means off.
+      min_p: least probability relative to the likeliest token, in [0, 1); 0 means off.
+      seed: 64 bits that, with a token's position, decide all randomness of the request.
+      stop_token_ids: tokens that end the completion; the ending token is delivered too.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k must be 0 or a positive 31-bit integer, got {self.top_k}")
+        if not 0.0 <= self.min_p < 1.0:
+            raise ValueError(f"min_p must be in [0, 1), got {self.min_p}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be an unsigned 64-bit integer, got {self.seed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One completion to make.
+
+    Attributes:
+      id: unique among live requests.
+      prompt: token ids, at least one; whether the vocabulary has them is the caller's to check.
+      sampling: how to choose tokens and when to stop.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("prompt must have at least one token")
+        if min(self.prompt) < 0 or max(self.prompt) >= 2**31:
+            raise ValueError("prompt must hold token ids, each in 0 … 2**31-1")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of one request, perhaps its last.
+
+    Attributes:
+      request_id: whose token this is.
+      token: the token id; None when the request ends without one (cancelled, error).
+      logprob: log-probability of the token under the model's own distribution (temperature 1,
+        nothing filtered).
+      finish_reason: None while more is to come.
+      error: what went wrong, when finish_reason is "error".
+    """
+
+    request_id: str
+    token: int | None
+    logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of the engine, for metrics and health.
+
+    Attributes:
+      num_waiting: requests accepted but without a slot yet (queue depth).
+      num_running: sequences that hold a slot.
+      num_pages_used: pages owned by sequences.
+      num_pages: pages in the pool.
+      num_prefill_steps, num_decode_steps: steps dispatched since the start.
+      is_alive: False after the engine died; it then accepts nothing.
+    """
+
+    num_waiting: int
+    num_running: int
+    num_pages_used: int
+    num_pages: int
+    num_prefill_steps: int
+    num_decode_steps: int
+    is_alive: bool
+
+
+class QueueFullError(Exception):
+    """The queue holds as many requests as it may; try again later."""
+
+
+class EngineDeadError(Exception):
+    """The engine has stopped and accepts nothing; the process must be restarted."""
+
+
+class EngineDrainingError(EngineDeadError):
+    """The engine finishes what it has accepted, accepts nothing new, and then stops."""
