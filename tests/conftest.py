@@ -1,0 +1,31 @@
+"""What every test runs under: eight fake CPU devices, strict dtypes and ranks, fixed seeds.
+
+Knows none of our modules. It must run before anything imports JAX, which reads the environment once.
+"""
+
+import os
+import random
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples every time, kept nowhere: a failure here is a failure everywhere.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Draws from the global generators are the same whichever tests ran before."""
+    random.seed(0)
+    np.random.seed(0)
