@@ -1,0 +1,1 @@
+"""From requests to steps and back: admission, pages, scheduling, dispatch, commit."""

@@ -1,0 +1,212 @@
+"""A runner whose tokens depend on everything its row may see: the oracle of the engine's tests.
+
+Knows no model: a token is a sum over the cached tokens of its sequence and its sampling columns,
+so a page given away too early, a stale table or a column in the wrong row changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_jax.engine.engine import Engine
+from glm_jax.engine.request import Request, SamplingParams, TokenEvent
+from glm_jax.shapes import (
+    IS_LAST,
+    MIN_P,
+    NUM_FIELDS,
+    NUM_TOKENS,
+    SEED_HIGH,
+    SEED_LOW,
+    SLOT,
+    START,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    Phase,
+    StepShapes,
+)
+
+VOCAB_SIZE = 50
+
+
+def columns_of(sampling: SamplingParams) -> tuple[int, ...]:
+    """The sampling columns of a row, worked out apart from the engine."""
+    floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32)
+    seed = np.array([sampling.seed], np.uint64).view(np.int32)
+    return (*map(int, floats.view(np.int32)), sampling.top_k, int(seed[0]), int(seed[1]))
+
+
+def token_after(tokens: list[int], sampling_columns: tuple[int, ...]) -> int:
+    """The token that follows `tokens`."""
+    weighted = sum((2 * i + 3) * token for i, token in enumerate((*sampling_columns, *tokens)))
+    return (weighted * 2654435761 % 2**32 >> 8) % VOCAB_SIZE
+
+
+def expected_tokens(request: Request, shapes: StepShapes) -> list[int]:
+    """The completion of a request that has the device to itself."""
+    tokens = list(request.prompt)
+    sampling = request.sampling
+    columns = columns_of(sampling)
+    limit = min(len(tokens) + sampling.max_new_tokens, shapes.max_seq_len)
+    while len(tokens) < limit:
+        tokens.append(token_after(tokens, columns))
+        if tokens[-1] in sampling.stop_token_ids:
+            break
+    return tokens[len(request.prompt) :]
+
+
+class AttentiveRunner:
+    """Keeps a paged cache of tokens, and calls `before_step` with the step's number first."""
+
+    def __init__(
+        self, shapes: StepShapes, before_step: Callable[[int], None] = lambda step: None
+    ) -> None:
+        self.shapes = shapes
+        self.phases: list[Phase] = []
+        self.batches: list[NDArray[np.int32]] = []
+        self._before_step = before_step
+        self._cache = np.full((shapes.num_pages, shapes.page_size), -1)
+        self._last_tokens = np.full(shapes.num_slots, -1)
+        self._lengths = np.full(shapes.num_slots, -1)
+
+    def dispatch(self, phase: Phase, batch: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Runs a step: all rows are written before any row looks."""
+        self._before_step(len(self.phases))
+        self.phases.append(phase)
+        self.batches.append(batch)
+        assert batch.dtype == np.int32
+        assert batch.shape == (self.shapes.rows(phase, len(batch)), self.shapes.columns(phase))
+        ends = [self._write(phase, row) for row in batch]
+        output = np.zeros((2, len(batch)), np.int32)
+        for index, (row, end) in enumerate(zip(batch, ends, strict=True)):
+            if end is not None:
+                output[:, index] = self._sample(row, end)
+        return output
+
+    def _write(self, phase: Phase, row: NDArray[np.int32]) -> int | None:
+        """Caches a row's tokens; returns the length to sample after, None for no sample."""
+        slot = int(row[SLOT])
+        if slot == self.shapes.num_slots:
+            assert row[NUM_TOKENS] == 0
+            return None
+        if phase == "decode":
+            assert row[NUM_TOKENS] == 1
+            start, tokens = int(self._lengths[slot]), [int(self._last_tokens[slot])]
+        else:
+            start = int(row[START])
+            assert start % self.shapes.prefill_tile == 0
+            tokens = row[-self.shapes.prefill_tile :][: row[NUM_TOKENS]].tolist()
+        assert tokens
+        for position, token in enumerate(tokens, start):
+            self._cache[self._place(row, position)] = token
+        return start + len(tokens) if phase == "decode" or row[IS_LAST] else None
+
+    def _sample(self, row: NDArray[np.int32], length: int) -> tuple[int, int]:
+        tokens = [int(self._cache[self._place(row, position)]) for position in range(length)]
+        columns = (TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED_LOW, SEED_HIGH)
+        token = token_after(tokens, tuple(int(row[column]) for column in columns))
+        self._last_tokens[row[SLOT]] = token
+        self._lengths[row[SLOT]] = length
+        return token, int(np.float32(-length).view(np.int32))
+
+    def _place(self, row: NDArray[np.int32], position: int) -> tuple[int, int]:
+        page, offset = divmod(position, self.shapes.page_size)
+        return int(row[NUM_FIELDS + page]), offset
+
+
+class Events:
+    """Collects what an engine delivers, and refuses what it must never deliver."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.last: dict[str, TokenEvent] = {}
+        self.order: list[TokenEvent] = []
+        self.deliveries: list[list[TokenEvent]] = []
+
+    def __call__(self, events: list[TokenEvent]) -> None:
+        assert events, "an empty delivery"
+        self.deliveries.append(events)
+        for event in events:
+            assert event.request_id not in self.last, f"{event} after the last event"
+            self.order.append(event)
+            if event.token is not None:
+                self.tokens.setdefault(event.request_id, []).append(event.token)
+            if event.finish_reason is not None:
+                self.last[event.request_id] = event
+
+    def reason(self, request_id: str) -> str | None:
+        """Why the request ended."""
+        return self.last[request_id].finish_reason
+
+
+def run_to_end(engine: Engine) -> Events:
+    """Runs an engine, on this thread, until all it has accepted is finished."""
+    events = Events()
+    engine.stop()
+    engine.run(events)
+    return events
+
+
+def engine_for(
+    shapes: StepShapes,
+    before_step: Callable[[int, Engine], None] = lambda step, engine: None,
+    max_queue: int = 100,
+) -> tuple[Engine, AttentiveRunner]:
+    """An engine whose account is checked before every step, when `before_step` is called too."""
+
+    def hook(step: int) -> None:
+        engine.check_integrity()
+        before_step(step, engine)
+
+    runner = AttentiveRunner(shapes, hook)
+    engine = Engine(runner, shapes, max_queue)
+    return engine, runner
+
+
+def assert_clean(engine: Engine) -> None:
+    """Nothing is held any more."""
+    engine.check_integrity()
+    stats = engine.stats()
+    assert (stats.num_waiting, stats.num_running, stats.num_pages_used) == (0, 0, 0)
+
+
+def small_shapes(
+    *,
+    num_slots: int = 3,
+    num_pages: int = 24,
+    page_size: int = 4,
+    max_seq_len: int = 32,
+    prefill_tile: int = 4,
+    max_prefill_rows: int = 2,
+) -> StepShapes:
+    """Shapes so small that every limit is met."""
+    return StepShapes(
+        num_slots=num_slots,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_seq_len=max_seq_len,
+        prefill_tile=prefill_tile,
+        prefill_buckets=tuple(sorted({1, max_prefill_rows})),
+        decode_buckets=tuple(sorted({1, num_slots})),
+    )
+
+
+def request(
+    id: str, prompt_len: int = 5, max_new_tokens: int = 6, *, stop: frozenset[int] = frozenset()
+) -> Request:
+    """A request whose prompt and sampling differ from those of any other id."""
+    seed = int.from_bytes(id.encode()[-8:].rjust(8, b"\xf7"))
+    prompt = tuple((seed + 7 * i * i) % VOCAB_SIZE for i in range(prompt_len))
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=seed % 5 / 4,
+        top_p=0.5 + seed % 7 / 14,
+        top_k=seed % 11,
+        min_p=seed % 3 / 9,
+        seed=seed,
+        stop_token_ids=stop,
+    )
+    return Request(id=id, prompt=prompt, sampling=sampling)
