@@ -51,7 +51,7 @@ tree: $(READY) ## write the tree of the README from the modules' first lines
 	$(RUN) tests/test_readme.py
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .jax_cache .pytest_cache .ruff_cache
 	find glm_jax checkpoints serving tests .ci -name __pycache__ -type d -exec rm -rf {} +
 
 # Hashes are demanded of every package, so the project itself is installed in a step of its own.
