@@ -1,0 +1,71 @@
+"""The KV cache on device: pages, how they are written, how large they are.
+
+Knows neither requests nor who owns a page.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from glm_jax.config import ModelConfig
+from glm_jax.shapes import StepShapes
+from glm_jax.sharding import WeightSpec
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, page by page; one page of one kv head is contiguous.
+
+    Attributes:
+      k, v: [layers, pages, kv_heads, page_size, head_dim].
+    """
+
+    k: Float[Array, "L pages K page_size H"]
+    v: Float[Array, "L pages K page_size H"]
+
+
+CACHE_AXES = ("layers", "pages", "kv_heads", None, "head_dim")
+
+
+def cache_spec(config: ModelConfig, shapes: StepShapes, dtype: np.dtype) -> WeightSpec:
+    """What each of k and v is, before it is."""
+    shape = (
+        config.num_hidden_layers,
+        shapes.num_pages,
+        config.num_key_value_heads,
+        shapes.page_size,
+        config.head_dim,
+    )
+    return WeightSpec(shape, np.dtype(dtype), CACHE_AXES)
+
+
+def page_bytes(config: ModelConfig, page_size: int, dtype: np.dtype) -> int:
+    """Bytes of one page, keys and values of all layers, over all devices together."""
+    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 2 * width * page_size * np.dtype(dtype).itemsize
+
+
+def write(
+    cache: KVCache,
+    layer: Int32[Array, ""] | int,
+    page_table: Int32[Array, "B P"],
+    positions: Int32[Array, "B T"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> KVCache:
+    """Stores k and v at each row's positions; position -1 stores nothing.
+
+    Worked example: page_size 4, page_table[b] = [7, 2], positions[b] = [3, 4]:
+    k[b, 0] goes to page 7 offset 3, k[b, 1] to page 2 offset 0.
+    """
+    num_pages, page_size = cache.k.shape[1], cache.k.shape[3]
+    index = jnp.maximum(positions, 0) // page_size
+    page = jnp.take_along_axis(page_table, index, axis=1)
+    # Out of range on purpose where there is nothing to store: the scatter drops it.
+    page = jnp.where(positions >= 0, page, num_pages)
+    offset = positions % page_size
+    return KVCache(
+        cache.k.at[layer, page, :, offset].set(k.astype(cache.k.dtype), mode="drop"),
+        cache.v.at[layer, page, :, offset].set(v.astype(cache.v.dtype), mode="drop"),
+    )

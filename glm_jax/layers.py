@@ -1,0 +1,128 @@
+"""RMSNorm, linear, embedding, rotary: the small parts, stacked over layers, with logical axes.
+
+Knows no mesh: parameters carry the names of their axes, arrays inside a step are this device's part.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from glm_jax import ops, sharding
+from glm_jax.fp8 import FP8
+from glm_jax.sharding import Axes
+
+Layer = Int32[Array, ""] | int
+
+
+def parameter(
+    init: nnx.Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike, axes: Axes
+) -> nnx.Param:
+    """A parameter whose dimensions carry logical axis names as metadata `axes`."""
+    value = init(rngs.params(), shape, jnp.float32).astype(dtype)
+    return nnx.Param(value, axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norms; rounds to the input's dtype before the weight, as the model does."""
+
+    def __init__(
+        self, shape: tuple[int, ...], axes: Axes, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs
+    ) -> None:
+        self.weight = parameter(nnx.initializers.ones, rngs, shape, dtype, axes)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows D"], layer: Layer | None) -> Float[Array, "*rows D"]:
+        """Norms the last dimension with the layer's weight; layer None where there is only one."""
+        weight = self.weight[...]
+        if layer is not None:
+            weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+        return wide.astype(x.dtype) * scale
+
+
+class Linear(nnx.Module):
+    """Linear layers stacked over layers: values [layers, *out, in], FP8 with scales, or plain.
+
+    `axes` names every dimension of the values; scale and bias share all but the last.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: Axes,
+        dtype: jnp.dtype,
+        *,
+        is_fp8: bool,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = nnx.initializers.normal(shape[-1] ** -0.5)
+        self.values = parameter(init, rngs, shape, FP8 if is_fp8 else dtype, axes)
+        zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
+        outputs = (shape[:-1], jnp.float32, axes[:-1])
+        self.scale = nnx.data(parameter(ones, rngs, *outputs) if is_fp8 else None)
+        self.bias = nnx.data(
+            parameter(zeros, rngs, shape[:-1], dtype, axes[:-1]) if use_bias else None
+        )
+
+    def weights(self) -> tuple[Array, Array | None]:
+        """The values and their scale, None when they are not FP8."""
+        return self.values[...], None if self.scale is None else self.scale[...]
+
+    def __call__(self, x: Float[Array, "T K"], layer: Layer) -> Float[Array, " T *N"]:
+        """x @ values[layer].T + bias[layer]; outputs are this device's part."""
+        bias = None if self.bias is None else self.bias[...]
+        return ops.matmul(x, *self.weights(), bias, layer)
+
+    def partials(
+        self, x: Float[Array, "T K"], layer: Layer, group_size: int
+    ) -> Float32[Array, "R T D"]:
+        """The row-parallel form: partial products over groups of the input, still to be summed."""
+        return ops.partial_matmul(x, *self.weights(), layer, group_size)
+
+
+class VocabTable(nnx.Module):
+    """One vector per token, split over the vocabulary: the input embedding, or the output head."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+    ) -> None:
+        init = nnx.initializers.normal(0.02)
+        shape, axes = (vocab_size, hidden_size), ("vocab", "embed")
+        self.values = parameter(init, rngs, shape, dtype, axes)
+
+    def embed(self, tokens: Int32[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        """Each token's vector; exact, since one device has it and the others add zeros."""
+        table = self.values[...]
+        local = tokens - sharding.device_index() * table.shape[0]
+        is_here = (local >= 0) & (local < table.shape[0])
+        vectors = table[jnp.clip(local, 0, table.shape[0] - 1)]
+        return sharding.all_reduce(jnp.where(is_here[..., None], vectors, 0))
+
+    def logits(self, x: Float[Array, "T D"]) -> Float32[Array, "T V"]:
+        """The product with every token's vector, joined over devices."""
+        return sharding.all_gather(ops.vocab_logits(x, self.values[...]), axis=1)
+
+
+def rotate(
+    x: Float[Array, "*rows heads H"],
+    positions: Int32[Array, "*rows"],
+    rotary_dim: int,
+    theta: float,
+) -> Float[Array, "*rows heads H"]:
+    """Rotary embedding in half style on the first rotary_dim dimensions; the rest pass through.
+
+    Dimension i < rotary_dim / 2 pairs with i + rotary_dim / 2 and turns by
+    position * theta^(-2 i / rotary_dim). Sines are rounded to x's dtype, as the published model does.
+    """
+    half = rotary_dim // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    cos = jnp.cos(angles).astype(x.dtype)[..., None, :]
+    sin = jnp.sin(angles).astype(x.dtype)[..., None, :]
+    first, second, rest = jnp.split(x, [half, rotary_dim], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -1,0 +1,1 @@
+"""GPU kernels in Pallas Mosaic GPU: arrays and ints in, arrays out."""

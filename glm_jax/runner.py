@@ -1,0 +1,131 @@
+"""The device side of the engine: compiled buckets, weights, cache and slots; one call a step.
+
+Knows neither requests nor policy. Every bucket is compiled before the first step, and an executable
+cannot compile again: a batch of another shape is an error, never a pause.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glm_jax import cache as kv_cache
+from glm_jax.cache import KVCache
+from glm_jax.config import ModelConfig
+from glm_jax.model import Weights
+from glm_jax.shapes import Phase, StepShapes
+from glm_jax.sharding import sharding_for
+from glm_jax.steps import Slots, lower, step_specs
+
+Bucket = tuple[Phase, int]
+Programs = dict[Bucket, jax.stages.Compiled]
+
+
+def buckets(shapes: StepShapes) -> list[Bucket]:
+    """Every (phase, rows) the engine can dispatch."""
+    prefill: list[Bucket] = [("prefill", rows) for rows in shapes.prefill_buckets]
+    return prefill + [("decode", rows) for rows in shapes.decode_buckets]
+
+
+def compile_steps(
+    config: ModelConfig,
+    shapes: StepShapes,
+    mesh: Mesh,
+    dtype: np.dtype,
+    *,
+    on_compiled: Callable[[Bucket, float], None] = lambda bucket, seconds: None,
+    num_workers: int = 4,
+) -> Programs:
+    """Compiles every bucket, several at a time, from shapes alone; weights may load meanwhile.
+
+    Args:
+      on_compiled: told each bucket and the seconds it took, from this thread.
+      num_workers: compilations at once; XLA holds no lock while it compiles.
+    """
+
+    def build(bucket: Bucket) -> tuple[jax.stages.Compiled, float]:
+        start = time.perf_counter()
+        program = lower(config, shapes, mesh, dtype, *bucket).compile()
+        return program, time.perf_counter() - start
+
+    programs: Programs = {}
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="compile") as pool:
+        futures = {pool.submit(build, bucket): bucket for bucket in buckets(shapes)}
+        for future in as_completed(futures):
+            programs[futures[future]], seconds = future.result()
+            on_compiled(futures[future], seconds)
+    return programs
+
+
+def num_pages_that_fit(
+    config: ModelConfig, mesh: Mesh, dtype: np.dtype, page_size: int, kv_bytes: int
+) -> int:
+    """Pages whose keys and values take kv_bytes on all devices together; at least one."""
+    return max(1, kv_bytes // kv_cache.page_bytes(config, page_size, dtype))
+
+
+class Runner:
+    """Holds the arrays on the device and runs one compiled step after another.
+
+    Args:
+      weights: by dotted path, placed on the mesh.
+      programs: every bucket of shapes, from compile_steps.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shapes: StepShapes,
+        mesh: Mesh,
+        dtype: np.dtype,
+        weights: Weights,
+        programs: Programs,
+    ) -> None:
+        missing = set(buckets(shapes)) - programs.keys()
+        if missing:
+            raise ValueError(f"no compiled step for the buckets {sorted(missing)}")
+        self.shapes = shapes
+        self._weights = weights
+        self._programs = programs
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        spec = step_specs(config, shapes, dtype).cache
+        zeros = jax.jit(
+            lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding_for(spec.axes, mesh)
+        )
+        self._cache = KVCache(zeros(), zeros())
+        nothing = np.zeros(shapes.num_slots, np.int32)
+        self._slots = Slots(self._upload(nothing), self._upload(nothing))
+
+    def _upload(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self._replicated)
+
+    def dispatch(self, phase: Phase, batch: np.ndarray) -> jax.Array:
+        """Starts a step and returns at once.
+
+        Args:
+          phase: which step.
+          batch: int32[rows, shapes.columns(phase)], rows a bucket of the phase.
+
+        Returns:
+          int32[2, rows], being computed: np.asarray waits for it. See shapes.OUTPUT_TOKENS.
+
+        Raises:
+          KeyError: rows is not a bucket.
+        """
+        program = self._programs[phase, batch.shape[0]]
+        self._cache, self._slots, output = program(
+            self._weights, self._cache, self._slots, self._upload(batch)
+        )
+        output.copy_to_host_async()
+        return output
+
+    def warm_up(self, phases: Iterable[Bucket] | None = None) -> None:
+        """Runs every bucket once on padding rows, so that no first request pays for lazy set-up."""
+        for phase, rows in phases or buckets(self.shapes):
+            batch = np.zeros((rows, self.shapes.columns(phase)), np.int32)
+            batch[:, 0] = self.shapes.num_slots
+            np.asarray(self.dispatch(phase, batch))

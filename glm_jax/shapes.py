@@ -1,0 +1,98 @@
+"""The fixed shapes of a step: buckets, page geometry, and the columns of its one upload.
+
+Knows neither JAX nor requests: host and device agree here on what a row of a batch means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["prefill", "decode"]
+
+# A batch is one int32 array [rows, NUM_FIELDS + pages_per_sequence (+ prefill_tile)]:
+# the fields below, then the row's page table, then (prefill only) its tokens.
+# Floats travel as their float32 bits.
+SLOT = 0  # 0 … num_slots-1; num_slots on a padding row
+START = 1  # prefill: position of the row's first token; ignored by decode
+NUM_TOKENS = 2  # valid tokens in the row: 1 … prefill_tile for prefill, 1 for decode, 0 = padding
+IS_LAST = 3  # prefill: 1 when the row holds the prompt's last token, so its sample is kept
+TEMPERATURE = 4  # float32 bits; 0 means greedy
+TOP_P = 5  # float32 bits
+MIN_P = 6  # float32 bits
+TOP_K = 7  # 0 means off
+SEED_LOW = 8  # the request's 64-bit seed, low and high halves
+SEED_HIGH = 9
+NUM_FIELDS = 10
+
+# A step returns one int32 array [2, rows]: sampled tokens, then float32 bits of their log-probabilities.
+OUTPUT_TOKENS = 0
+OUTPUT_LOGPROBS = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShapes:
+    """Everything that decides a step's compiled shapes.
+
+    Attributes:
+      num_slots: sequences that can decode at once.
+      num_pages: pages in the pool, shared by all sequences.
+      page_size: positions per page.
+      max_seq_len: positions a sequence can reach, prompt and completion together.
+      prefill_tile: tokens per prefill row; a row belongs to one sequence.
+      prefill_buckets: ascending row counts prefill is compiled for.
+      decode_buckets: ascending row counts decode is compiled for; the last is num_slots or more.
+
+    Raises:
+      ValueError: a size is not positive, a bucket set is empty or not ascending, or the largest
+        decode bucket is smaller than num_slots.
+    """
+
+    num_slots: int
+    num_pages: int
+    page_size: int
+    max_seq_len: int
+    prefill_tile: int
+    prefill_buckets: tuple[int, ...]
+    decode_buckets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("num_slots", "num_pages", "page_size", "max_seq_len", "prefill_tile"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("prefill_buckets", "decode_buckets"):
+            buckets = getattr(self, name)
+            if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
+                raise ValueError(f"{name} must be positive and ascending, got {buckets}")
+        if self.decode_buckets[-1] < self.num_slots:
+            raise ValueError(
+                f"the largest decode bucket ({self.decode_buckets[-1]}) is smaller than "
+                f"num_slots ({self.num_slots})"
+            )
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Width of a page table: pages that hold max_seq_len positions."""
+        return -(-self.max_seq_len // self.page_size)
+
+    @property
+    def prefill_budget(self) -> int:
+        """Most tokens one prefill step can take, when every row is full."""
+        return self.prefill_buckets[-1] * self.prefill_tile
+
+    def rows(self, phase: Phase, num_rows: int) -> int:
+        """The smallest bucket that holds num_rows.
+
+        Raises:
+          ValueError: no bucket is large enough.
+        """
+        buckets = self.prefill_buckets if phase == "prefill" else self.decode_buckets
+        for bucket in buckets:
+            if num_rows <= bucket:
+                return bucket
+        raise ValueError(f"{num_rows} rows exceed the largest {phase} bucket, {buckets[-1]}")
+
+    def columns(self, phase: Phase) -> int:
+        """Columns of the batch array of a phase."""
+        tokens = self.prefill_tile if phase == "prefill" else 0
+        return NUM_FIELDS + self.pages_per_sequence + tokens

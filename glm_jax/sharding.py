@@ -1,0 +1,125 @@
+"""The mesh, the one table from logical axes to mesh axes, and the sums over devices.
+
+Knows no layer: arrays name their axes, this table says where each axis lives.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int32
+
+# All devices form one axis: attention is split over kv heads and the experts over whole experts, so
+# every device holds every token and one all-reduce per sub-layer is all the traffic there is.
+MESH_AXIS = "tensor"
+
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "embed": None,
+    "head_dim": None,
+    "expert_mlp": None,
+    "pages": None,
+    "vocab": MESH_AXIS,
+    "heads": MESH_AXIS,
+    "kv_heads": MESH_AXIS,
+    "experts": MESH_AXIS,
+    "mlp": MESH_AXIS,
+}
+
+Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """What an array will be, before it is.
+
+    Attributes:
+      shape: global shape.
+      dtype: element type.
+      axes: the logical axis of each dimension; None where it has no name.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: Axes
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """The mesh over the first num_devices devices, or over all of them.
+
+    Raises:
+      ValueError: there are fewer devices than asked for.
+    """
+    devices = jax.devices()
+    if num_devices is not None and num_devices > len(devices):
+        raise ValueError(
+            f"{num_devices} devices were asked for and {len(devices)} exist ({devices[0].platform})"
+        )
+    return Mesh(np.array(devices[:num_devices]), (MESH_AXIS,))
+
+
+def partition_spec(axes: Axes) -> PartitionSpec:
+    """Turns logical axes into a partition spec.
+
+    Raises:
+      KeyError: an axis has no rule.
+      ValueError: two dimensions would be split over the same mesh axis.
+    """
+    placed = [None if axis is None else RULES[axis] for axis in axes]
+    used = [axis for axis in placed if axis is not None]
+    if len(used) != len(set(used)):
+        raise ValueError(f"axes {axes} use a mesh axis twice: {placed}")
+    return PartitionSpec(*placed)
+
+
+def sharding_for(axes: Axes, mesh: Mesh) -> NamedSharding:
+    """Where an array with these logical axes lives on the mesh."""
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+def check_divisible(specs: dict[str, WeightSpec], mesh: Mesh) -> None:
+    """Refuses a mesh that cannot split the weights evenly.
+
+    Raises:
+      ValueError: names the first array and dimension that does not divide, and the sizes.
+    """
+    for path, spec in specs.items():
+        for size, axis, place in zip(spec.shape, spec.axes, partition_spec(spec.axes), strict=True):
+            if place is not None and size % mesh.shape[place]:
+                raise ValueError(
+                    f"{mesh.shape[place]} devices cannot share {path}: its {axis} dimension is {size}; "
+                    f"use a number of devices that divides {size}"
+                )
+
+
+def device_index() -> Int32[Array, ""]:
+    """This device's place on the mesh, inside a step."""
+    return lax.axis_index(MESH_AXIS)
+
+
+def all_reduce(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The sum of x over all devices."""
+    return lax.psum(x, MESH_AXIS)
+
+
+def all_gather(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Joins every device's x along one axis."""
+    return lax.all_gather(x, MESH_AXIS, axis=axis, tiled=True)
+
+
+def sum_partials(partials: Float32[Array, "R T D"], dtype: jnp.dtype) -> Float[Array, "T D"]:
+    """Sums partial products over this device's R and then over all devices.
+
+    A row-parallel product is cut into num_key_value_heads partial products whatever the mesh, each
+    rounded to dtype before the sum. So one device and eight add up the very same numbers, and with
+    one partial per device (the deployed layout) the wire carries dtype and loses nothing.
+    """
+    info = jnp.finfo(dtype)
+    # reduce_precision, unlike a pair of converts, may not be optimized away.
+    rounded = lax.reduce_precision(partials, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    if partials.shape[0] == 1:
+        return all_reduce(rounded[0].astype(dtype))
+    return all_reduce(rounded.sum(0)).astype(dtype)

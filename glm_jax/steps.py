@@ -1,0 +1,211 @@
+"""Prefill and decode, compiled: everything that runs on the device.
+
+Knows no requests: a step is a pure function of weights, cache, slots and one int32 array whose
+columns shapes.py names. The sampled token stays in `Slots` for the next step and is returned besides.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from glm_jax import shapes as columns
+from glm_jax.attention import attend_paged
+from glm_jax.cache import CACHE_AXES, KVCache, cache_spec
+from glm_jax.config import ModelConfig
+from glm_jax.model import Glm4Moe, Weights, abstract_model, abstract_weights, bind
+from glm_jax.sampling import SamplingRows, sample
+from glm_jax.shapes import Phase, StepShapes
+from glm_jax.sharding import WeightSpec, partition_spec, sharding_for
+
+# An answer must not depend on how its step was fused, that is on the bucket and the mesh.
+COMPILER_OPTIONS = {
+    # XLA may otherwise skip a rounding that the program asks for, in one fusion but not in another.
+    "xla_allow_excess_precision": False,
+    # On CPU, YNNPACK serves the products, whose rows it keeps apart, and nothing else: its reductions
+    # change a row's bits with the rows beside it (jaxlib 0.12.0.1, prefill of 2 rows against 16).
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+}
+
+
+class Slots(NamedTuple):
+    """What the device remembers of each slot between steps.
+
+    Attributes:
+      tokens: the last sampled token, whose keys and values are not in the cache yet.
+      lengths: positions the sequence has in the cache.
+    """
+
+    tokens: Int32[Array, " slots"]
+    lengths: Int32[Array, " slots"]
+
+
+StepResult = tuple[KVCache, Slots, Int32[Array, "2 B"]]
+
+
+def prefill(
+    model: Glm4Moe,
+    cache: KVCache,
+    slots: Slots,
+    batch: Int32[Array, "B columns"],
+    pages_per_sequence: int,
+) -> StepResult:
+    """Runs each row's chunk of a prompt; rows that end their prompt sample and fill their slot."""
+    table = _page_table(batch, pages_per_sequence)
+    tokens = batch[:, columns.NUM_FIELDS + pages_per_sequence :]
+    start, num_tokens = batch[:, columns.START], batch[:, columns.NUM_TOKENS]
+    offsets = jnp.arange(tokens.shape[1])
+    is_valid = offsets[None, :] < num_tokens[:, None]
+    positions = jnp.where(is_valid, start[:, None] + offsets[None, :], -1)
+    hidden, cache = _forward(model, tokens, positions, cache, table)
+    last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
+    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    lengths = start + num_tokens
+    is_last = (batch[:, columns.IS_LAST] == 1) & (num_tokens > 0)
+    return _finish(model, cache, slots, batch, hidden, lengths, is_last)
+
+
+def decode(
+    model: Glm4Moe,
+    cache: KVCache,
+    slots: Slots,
+    batch: Int32[Array, "B columns"],
+    pages_per_sequence: int,
+) -> StepResult:
+    """Feeds each row's last token and samples the next one."""
+    table = _page_table(batch, pages_per_sequence)
+    slot = jnp.minimum(batch[:, columns.SLOT], slots.tokens.shape[0] - 1)
+    is_valid = batch[:, columns.NUM_TOKENS] > 0
+    positions = jnp.where(is_valid, slots.lengths[slot], -1)
+    tokens = slots.tokens[slot]
+    hidden, cache = _forward(model, tokens[:, None], positions[:, None], cache, table)
+    return _finish(model, cache, slots, batch, hidden[:, 0], positions + 1, is_valid)
+
+
+def _page_table(batch: Int32[Array, "B columns"], pages_per_sequence: int) -> Int32[Array, "B P"]:
+    return batch[:, columns.NUM_FIELDS : columns.NUM_FIELDS + pages_per_sequence]
+
+
+def _forward(
+    model: Glm4Moe,
+    tokens: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache,
+    table: Int32[Array, "B P"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    attend = attend_paged(table, positions)
+    hidden, cache_after, _ = model(tokens, positions, cache, attend)
+    assert cache_after is not None
+    return hidden, cache_after
+
+
+def _finish(
+    model: Glm4Moe,
+    cache: KVCache,
+    slots: Slots,
+    batch: Int32[Array, "B columns"],
+    hidden: Float[Array, "B D"],
+    lengths: Int32[Array, " B"],
+    is_kept: Array,
+) -> StepResult:
+    """Samples a token for every row and keeps those of the rows that have one to keep."""
+    with jax.named_scope("sample"):
+        tokens, logprobs = sample(model.logits(hidden), _sampling_rows(batch, lengths))
+    # Rows with nothing to keep name a slot out of range, which the scatter drops.
+    slot = jnp.where(is_kept, batch[:, columns.SLOT], slots.tokens.shape[0])
+    slots = Slots(
+        slots.tokens.at[slot].set(tokens, mode="drop"),
+        slots.lengths.at[slot].set(lengths, mode="drop"),
+    )
+    return cache, slots, jnp.stack([tokens, lax.bitcast_convert_type(logprobs, jnp.int32)])
+
+
+def _sampling_rows(batch: Int32[Array, "B columns"], position: Int32[Array, " B"]) -> SamplingRows:
+    def floats(column: int) -> Array:
+        return lax.bitcast_convert_type(batch[:, column], jnp.float32)
+
+    seed = batch[:, jnp.array([columns.SEED_HIGH, columns.SEED_LOW])]
+    return SamplingRows(
+        temperature=floats(columns.TEMPERATURE),
+        top_p=floats(columns.TOP_P),
+        min_p=floats(columns.MIN_P),
+        top_k=batch[:, columns.TOP_K],
+        seed=lax.bitcast_convert_type(seed, jnp.uint32),
+        position=position,
+    )
+
+
+def _both[T: (KVCache, Slots)](kind: type[T], leaf: Any) -> T:
+    """A pair that holds, in place of its two arrays, what is to be said of each."""
+    return kind(leaf, leaf)
+
+
+class StepSpecs(NamedTuple):
+    """What a step takes, before any array exists.
+
+    Attributes:
+      weights: by dotted path.
+      cache: of keys, and the same of values.
+    """
+
+    weights: dict[str, WeightSpec]
+    cache: WeightSpec
+
+
+def step_specs(config: ModelConfig, shapes: StepShapes, dtype: np.dtype) -> StepSpecs:
+    """The arrays of every step of this model at these shapes."""
+    return StepSpecs(abstract_weights(config, dtype), cache_spec(config, shapes, dtype))
+
+
+def step_function(
+    config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype, phase: Phase
+) -> jax.stages.Wrapped:
+    """The jitted step of a phase: cache and slots are donated, weights stay."""
+    model = abstract_model(config, jnp.dtype(dtype))
+    body = prefill if phase == "prefill" else decode
+
+    def step(weights: Weights, cache: KVCache, slots: Slots, batch: Array) -> StepResult:
+        return body(bind(model, weights), cache, slots, batch, shapes.pages_per_sequence)
+
+    step.__name__ = phase
+    replicated = PartitionSpec()
+    weight_specs = {
+        path: partition_spec(spec.axes) for path, spec in abstract_weights(config, dtype).items()
+    }
+    cache_specs = _both(KVCache, partition_spec(CACHE_AXES))
+    slot_specs = _both(Slots, replicated)
+    # One shard_map around the whole step: sums over devices are where the model says, nowhere else.
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(weight_specs, cache_specs, slot_specs, replicated),
+        out_specs=(cache_specs, slot_specs, replicated),
+        check_vma=False,
+    )
+    return jax.jit(sharded, donate_argnums=(1, 2), compiler_options=COMPILER_OPTIONS)
+
+
+def lower(
+    config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype, phase: Phase, rows: int
+) -> jax.stages.Lowered:
+    """Traces one step bucket from shapes alone; no weights are needed."""
+    specs = step_specs(config, shapes, dtype)
+
+    def abstract(spec: WeightSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding_for(spec.axes, mesh))
+
+    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+
+    function = step_function(config, shapes, mesh, dtype, phase)
+    return function.lower(
+        {path: abstract(spec) for path, spec in specs.weights.items()},
+        _both(KVCache, abstract(specs.cache)),
+        _both(Slots, integers(shapes.num_slots)),
+        integers(rows, shapes.columns(phase)),
+    )
