@@ -17,6 +17,7 @@ WITHOUT_JAX = [
     "glm_jax.engine.batch",
     "glm_jax.engine.mock",
     "serving.app",
+    "serving.__main__",
 ]
 
 
