@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glm_jax import cache as kv_cache
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
 from glm_jax.model import Weights
@@ -37,7 +36,7 @@ def compile_steps(
     mesh: Mesh,
     dtype: np.dtype,
     *,
-    on_compiled: Callable[[Bucket, float], None] = lambda bucket, seconds: None,
+    on_compiled: Callable[[Bucket, float], object] = lambda bucket, seconds: None,
     num_workers: int = 4,
 ) -> Programs:
     """Compiles every bucket, several at a time, from shapes alone; weights may load meanwhile.
@@ -59,13 +58,6 @@ def compile_steps(
             programs[futures[future]], seconds = future.result()
             on_compiled(futures[future], seconds)
     return programs
-
-
-def num_pages_that_fit(
-    config: ModelConfig, mesh: Mesh, dtype: np.dtype, page_size: int, kv_bytes: int
-) -> int:
-    """Pages whose keys and values take kv_bytes on all devices together; at least one."""
-    return max(1, kv_bytes // kv_cache.page_bytes(config, page_size, dtype))
 
 
 class Runner:

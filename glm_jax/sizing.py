@@ -1,0 +1,132 @@
+"""How large the buckets and the page pool should be, for a model on a mesh.
+
+Knows no requests and makes no arrays: sizes in, a StepShapes out.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from glm_jax.cache import page_bytes
+from glm_jax.config import ModelConfig
+from glm_jax.model import abstract_weights
+from glm_jax.shapes import StepShapes
+from glm_jax.sharding import check_divisible, partition_spec
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+# Share of a GPU's memory that is ours to plan with; the rest is the driver's, NCCL's and XLA's own.
+_MEMORY_SHARE = 0.9
+# Temporaries of the largest step, per device: see the memory analysis of a compiled prefill.
+_TEMPORARIES = 2 * _GIB
+# A developer's machine has no memory set aside: enough for 64 conversations with a small model.
+_HOST_KV_BYTES = 512 * _MIB
+
+
+class SizingError(ValueError):
+    """The model, the mesh and the limits asked for do not fit together."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    """What suits a kind of device: tile sizes, and which buckets are worth a compilation."""
+
+    page_size: int
+    prefill_tile: int
+    prefill_tokens: tuple[int, ...]
+    decode_rows: tuple[int, ...]
+
+
+_GEOMETRY = {
+    "cpu": _Geometry(64, 16, (64, 512), (1, 8, 64, 512)),
+    "gpu": _Geometry(
+        64,
+        128,
+        (128, 512, 2048, 8192),
+        (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024),
+    ),
+}
+
+
+def choose_shapes(
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: np.dtype,
+    *,
+    max_concurrency: int,
+    max_seq_len: int,
+    max_batch_tokens: int,
+) -> StepShapes:
+    """The shapes to compile: every bucket up to the limits, and all the pages that fit.
+
+    Args:
+      dtype: of activations and of the KV cache.
+      max_concurrency: sequences that decode at once.
+      max_seq_len: positions of one sequence.
+      max_batch_tokens: tokens of one prefill step, at most; the device's own bound may be lower.
+
+    Raises:
+      SizingError: the mesh cannot share the model, the sequences are longer than the model's, or
+        not even one sequence fits beside the weights; says by how much.
+    """
+    if max_seq_len > config.max_position_embeddings:
+        raise SizingError(
+            f"max_seq_len = {max_seq_len} is more than the model's max_position_embeddings = "
+            f"{config.max_position_embeddings}; lower --max-seq-len"
+        )
+    try:
+        check_divisible(abstract_weights(config, dtype), mesh)
+    except ValueError as error:
+        raise SizingError(f"{error} (--num-gpus)") from error
+    geometry = _GEOMETRY[_platform(mesh)]
+    page_size = min(geometry.page_size, max_seq_len)
+    per_sequence = math.ceil(max_seq_len / page_size)
+    fitting = _kv_bytes(config, mesh, dtype) // page_bytes(config, page_size, dtype)
+    if fitting < per_sequence:
+        raise SizingError(
+            f"one sequence of {max_seq_len} positions needs {per_sequence} KV pages and "
+            f"{max(fitting, 0)} fit beside the weights; lower --max-seq-len or use more devices"
+        )
+    tile = min(geometry.prefill_tile, max_batch_tokens)
+    most_rows = min(max_batch_tokens, geometry.prefill_tokens[-1]) // tile
+    return StepShapes(
+        num_slots=max_concurrency,
+        num_pages=min(fitting, max_concurrency * per_sequence),
+        page_size=page_size,
+        max_seq_len=max_seq_len,
+        prefill_tile=tile,
+        prefill_buckets=_up_to(tuple(n // tile for n in geometry.prefill_tokens), most_rows),
+        decode_buckets=_up_to(geometry.decode_rows, max_concurrency),
+    )
+
+
+def _up_to(buckets: tuple[int, ...], largest: int) -> tuple[int, ...]:
+    """The buckets below `largest`, and `largest` itself: In (1, 4, 16), 6. Out (1, 4, 6)."""
+    return tuple(bucket for bucket in buckets if 0 < bucket < largest) + (largest,)
+
+
+def _platform(mesh: Mesh) -> str:
+    return "cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"
+
+
+def weight_bytes(config: ModelConfig, dtype: np.dtype, num_devices: int) -> int:
+    """Bytes of weights on each device; replicated arrays count on every one."""
+    total = 0
+    for spec in abstract_weights(config, dtype).values():
+        sharded = any(place is not None for place in partition_spec(spec.axes))
+        total += math.prod(spec.shape) * spec.dtype.itemsize // (num_devices if sharded else 1)
+    return total
+
+
+def _kv_bytes(config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> int:
+    """Bytes that can hold keys and values, over all devices together."""
+    if _platform(mesh) == "cpu":
+        return _HOST_KV_BYTES
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise SizingError("the device does not say how much memory it has")
+    free = int(stats["bytes_limit"] * _MEMORY_SHARE) - _TEMPORARIES
+    return mesh.size * (free - weight_bytes(config, dtype, mesh.size))
