@@ -74,11 +74,11 @@ def _hash_indices(start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     bits = jnp.broadcast_to(start, shape)
     for axis in range(len(shape)):
-        bits = bits ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)
-        bits = (bits ^ (bits >> 15)) * np.uint32(0x846CA68B)
-        bits = bits ^ (bits >> 16)
-    return bits
+        odd = np.uint32(pow(0x9E3779B1, axis + 1, 1 << 32))
+        bits = bits + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * odd
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * np.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:

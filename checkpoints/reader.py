@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ _LENGTH_BYTES = 8  # a file begins with its header's length, little-endian
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # XLA's CPU client uses host memory in place when it is aligned so; otherwise it copies.
 _ALIGNMENT = 64
+_MAPPED_BYTES = 64 << 10
 
 
 class CheckpointError(ValueError):
@@ -170,8 +172,15 @@ class Checkpoint:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialized array whose memory a CPU device can use in place."""
+    """An uninitialized array whose memory a CPU device can use in place.
+
+    A large one is a mapping of its own, gone with its last reference: an allocator that serves
+    several threads would keep many times the largest tensor for later.
+    """
     nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes >= _MAPPED_BYTES:
+        raw = np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+        return raw.view(dtype).reshape(shape)
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % _ALIGNMENT
     return raw[first : first + nbytes].view(dtype).reshape(shape)

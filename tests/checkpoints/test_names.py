@@ -1,6 +1,7 @@
 """Names: every tensor has one place, every place one tensor, and the real model's counts come out."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.model import abstract_weights
 from tests.checkpoints.samples import make_config, make_tensors
 
-GLM_4_7 = {
+GLM_4_7: dict[str, Any] = {
     "vocab_size": 151552,
     "hidden_size": 5120,
     "num_hidden_layers": 92,
@@ -56,7 +57,7 @@ def test_every_element_of_every_weight_has_exactly_one_source(config: ModelConfi
 
 
 def test_the_published_model_has_the_published_counts_and_bytes() -> None:
-    config = make_config(**GLM_4_7)
+    config = make_config(is_fp8=True, **GLM_4_7)
     table = placements(config)
     assert len(table) == 87_553
     widths = {"values": 1, "scale": 4, "plain": 2}
