@@ -6,6 +6,7 @@ Knows no arrays. Every key is known or refused: a value this code would have to 
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ _INT_KEYS = (
     "head_dim", "intermediate_size", "first_k_dense_replace", "n_routed_experts",
     "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "max_position_embeddings",
 )  # fmt: skip
+_MAY_BE_ZERO = frozenset(
+    {"first_k_dense_replace", "num_nextn_predict_layers", "num_mtp_layers", "pad_token_id"}
+)
 _FLOAT_KEYS = ("routed_scaling_factor", "rms_norm_eps")
 _BOOL_KEYS = ("attention_bias", "use_qk_norm", "norm_topk_prob")
 _ROPE_KEYS = frozenset({"rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters"})
@@ -208,8 +212,8 @@ class ModelConfig:
 
 
 def _refuse_other_architectures(raw: dict[str, Any]) -> None:
-    kinds = [raw.get("model_type"), *(raw.get("architectures") or [])]
-    if "glm4_moe_lite" in kinds or "Glm4MoeLiteForCausalLM" in kinds:
+    kinds = (raw.get("model_type"), raw.get("architectures"))
+    if "glm4_moe_lite" in kinds or ["Glm4MoeLiteForCausalLM"] in kinds:
         raise ConfigError(
             "GLM-4.7-Flash (Glm4MoeLite) is not supported: it uses multi-head latent attention and "
             "interleaved rotary, another architecture. GLM-4.5, 4.6, 4.7 and 4.5-Air are supported"
@@ -225,8 +229,10 @@ def _require(raw: dict[str, Any], key: str) -> Any:
 def _number(raw: dict[str, Any], key: str, kind: type) -> Any:
     value = _require(raw, key)
     kinds = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or value < 0:
-        raise ConfigError(f"{key} = {value!r} must be a {kind.__name__}, not negative")
+    is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
+        limit = "0 or more" if key in _MAY_BE_ZERO else "more than 0"
+        raise ConfigError(f"{key} = {value!r} must be a finite {kind.__name__}, {limit}")
     return kind(value)
 
 
@@ -313,8 +319,9 @@ def _parse_quantization(raw: Any) -> bool:
     expected = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     _expect(raw, expected, where, frozenset(expected))
     _expect(raw, {"kv_cache_scheme": None, "quantization_status": "compressed"}, where, frozenset())
-    if raw.get("sparsity_config"):
-        raise ConfigError(f"{where}.sparsity_config = {raw['sparsity_config']!r} is not supported")
+    for key in ("sparsity_config", "transform_config"):
+        if raw.get(key):
+            raise ConfigError(f"{where}.{key} = {raw[key]!r} is not supported")
     groups = _require(raw, "config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise ConfigError(f"{where}.config_groups must hold exactly one group, got {groups!r}")
@@ -329,8 +336,9 @@ def _parse_quantization(raw: Any) -> bool:
         f"{where}.input_activations",
         _MUST_BE_GIVEN,
     )
-    for module in raw.get("ignore") or ():
-        if not _UNQUANTIZED.fullmatch(module):
+    ignored = raw.get("ignore") or []
+    for module in ignored if isinstance(ignored, list) else [ignored]:
+        if not (isinstance(module, str) and _UNQUANTIZED.fullmatch(module)):
             raise ConfigError(
                 f"quantization_config.ignore leaves {module!r} unquantized: only lm_head, embeddings, "
                 "norms, biases, routers and the MTP layer's own projections can be"

@@ -121,6 +121,7 @@ def rotate(
     """
     half = rotary_dim // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = frequencies.reshape((1,) * positions.ndim + (half,))
     angles = positions[..., None].astype(jnp.float32) * frequencies
     cos = jnp.cos(angles).astype(x.dtype)[..., None, :]
     sin = jnp.sin(angles).astype(x.dtype)[..., None, :]

@@ -175,8 +175,11 @@ def paged_attention(
         keys = k_pages[layer, page].reshape(-1, page_size, head_dim).astype(q.dtype)
         values = v_pages[layer, page].reshape(-1, page_size, head_dim).astype(q.dtype)
         scores = _batched_dot(queries, keys) * head_dim**-0.5
-        is_visible = index * page_size + jnp.arange(page_size) <= last_visible[:, :, None]
+        key_positions = index * page_size + jnp.arange(page_size)
+        is_visible = key_positions[None, None, :] <= last_visible[:, :, None]
         scores = jnp.where(is_visible, scores, -jnp.inf)
+        # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
+        values = jnp.where(is_visible.any(axis=1)[..., None], values, 0)
         new_largest = jnp.maximum(largest, scores.max(-1))
         shift = jnp.where(jnp.isfinite(new_largest), new_largest, 0.0)
         shares = jnp.exp(scores - shift[..., None])

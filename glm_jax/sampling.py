@@ -43,8 +43,9 @@ def sample(
     is_random = rows.temperature > 0
 
     def draw() -> Int32[Array, " B"]:
-        scaled = logits / jnp.where(is_random, rows.temperature, 1.0)[:, None]
-        kept = _filter(scaled, rows)
+        # Measured from the best, so that the least temperature overflows downward only.
+        below = logits - logits.max(axis=-1, keepdims=True)
+        kept = _filter(below / jnp.where(is_random, rows.temperature, 1.0)[:, None], rows)
         return jnp.argmax(kept + _gumbel(rows, logits.shape[-1]), axis=-1).astype(jnp.int32)
 
     drawn = lax.cond(is_random.any(), draw, lambda: greedy)
@@ -74,9 +75,10 @@ def _filter(scaled: Float32[Array, "B V"], rows: SamplingRows) -> Float32[Array,
         return _keep_heaviest(scaled, jnp.ones_like(scaled), wanted)
 
     def keep_top_p(scaled: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
-        # A mass of 1 might never be reached by a rounded sum, and nothing is left out then anyway.
-        wanted = jnp.where(rows.top_p < 1, rows.top_p, 0.0)
+        # A top_p that rounds to 0 still keeps the best.
+        wanted = jnp.maximum(rows.top_p, jnp.finfo(jnp.float32).tiny)
         kept = _keep_heaviest(scaled, jax.nn.softmax(scaled, axis=-1), wanted)
+        # A mass of 1 might never be reached by a rounded sum.
         return jnp.where((rows.top_p < 1)[:, None], kept, scaled)
 
     scaled = lax.cond((rows.top_k > 0).any(), keep_top_k, lambda s: s, scaled)
