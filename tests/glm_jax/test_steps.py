@@ -90,6 +90,7 @@ class Writer:
     def prefill(self, slot: int, bucket: int, chunk: int = 32) -> None:
         """Runs a slot's prompt, `chunk` tokens a step."""
         prompt, tile = self.prompts[slot], SHAPES.prefill_tile
+        answer = np.zeros(2, np.int32)
         for begin in range(0, len(prompt), chunk):
             rows = []
             for start in range(begin, min(begin + chunk, len(prompt)), tile):
@@ -99,8 +100,8 @@ class Writer:
                 row[columns.IS_LAST] = start + len(tokens) == len(prompt)
                 row[SHAPES.columns("decode") :][: len(tokens)] = tokens
                 rows.append(row)
-            output = self._run("prefill", rows, bucket)
-        self.answers[slot] = [(int(output[0, len(rows) - 1]), int(output[1, len(rows) - 1]))]
+            answer = self._run("prefill", rows, bucket)[:, len(rows) - 1]
+        self.answers[slot] = [(int(answer[0]), int(answer[1]))]
 
     def decode(self, slots: list[int], bucket: int) -> None:
         """Adds a token to each slot, in the order given."""
@@ -223,7 +224,7 @@ def test_nothing_compiles_after_the_first_steps(one_device: Runner) -> None:
     crowd(one_device, 1.0)
     compiled: list[str] = []
 
-    def listen(event: str, _: float, **__: object) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if "compile" in event or "trace" in event:
             compiled.append(event)
 
