@@ -1,0 +1,1 @@
+"""OpenAI endpoints before the engine: what HTTP clients force on us, and nothing else."""

@@ -1,0 +1,117 @@
+"""The command line: flags, environment variables, exit code.
+
+Knows no room from inside: it reads what the user says and hands it to the wiring.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import uvloop
+
+from serving.server import Address
+from serving.wiring import BuildEngine, Options, StartupError, mock_engine, run
+
+_LOG_FORMAT = "%(asctime)s %(levelname)-8s %(name)s: %(message)s"
+_COUNT = click.IntRange(min=1)
+
+
+def option(flag: str, default: Any, type: Any, help: str, env: str | None = None, **kwargs: Any):
+    """A flag, and the environment variable of the same name in capitals."""
+    variable = env or flag.removeprefix("--").replace("-", "_").upper()
+    return click.option(
+        flag,
+        default=default,
+        type=type,
+        help=help,
+        envvar=variable,
+        show_default=default is not None,
+        show_envvar=True,
+        **kwargs,
+    )
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_DIRECTORY = click.Path(file_okay=False, path_type=Path)
+_LEVELS = click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False)
+
+
+@click.group(context_settings={"max_content_width": 100})
+def main() -> None:
+    """GLM-4.7 in JAX, behind OpenAI endpoints."""
+
+
+@main.command("serve")
+@option("--model-dir", Path("./model"), _DIRECTORY, "Directory of the model, as published.")
+@option(
+    "--engine",
+    None,
+    _DIRECTORY,
+    "Directory of compiled steps: what it lacks is compiled and kept there.",
+    env="ENGINE_PATH",
+)
+@option("--host", "0.0.0.0", str, "Address to listen on.")
+@option("--port", 5000, click.IntRange(1, 65535), "Port to listen on.")
+@option("--max-concurrency", 64, _COUNT, "Requests that generate at the same time.")
+@option("--max-batch-tokens", 32768, _COUNT, "Prompt tokens of one prefill step.")
+@option("--max-seq-len", 4096, click.IntRange(min=2), "Tokens of prompt and completion together.")
+@option("--max-new-tokens", 2048, _COUNT, "Tokens of a completion.")
+@option("--max-prompt-tokens", 2048, _COUNT, "Tokens of a prompt.")
+@option("--num-gpus", 8, _COUNT, "Devices of the mesh; on CPU as many of them as exist.")
+@option("--log-level", "INFO", _LEVELS, "Least severity that is logged.")
+@option("--queue-size", 256, click.IntRange(min=0), "Requests that may wait for a slot.")
+@option(
+    "--load-format",
+    "auto",
+    click.Choice(["auto", "dummy"]),
+    "Where weights come from; dummy: random, of the right shapes.",
+)
+@option(
+    "--served-model-name",
+    (),
+    str,
+    "Name of the model for clients; may be repeated. [default: the directory's name]",
+    multiple=True,
+)
+@option("--mock", False, bool, "No model: stream deterministic tokens.", is_flag=True)
+@option("--mock-rate", 50.0, click.FloatRange(min=0), "Tokens per second and stream; 0: no limit.")
+@option("--tls-cert", None, _FILE, "PEM file with the certificate chain, for HTTPS.")
+@option("--tls-key", None, _FILE, "PEM file with its private key.")
+def serve(**flags: Any) -> None:
+    """Serve a model over HTTP."""
+    logging.basicConfig(level=flags.pop("log_level").upper(), format=_LOG_FORMAT)
+    if (flags["tls_cert"] is None) != (flags["tls_key"] is None):
+        raise click.UsageError("--tls-cert and --tls-key go together")
+    address = Address(
+        host=flags.pop("host"),
+        port=flags.pop("port"),
+        certificate=flags.pop("tls_cert"),
+        key=flags.pop("tls_key"),
+    )
+    build = _engine_builder(flags.pop("mock"), flags.pop("mock_rate"))
+    names = flags.pop("served_model_name")
+    options = Options(address=address, served_model_names=names, **flags)
+    for name in sorted(flags):
+        logging.getLogger("serving").info("%s = %s", name, flags[name])
+    try:
+        code = uvloop.run(run(options, build))
+    except StartupError as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(code)
+
+
+def _engine_builder(mock: bool, mock_rate: float) -> BuildEngine:
+    if mock:
+        return partial(mock_engine, rate=mock_rate)
+    from serving.model_engine import build_engine  # JAX takes seconds, which --mock need not wait
+
+    return build_engine
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m serving")

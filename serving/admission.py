@@ -1,0 +1,158 @@
+"""From a parsed request to the engine's: limits checked, defaults filled in.
+
+Knows neither HTTP nor streams.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm_jax.engine.request import Request, SamplingParams
+from serving import errors
+from serving.protocol import ChatRequest, GenerationRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much one request may ask for, in tokens.
+
+    Attributes:
+      max_seq_len: prompt and completion together.
+      max_prompt_tokens: the prompt.
+      max_new_tokens: the completion.
+    """
+
+    max_seq_len: int
+    max_prompt_tokens: int
+    max_new_tokens: int
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens a prompt may have, at least one place being left for the completion."""
+        return min(self.max_prompt_tokens, self.max_seq_len - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What the model directory says of generation.
+
+    Attributes:
+      stop_token_ids: the tokens that end an answer.
+      temperature, top_p, top_k: used where a request says nothing.
+    """
+
+    stop_token_ids: frozenset[int]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @classmethod
+    def from_directory(cls, model_dir: Path) -> GenerationDefaults:
+        """Reads `generation_config.json`, and `config.json` for stop tokens it does not name.
+
+        Raises:
+          ValueError: neither names the stop tokens, or a file is not JSON.
+        """
+        config = _read_json(model_dir / "config.json")
+        config |= _read_json(model_dir / "generation_config.json")
+        stop = config.get("eos_token_id")
+        stop_tokens = [stop] if isinstance(stop, int) else stop
+        if not stop_tokens or not all(isinstance(token, int) for token in stop_tokens):
+            raise ValueError(f"{model_dir}: no eos_token_id in its generation_config.json")
+        greedy = config.get("do_sample") is False
+        return cls(
+            stop_token_ids=frozenset(stop_tokens),
+            temperature=0.0 if greedy else float(config.get("temperature") or 1.0),
+            top_p=float(config.get("top_p") or 1.0),
+            top_k=int(config.get("top_k") or 0),
+        )
+
+
+def admit(
+    request: GenerationRequest,
+    prompt: Sequence[int],
+    *,
+    id: str,
+    limits: Limits,
+    defaults: GenerationDefaults,
+    vocab_size: int,
+) -> Request:
+    """The engine's request.
+
+    Raises:
+      ApiError: 400, the prompt is empty, too long, or leaves the vocabulary; or prompt and
+        completion together are too long.
+    """
+    param = "messages" if isinstance(request, ChatRequest) else "prompt"
+    if not prompt:
+        raise errors.invalid(param, f"Invalid '{param}': the prompt must not be empty.")
+    if not all(0 <= token < vocab_size for token in prompt):
+        message = f"Invalid '{param}': token ids must be in 0 … {vocab_size - 1}."
+        raise errors.invalid(param, message)
+    if len(prompt) > limits.longest_prompt:
+        raise prompt_too_long(param, f"{len(prompt)}", limits)
+    return Request(
+        id=id,
+        prompt=tuple(prompt),
+        sampling=SamplingParams(
+            max_new_tokens=_max_new_tokens(request, len(prompt), param, limits),
+            temperature=_given(request.temperature, defaults.temperature),
+            top_p=_given(request.top_p, defaults.top_p),
+            top_k=max(0, _given(request.top_k, defaults.top_k)),
+            min_p=_given(request.min_p, 0.0),
+            seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
+            stop_token_ids=_stop_token_ids(request, defaults, vocab_size),
+        ),
+    )
+
+
+def prompt_too_long(param: str, num_tokens: str, limits: Limits) -> errors.ApiError:
+    """The error for a prompt of so many tokens (in words: it may be "at least 9000")."""
+    used = f"your {param} resulted in {num_tokens} tokens"
+    if limits.max_prompt_tokens < limits.max_seq_len:
+        used += f", and a prompt may have {limits.longest_prompt}"
+    return errors.context_length_exceeded(param, limits.max_seq_len, used)
+
+
+def _max_new_tokens(request: GenerationRequest, prompt: int, param: str, limits: Limits) -> int:
+    field, asked = request.token_limit
+    if asked is None:
+        return min(limits.max_new_tokens, limits.max_seq_len - prompt)
+    if asked > limits.max_new_tokens:
+        message = f"{field} is too large: {asked}. This server completes up to "
+        raise errors.invalid(field, f"{message}{limits.max_new_tokens} tokens.")
+    if prompt + asked > limits.max_seq_len:
+        used = (
+            f"you requested {prompt + asked} tokens ({prompt} in the {param}, "
+            f"{asked} in the completion)"
+        )
+        raise errors.context_length_exceeded(param, limits.max_seq_len, used)
+    return asked
+
+
+def _stop_token_ids(
+    request: GenerationRequest, defaults: GenerationDefaults, vocab_size: int
+) -> frozenset[int]:
+    asked = frozenset(request.stop_token_ids or ())
+    if not all(0 <= token < vocab_size for token in asked):
+        message = f"Invalid 'stop_token_ids': token ids must be in 0 … {vocab_size - 1}."
+        raise errors.invalid("stop_token_ids", message)
+    return asked if request.ignore_eos else asked | defaults.stop_token_ids
+
+
+def _given[T](value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error

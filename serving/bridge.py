@@ -1,0 +1,214 @@
+"""Requests into the engine thread, token events out of it.
+
+Knows neither text nor HTTP.
+
+Two threads: the event loop's, where everything here runs, and the engine's. Into the engine go
+`submit` and `cancel`; out of it comes one call per step with the events of all requests, which are
+sorted into their streams on the loop. A stream that is left early, for whatever reason, cancels
+its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Protocol, Self
+
+from glm_jax.engine.request import EngineDeadError, EngineStats, Request, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[list[TokenEvent]], None]
+
+
+class Engine(Protocol):
+    """What the bridge needs of an engine. Any thread may call all but run."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def run(self, deliver: Deliver) -> None: ...
+
+
+class EngineStartingError(Exception):
+    """The engine is not there yet; try again later."""
+
+
+class CannotStartError(Exception):
+    """The engine cannot start with what it was given; the message is for the user."""
+
+
+class Bridge:
+    """Runs one engine in a thread of its own.
+
+    Attributes:
+      ended: resolved when the engine's thread has ended: with None after `stop`, with the cause
+        otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._streams: dict[str, Stream] = {}
+        self._is_stopping = False
+        self.ended: asyncio.Future[BaseException | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+    @property
+    def num_streams(self) -> int:
+        """Streams that are open."""
+        return len(self._streams)
+
+    @property
+    def state(self) -> str:
+        """One of "starting", "ready", "draining", "dead"."""
+        if self.ended.done() and self.ended.result() is not None:
+            return "dead"
+        if self._is_stopping:
+            return "draining"
+        return "starting" if self._engine is None else "ready"
+
+    def start(self, build: Callable[[], Engine]) -> None:
+        """Starts the thread, which first builds the engine, however long that takes."""
+        loop = asyncio.get_running_loop()
+        # A daemon: what blocks in the device must not keep a process alive that wants to end.
+        threading.Thread(target=self._run, args=(loop, build), name="engine", daemon=True).start()
+
+    def stop(self) -> None:
+        """Lets what runs finish and takes nothing new; `ended` resolves when that is done."""
+        self._is_stopping = True
+        if self._engine is not None:
+            self._engine.stop()
+        elif not self.ended.done():
+            self.ended.set_result(None)
+
+    def stats(self) -> EngineStats | None:
+        """The engine's numbers; None before it is there."""
+        return None if self._engine is None else self._engine.stats()
+
+    def open(self, request: Request) -> Stream:
+        """Submits a request.
+
+        Raises:
+          EngineStartingError: the engine is not there yet.
+          QueueFullError, EngineDrainingError, EngineDeadError, ValueError: the engine's refusals.
+        """
+        if self._engine is None:
+            raise EngineStartingError("the engine is starting")
+        if self.ended.done():
+            raise EngineDeadError(f"the engine has ended: {self.ended.result()}")
+        self._engine.submit(request)
+        stream = self._streams[request.id] = Stream(request.id, self._close)
+        return stream
+
+    def _close(self, stream: Stream) -> None:
+        del self._streams[stream.request_id]
+        if not stream.is_finished and self._engine is not None:
+            self._engine.cancel(stream.request_id)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is not None:  # else it was left early
+                stream.push(event)
+
+    def _run(self, loop: asyncio.AbstractEventLoop, build: Callable[[], Engine]) -> None:
+        """The body of the engine's thread."""
+        cause: BaseException | None = None
+        try:
+            engine = build()
+        except CannotStartError as error:
+            logger.critical("the engine cannot start: %s", error)
+            _call_soon(loop, self._end, error)
+            return
+        except BaseException as error:
+            logger.critical("the engine cannot start", exc_info=error)
+            _call_soon(loop, self._end, error)
+            return
+        try:
+            loop.call_soon_threadsafe(self._ready, engine)
+            engine.run(lambda events: _call_soon(loop, self._deliver, events))
+        except BaseException as error:
+            logger.critical("the engine died", exc_info=error)
+            cause = error
+        _call_soon(loop, self._end, cause)
+
+    def _ready(self, engine: Engine) -> None:
+        self._engine = engine
+        if self._is_stopping:
+            engine.stop()
+
+    def _end(self, cause: BaseException | None) -> None:
+        if cause is None and not self._is_stopping:
+            cause = EngineDeadError("the engine ended of its own accord")
+        if not self.ended.done():
+            self.ended.set_result(cause)
+        # The engine ends its requests itself, unless it died of delivering.
+        message = f"{type(cause).__name__}: {cause}" if cause else "the engine has ended"
+        for stream in list(self._streams.values()):
+            if not stream.is_finished:
+                stream.push(
+                    TokenEvent(stream.request_id, None, finish_reason="error", error=message)
+                )
+
+
+class Stream:
+    """The events of one request, as they come; iterate it once, and close it.
+
+    Iterating yields lists: all events since the last look, so that a reader that falls behind
+    catches up at once. The list with the finish reason is the last.
+    """
+
+    def __init__(self, request_id: str, close: Callable[[Stream], None]) -> None:
+        self.request_id = request_id
+        self.is_finished = False
+        self._on_close = close
+        self._is_closed = False
+        self._events: list[TokenEvent] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, event: TokenEvent) -> None:
+        """Adds an event and wakes the reader."""
+        self._events.append(event)
+        self.is_finished = event.finish_reason is not None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def close(self) -> None:
+        """Forgets the request, and cancels it if it has not finished; any number of times."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._on_close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        if not self._events:
+            if self.is_finished:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        events, self._events = self._events, []
+        return events
+
+
+def _call_soon[T](loop: asyncio.AbstractEventLoop, call: Callable[[T], None], value: T) -> None:
+    try:
+        loop.call_soon_threadsafe(call, value)
+    except RuntimeError:
+        if not loop.is_closed():  # closed: the process is ending, and nobody listens
+            raise

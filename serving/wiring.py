@@ -1,0 +1,128 @@
+"""From options to a server: tokenizer, template, engine and routes put together.
+
+Knows neither flags nor environment variables nor JAX: whoever builds the engine is handed in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_jax.engine.engine import Engine
+from glm_jax.engine.mock import MockRunner
+from glm_jax.shapes import StepShapes
+from serving.admission import GenerationDefaults, Limits
+from serving.app import create_app
+from serving.bridge import Bridge
+from serving.chat import ChatTemplate
+from serving.metrics import Metrics
+from serving.server import Address, ListenError, serve
+from serving.service import Service
+from serving.tokenizer import ModelTokenizer
+
+logger = logging.getLogger(__name__)
+
+PAGE_SIZE = 64
+PREFILL_TILE = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line says; its help explains each."""
+
+    model_dir: Path
+    engine: Path | None
+    address: Address
+    max_concurrency: int
+    max_batch_tokens: int
+    max_seq_len: int
+    max_new_tokens: int
+    max_prompt_tokens: int
+    num_gpus: int
+    queue_size: int
+    load_format: str
+    served_model_names: tuple[str, ...]
+
+
+class StartupError(Exception):
+    """The server cannot start with these options; the message is for the user."""
+
+
+BuildEngine = Callable[[Options, ModelTokenizer], Engine]
+
+
+async def run(options: Options, build_engine: BuildEngine) -> int:
+    """Serves with these options; returns the process's exit code.
+
+    Args:
+      build_engine: called on the engine's thread, while the server already listens.
+
+    Raises:
+      StartupError: a file of the model directory, or the address, is at fault.
+    """
+    try:
+        service = _service(options)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+    logger.info(
+        "model %s: %d tokens in the vocabulary", service.model_names[0], service.tokenizer.size
+    )
+    try:
+        return await serve(
+            create_app(service),
+            service.bridge,
+            lambda: build_engine(options, service.tokenizer),
+            options.address,
+        )
+    except ListenError as error:
+        raise StartupError(str(error)) from error
+
+
+def _service(options: Options) -> Service:
+    tokenizer = ModelTokenizer.from_directory(options.model_dir)
+    bridge = Bridge()
+    return Service(
+        bridge=bridge,
+        tokenizer=tokenizer,
+        template=ChatTemplate.from_directory(options.model_dir, tokenizer),
+        model_names=options.served_model_names or (options.model_dir.resolve().name,),
+        limits=Limits(
+            max_seq_len=options.max_seq_len,
+            max_prompt_tokens=options.max_prompt_tokens,
+            max_new_tokens=options.max_new_tokens,
+        ),
+        defaults=GenerationDefaults.from_directory(options.model_dir),
+        metrics=Metrics(bridge.stats),
+    )
+
+
+def mock_engine(options: Options, tokenizer: ModelTokenizer, rate: float) -> Engine:
+    """An engine without a model: deterministic tokens of text, `rate` a second in each stream.
+
+    A rate of 0 is as fast as the host can go.
+    """
+    shapes = mock_shapes(options)
+    runner = MockRunner(
+        shapes,
+        tokenizer.size,
+        seconds_per_step=1 / rate if rate else 0.0,
+        # Text only, so that an answer ends where its request says.
+        tokens=range(min(tokenizer.control_tokens.values())),
+    )
+    return Engine(runner, shapes, options.queue_size)
+
+
+def mock_shapes(options: Options) -> StepShapes:
+    """Shapes with pages enough for every slot at its longest."""
+    rows = max(1, options.max_batch_tokens // PREFILL_TILE)
+    return StepShapes(
+        num_slots=options.max_concurrency,
+        num_pages=options.max_concurrency * -(-options.max_seq_len // PAGE_SIZE),
+        page_size=PAGE_SIZE,
+        max_seq_len=options.max_seq_len,
+        prefill_tile=PREFILL_TILE,
+        prefill_buckets=(rows,),
+        decode_buckets=(options.max_concurrency,),
+    )

@@ -1,0 +1,145 @@
+"""An engine that says what a test wrote, token by token, and a service around it.
+
+Knows no model and no scheduler: one thread, one token per request and turn.
+"""
+
+import asyncio
+import itertools
+import queue
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from glm_jax.engine.request import (
+    EngineDeadError,
+    EngineDrainingError,
+    EngineStats,
+    FinishReason,
+    QueueFullError,
+    Request,
+    TokenEvent,
+)
+from serving.admission import GenerationDefaults, Limits
+from serving.bridge import Bridge, Deliver
+from serving.chat import ChatTemplate
+from serving.metrics import Metrics
+from serving.service import Service
+from serving.tokenizer import ModelTokenizer
+from tests.serving.model_dir import END_TOKENS, byte_tokenizer, write_model_dir
+
+TOKENIZER = ModelTokenizer(byte_tokenizer())
+END = TOKENIZER.control_tokens[END_TOKENS[1]]
+_FILLER = TOKENIZER.encode("x")[0]
+LIMITS = Limits(max_seq_len=4096, max_prompt_tokens=2048, max_new_tokens=2048)
+
+
+def tokens(text: str) -> list[int]:
+    """Tokens of an output, control tokens recognized."""
+    return TOKENIZER.encode(text)
+
+
+class ScriptedEngine:
+    """Answers each request with the tokens of `script(request)`, then with x until it must end.
+
+    Attributes:
+      requests: all that were submitted.
+      cancelled: ids of those that were cancelled while they ran.
+    """
+
+    def __init__(
+        self, script: Callable[[Request], Iterable[int]], *, pause: float = 0.0, max_queue: int = 64
+    ) -> None:
+        self._script = script
+        self._pause = pause
+        self._max_queue = max_queue
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._running: dict[str, tuple[Request, Iterator[int]]] = {}
+        self._failure: Exception | None = None
+        self._is_stopping = False
+        self._is_alive = True
+        self.requests: list[Request] = []
+        self.cancelled: list[str] = []
+
+    def submit(self, request: Request) -> None:
+        if not self._is_alive:
+            raise EngineDeadError
+        if self._is_stopping:
+            raise EngineDrainingError
+        if len(self._running) >= self._max_queue:
+            raise QueueFullError
+        self.requests.append(request)
+        length = request.sampling.max_new_tokens
+        answer = itertools.chain(self._script(request), itertools.repeat(_FILLER))
+        self._running[request.id] = (request, itertools.islice(answer, length - 1))
+        self._inbox.put(lambda: None)
+
+    def cancel(self, request_id: str) -> None:
+        if self._running.pop(request_id, None):
+            self.cancelled.append(request_id)
+
+    def stop(self) -> None:
+        self._is_stopping = True
+        self._inbox.put(lambda: None)
+
+    def fail(self, error: Exception) -> None:
+        """The next turn dies of this."""
+        self._failure = error
+        self._inbox.put(lambda: None)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_waiting=0,
+            num_running=len(self._running),
+            num_pages_used=len(self._running),
+            num_pages=64,
+            num_prefill_steps=0,
+            num_decode_steps=0,
+            is_alive=self._is_alive,
+        )
+
+    def run(self, deliver: Deliver) -> None:
+        while self._running or not self._is_stopping:
+            if not self._running:
+                self._inbox.get()
+            if self._failure is not None:
+                self._is_alive = False
+                raise self._failure
+            time.sleep(self._pause)
+            deliver([self._next(*entry) for entry in list(self._running.values())])
+
+    def _next(self, request: Request, answer: Iterator[int]) -> TokenEvent:
+        token = next(answer, None)
+        if token is None:
+            self._running.pop(request.id, None)
+            return TokenEvent(request.id, _FILLER, finish_reason="length")
+        reason: FinishReason | None = None
+        if token in request.sampling.stop_token_ids:
+            reason = "stop"
+            self._running.pop(request.id, None)
+        return TokenEvent(request.id, token, finish_reason=reason)
+
+
+@asynccontextmanager
+async def scripted_service(
+    engine: ScriptedEngine, model_dir: Path, *, limits: Limits = LIMITS
+) -> AsyncIterator[Service]:
+    """A service on this engine, its thread running."""
+    bridge = Bridge()
+    write_model_dir(model_dir)
+    service = Service(
+        bridge=bridge,
+        tokenizer=TOKENIZER,
+        template=ChatTemplate.from_directory(model_dir, TOKENIZER),
+        model_names=("tiny", "alias/of-tiny"),
+        limits=limits,
+        defaults=GenerationDefaults.from_directory(model_dir),
+        metrics=Metrics(bridge.stats),
+    )
+    bridge.start(lambda: engine)
+    while bridge.state == "starting":
+        await asyncio.sleep(0.001)
+    yield service
+    if not bridge.ended.done():
+        bridge.stop()
+        await bridge.ended
