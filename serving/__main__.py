@@ -84,7 +84,10 @@ def main() -> None:
 @option("--tls-key", None, _FILE, "PEM file with its private key.")
 def serve(**flags: Any) -> None:
     """Serve a model over HTTP."""
-    logging.basicConfig(level=flags.pop("log_level").upper(), format=_LOG_FORMAT)
+    level = flags.pop("log_level").upper()
+    logging.basicConfig(level=level, format=_LOG_FORMAT)
+    if level == "INFO":
+        logging.getLogger("jax").setLevel("WARNING")  # it tells which back ends are not there
     if (flags["tls_cert"] is None) != (flags["tls_key"] is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
     address = Address(
