@@ -32,7 +32,7 @@ ROWS, LENGTH, STEPS = 2, 33, 64
 LOGIT_STRIDE = 4  # logits are kept at every fourth position, the last one included
 # Sharp enough to demand equality: f32 noise is 1e-6 in logits, 1e-7 in router scores.
 MIN_LOGIT_GAP, MIN_ROUTER_GAP = 1e-3, 2e-6
-NUM_DISTURBANCES, MIN_AGREEMENT = 16, 0.98
+NUM_DISTURBANCES, MIN_AGREEMENT = 16, 0.96
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -123,16 +123,15 @@ def rough_arrays(case: Case, directory: Path, ids: Tensor, inputs: Tensor) -> di
     rough_outputs, rough_routing = peer.run_layers(rough, inputs)
     same = routed_the_same(case, rough_routing, routing)
     return {
-        "plain_logits": truth.logits[:, ::LOGIT_STRIDE].numpy(),
+        "plain_logits": truth.logits.numpy().astype(np.float16),
         "layer_added": (outputs - inputs).numpy().astype(np.float16),
         "layer_picks": routing.picks.numpy().astype(np.int8),
         "peer_layer_error": added_error(rough_outputs, outputs, inputs, same),
         "peer_layer_rerouted": (~same).float().mean(dim=(1, 2)).numpy(),
         "peer_hidden_error": relative_per_layer(run.hidden, truth.hidden),
         "peer_hidden_median": median_per_layer(run.hidden, truth.hidden),
-        "peer_logits_error": np.float32(
-            relative(run.logits[:, ::LOGIT_STRIDE], truth.logits[:, ::LOGIT_STRIDE])
-        ),
+        "peer_logits_error": np.float32(relative(run.logits, truth.logits)),
+        "peer_logits_median": median_per_layer(run.logits[None], truth.logits[None])[0],
     }
 
 
