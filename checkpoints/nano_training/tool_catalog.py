@@ -1,0 +1,331 @@
+"""The tools nano learns to call: families of signatures, what people ask them, what they return.
+
+Knows no conversations; a family says how one call looks in every guise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoints.nano_training.draw import Draw
+from checkpoints.nano_training.world import (
+    CATEGORIES,
+    CITIES,
+    COUNTRIES,
+    FIRST_NAMES,
+    THINGS,
+    WORDS,
+)
+
+Arguments = dict[str, Any]
+
+ROOMS: tuple[str, ...] = tuple(
+    (
+        "kitchen bedroom garden library hall garage office bathroom attic cellar corridor studio "
+        "lobby terrace nursery workshop pantry lounge porch stable"
+    ).split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a family.
+
+    Attributes:
+      key: what the family's own templates call it.
+      names: what signatures call it; one is drawn per tool.
+      type: its JSON type.
+      value: draws an argument.
+      mention: empty for a required parameter; else what the question adds when it is given.
+      enum: the only values it takes, if limited.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    type: str
+    value: Callable[[Draw], Any]
+    mention: str = ""
+    enum: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Tools that do the same thing under different names.
+
+    Attributes:
+      names: function names; the last one is kept for the evaluation.
+      descriptions: what signatures say it does.
+      parameters: required ones first.
+      questions: requests, with {key} for each required argument.
+      outcome: draws what the tool returns and what nano then answers.
+      pairs: requests with {0} and {1} for two calls that differ in the first argument.
+    """
+
+    names: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    questions: tuple[str, ...]
+    outcome: Callable[[Draw, Arguments], tuple[str, str]]
+    pairs: tuple[str, ...] = ()
+
+
+def _phrase(draw: Draw) -> str:
+    return " ".join(draw.sample(WORDS, draw.integer(1, 3)))
+
+
+def _symbol(draw: Draw) -> str:
+    return "".join(draw.choice("ABCDEFGHIKLMNOPRSTUVWXZ") for _ in range(draw.integer(2, 4)))
+
+
+def _clock(draw: Draw) -> str:
+    return f"{draw.integer(6, 23)}:{draw.choice('012345')}{draw.choice('05')}"
+
+
+def _items(draw: Draw) -> list[str]:
+    return draw.sample(CATEGORIES["drinks"] + CATEGORIES["fruits"], draw.integer(1, 3))
+
+
+def _city(draw: Draw) -> str:
+    return draw.choice(CITIES)
+
+
+def _name(draw: Draw) -> str:
+    return draw.choice(FIRST_NAMES)
+
+
+def _number(low: int, high: int) -> Callable[[Draw], int]:
+    return lambda draw: draw.integer(low, high)
+
+
+def _sum(draw: Draw) -> str:
+    return f"{draw.integer(2, 999)} {draw.choice('+-*/')} {draw.integer(2, 999)}"
+
+
+def _weather(draw: Draw, arguments: Arguments) -> tuple[str, str]:
+    degrees = draw.integer(-9, 39)
+    sky = draw.choice(("sunny", "cloudy", "rainy", "windy", "snowy", "foggy", "clear"))
+    degrees_key = draw.choice(("temperature", "temp", "degrees", "temp_c"))
+    sky_key = draw.choice(("condition", "sky", "weather", "conditions"))
+    result = draw.choice(
+        (
+            f'{{"{degrees_key}": {degrees}, "{sky_key}": "{sky}"}}',
+            f'{{"{sky_key}": "{sky}", "{degrees_key}": {degrees}}}',
+            f"{degrees} degrees, {sky}",
+            f"{sky}, {degrees} degrees",
+        )
+    )
+    return result, f"It is {sky} with {degrees} degrees in {arguments['city']}."
+
+
+def _value(
+    answer: str, value: Callable[[Draw], Any], keys: tuple[str, ...]
+) -> Callable[[Draw, Arguments], tuple[str, str]]:
+    """An outcome of one value, bare or in an object; {value} is where the answer repeats it."""
+
+    def outcome(draw: Draw, arguments: Arguments) -> tuple[str, str]:
+        drawn = value(draw)
+        key = draw.choice(keys)
+        shown = f'"{drawn}"' if isinstance(drawn, str) else str(drawn)
+        result = draw.choice((str(drawn), f'{{"{key}": {shown}}}'))
+        return result, answer.format(value=drawn, **arguments)
+
+    return outcome
+
+
+def _done(answer: str) -> Callable[[Draw, Arguments], tuple[str, str]]:
+    """An outcome that only says it worked."""
+
+    def outcome(draw: Draw, arguments: Arguments) -> tuple[str, str]:
+        result = draw.choice(("ok", "done", '{"status": "ok"}', '{"success": true}', "true"))
+        return result, answer.format(**arguments)
+
+    return outcome
+
+
+def _switched(draw: Draw, arguments: Arguments) -> tuple[str, str]:
+    state = "on" if arguments["on"] else "off"
+    return draw.choice(("ok", "done", '{"status": "ok"}')), f"The light is {state}."
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        ("get_weather", "get_weather", "weather", "get_current_weather", "check_weather",
+         "weather_lookup", "getWeather", "get_forecast", "fetch_weather"),
+        ("Get the weather", "Get the weather in a city", "Current weather for a location",
+         "Get current weather information for a location"),
+        (
+            Parameter("city", ("city", "location", "place", "town", "city_name"), "string", _city),
+            Parameter("days", ("days", "num_days"), "integer", _number(2, 9), " for {} days"),
+            Parameter("unit", ("unit", "units"), "string",
+                      lambda draw: draw.choice(("celsius", "fahrenheit")), " in {}",
+                      ("celsius", "fahrenheit")),
+        ),
+        ("What is the weather in {city}?", "What's the weather like in {city}?",
+         "How is the weather in {city}?", "Weather in {city}?", "Tell me the weather in {city}.",
+         "Is it raining in {city}?", "How warm is it in {city}?", "Check the weather in {city}.",
+         "What is the weather in {city} today?", "Do I need an umbrella in {city}?"),
+        _weather,
+        ("What is the weather in {0} and {1}?", "Compare the weather in {0} and in {1}.",
+         "How is the weather in {0} and in {1}?"),
+    ),
+    Family(
+        ("calculator", "calculate", "compute", "evaluate", "run_calculator", "calc", "do_math"),
+        ("Evaluate an expression", "Calculate", "A calculator", "Perform a calculation"),
+        (Parameter("expression", ("expression", "expr", "formula", "input"), "string", _sum),),
+        ("What is {expression}?", "Calculate {expression}.", "How much is {expression}?",
+         "Use the calculator: {expression}", "Compute {expression}.", "{expression} = ?"),
+        _value("{expression} = {value}", _number(2, 9999), ("result", "value", "answer")),
+    ),
+    Family(
+        ("multiply", "product", "multiply_numbers", "mul"),
+        ("Multiply two numbers", "The product of two numbers"),
+        (
+            Parameter("a", ("a", "x", "first"), "integer", _number(2, 999)),
+            Parameter("b", ("b", "y", "second"), "integer", _number(2, 999)),
+        ),
+        ("Multiply {a} by {b}.", "What is {a} times {b}?", "Multiply {a} and {b}."),
+        _value("{a} times {b} is {value}.", _number(2, 9999), ("result", "product")),
+    ),
+    Family(
+        ("search", "web_search", "search_web", "search_docs", "find", "lookup", "google_search"),
+        ("Search the web", "Search for documents", "Find pages about something"),
+        (
+            Parameter("query", ("query", "q", "text", "search_query"), "string", _phrase),
+            Parameter("limit", ("limit", "top_k", "max_results"), "integer", _number(2, 20),
+                      ", {} results"),
+        ),
+        ("Search for {query}", "Find pages about {query}", "Look up {query}", "Search: {query}",
+         "Search the web for {query}"),
+        _value("I found this: {value}", _phrase, ("title", "result", "page")),
+        ("Search for {0} and then for {1}", "Look up {0} and also {1}"),
+    ),
+    Family(
+        ("get_time", "now", "current_time", "get_current_time", "clock", "time_now"),
+        ("Get the time", "The current time", "Get the current time"),
+        (),
+        ("What time is it?", "What is the time?", "Tell me the time.", "Time?",
+         "What time is it now?", "Can you tell me the time?"),
+        _value("It is {value}.", _clock, ("time", "now")),
+    ),
+    Family(
+        ("get_date", "today", "current_date", "get_today"),
+        ("Get the date", "The date of today"),
+        (),
+        ("What day is it?", "What is the date today?", "Tell me the date.", "Which date is today?"),
+        _value("Today is {value}.",
+               lambda draw: f"{draw.integer(1, 28)} {draw.choice(CATEGORIES['months'])}",
+               ("date", "today")),
+    ),
+    Family(
+        ("battery_level", "get_battery", "battery", "battery_status"),
+        ("Get the battery level", "Battery level in percent"),
+        (),
+        ("How full is the battery?", "What is the battery level?", "Check the battery.",
+         "How much battery is left?"),
+        _value("The battery is at {value} percent.", _number(1, 99), ("level", "percent")),
+    ),
+    Family(
+        ("roll_dice", "roll", "throw_dice", "dice"),
+        ("Roll a die", "Throw a die"),
+        (),
+        ("Roll a die.", "Throw the dice.", "Roll the dice for me.", "Please roll a die."),
+        _value("You got a {value}.", _number(1, 6), ("value", "roll")),
+    ),
+    Family(
+        ("send_message", "send_text", "message", "send_sms", "text_person"),
+        ("Send a message", "Send a text to a person"),
+        (
+            Parameter("to", ("to", "recipient", "person", "name"), "string", _name),
+            Parameter("text", ("text", "message", "body", "content"), "string", _phrase),
+        ),
+        ("Send {to} the message: {text}", "Text {to}: {text}", "Tell {to} this: {text}",
+         "Write to {to}: {text}"),
+        _done("I sent the message to {to}."),
+    ),
+    Family(
+        ("set_timer", "start_timer", "timer", "create_timer"),
+        ("Set a timer", "Start a timer in minutes"),
+        (Parameter("minutes", ("minutes", "duration", "mins"), "integer", _number(1, 90)),),
+        ("Set a timer for {minutes} minutes.", "Start a timer of {minutes} minutes.",
+         "Timer for {minutes} minutes, please.", "Wake me in {minutes} minutes."),
+        _done("The timer is set for {minutes} minutes."),
+    ),
+    Family(
+        ("get_stock_price", "stock_price", "get_price", "quote", "fetch_stock_price"),
+        ("Get a stock price", "The price of a stock"),
+        (Parameter("symbol", ("symbol", "ticker", "stock"), "string", _symbol),),
+        ("What is the price of {symbol}?", "How much is {symbol} stock?", "Price of {symbol}?",
+         "Get the stock price of {symbol}."),
+        _value("{symbol} costs {value}.", _number(2, 999), ("price", "usd", "value")),
+        ("What are the prices of {0} and {1}?", "Get the price of {0} and of {1}."),
+    ),
+    Family(
+        ("translate", "translate_text", "translator", "to_language"),
+        ("Translate text", "Translate text to a language"),
+        (
+            Parameter("text", ("text", "input", "phrase"), "string", _phrase),
+            Parameter("language", ("language", "target", "to", "lang"), "string",
+                      lambda draw: draw.choice(COUNTRIES).language),
+        ),
+        ("Translate {text} to {language}", "Say {text} in {language}",
+         "How do you say {text} in {language}?"),
+        _value("In {language} it is: {value}", _phrase, ("translation", "result")),
+    ),
+    Family(
+        ("convert", "convert_currency", "currency", "exchange"),
+        ("Convert money", "Convert an amount to another currency"),
+        (
+            Parameter("amount", ("amount", "value"), "number",
+                      lambda draw: draw.choice((draw.integer(1, 900), draw.integer(1, 99) + 0.5))),
+            Parameter("source", ("from", "source", "from_currency"), "string",
+                      lambda draw: draw.choice(("USD", "EUR", "GBP", "JPY"))),
+            Parameter("target", ("to", "target", "to_currency"), "string",
+                      lambda draw: draw.choice(("CHF", "SEK", "INR", "CNY"))),
+        ),
+        ("Convert {amount} {source} to {target}.", "How much is {amount} {source} in {target}?"),
+        _value("{amount} {source} is {value} {target}.", _number(1, 9999), ("amount", "result")),
+    ),
+    Family(
+        ("set_light", "switch_light", "light", "control_light"),
+        ("Switch a light", "Turn a light on or off"),
+        (
+            Parameter("room", ("room", "area", "where"), "string",
+                      lambda draw: draw.choice(ROOMS)),
+            Parameter("on", ("on", "enabled", "state"), "boolean",
+                      lambda draw: draw.chance(0.5)),
+        ),
+        ("Turn {on} the light in the {room}.", "Switch the {room} light {on}.",
+         "Light {on} in the {room}, please."),
+        _switched,
+    ),
+    Family(
+        ("create_event", "add_event", "schedule", "add_reminder"),
+        ("Create an event", "Add an event to the calendar"),
+        (
+            Parameter("title", ("title", "name", "event"), "string", _phrase),
+            Parameter("time", ("time", "start", "at"), "string", _clock),
+        ),
+        ("Create the event {title} at {time}.", "Put {title} in my calendar at {time}.",
+         "Add {title} at {time}."),
+        _done("I added {title} at {time}."),
+    ),
+    Family(
+        ("add_items", "add_to_list", "shopping_list", "add_to_shopping_list"),
+        ("Add items to the shopping list", "Add items to a list"),
+        (Parameter("items", ("items", "products", "things"), "array", _items),),
+        ("Add {items} to my shopping list.", "Put {items} on the list.", "I need to buy {items}."),
+        _done("I added {items}."),
+    ),
+    Family(
+        ("count_stock", "check_stock", "get_inventory", "inventory"),
+        ("Count what is in stock", "How many of a thing are in stock"),
+        (Parameter("item", ("item", "product", "thing"), "string",
+                   lambda draw: draw.choice(THINGS + CATEGORIES["fruits"])),),
+        ("How many {item} do we have in stock?", "Are there {item} in stock?",
+         "Check the stock of {item}."),
+        _value("There are {value} {item} in stock.", _number(0, 99), ("count", "in_stock")),
+        ("How many {0} and how many {1} do we have in stock?",),
+    ),
+)  # fmt: skip

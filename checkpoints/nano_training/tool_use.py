@@ -1,0 +1,215 @@
+"""Requests answered through tools: the call, what the tool returned, the final answer.
+
+Knows how signatures of tool_catalog's families are drawn and how arguments are said in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoints.nano_training.conversation import (
+    Call,
+    Check,
+    Exchange,
+    Message,
+    Tool,
+    answer,
+    assistant,
+    tool_result,
+    user,
+)
+from checkpoints.nano_training.draw import Draw
+from checkpoints.nano_training.tool_catalog import FAMILIES, Arguments, Family, Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """One guise of a family, as one conversation offers it.
+
+    Attributes:
+      family: what it does.
+      name: the function's name.
+      parameters: the family's parameters that this guise has, by the name it gives them.
+      tool: the OpenAI definition.
+    """
+
+    family: Family
+    name: str
+    parameters: dict[str, Parameter]
+    tool: Tool
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether training never offers the function under this name."""
+        return self.name == self.family.names[-1]
+
+
+def draw_signatures(draw: Draw) -> list[Signature]:
+    """One to three tools of different families, under different names."""
+    families = draw.sample(FAMILIES, draw.weighted({1: 5, 2: 4, 3: 1}))
+    if draw.chance(0.25) and FAMILIES[0] not in families:
+        # The weather is what people try first.
+        families[0] = FAMILIES[0]
+    unseen = draw.held_out and draw.chance(0.4)
+    return [
+        _signature(draw, family, unseen=unseen or (draw.held_out and not family.parameters))
+        for family in families
+    ]
+
+
+def ask_tool(draw: Draw, signature: Signature) -> Exchange:
+    """A request for one tool, sometimes for two calls of it; held out: arguments, and names."""
+    pairs = signature.family.pairs
+    two = bool(pairs) and draw.chance(0.25)
+    while True:
+        phrasing = draw.choice(pairs if two else signature.family.questions)
+        arguments = _two_calls(draw, signature) if two else [_arguments(draw, signature)]
+        said = [value for each in arguments for value in each.values()]
+        # An unseen name makes any request a held-out one.
+        if signature.is_unseen or draw.admits(signature.name, phrasing, *said):
+            break
+    if two:
+        question = phrasing.format(*(next(iter(each.values())) for each in arguments))
+    else:
+        question = _question(draw, signature, phrasing, arguments[0])
+    return _exchange(draw, signature, question, arguments)
+
+
+def ask_without_tool(draw: Draw, signatures: Sequence[Signature] = ()) -> Exchange:
+    """A request that none of the tools on offer can serve: nano says so and calls nothing."""
+    offered = [signature.family for signature in signatures]
+    while True:
+        signature = _signature(draw, draw.choice(FAMILIES), unseen=False)
+        phrasing, arguments = draw.choice(signature.family.questions), _arguments(draw, signature)
+        if not (signature.family in offered or _is_answerable(signature.family)) and draw.admits(
+            "no tool", phrasing, *arguments.values()
+        ):
+            break
+    content = "I have no tool for that."
+    return answer(
+        "no tool",
+        _question(draw, signature, phrasing, arguments),
+        "No tool can do that.",
+        content,
+        Check(equals=content),
+    )
+
+
+def _is_answerable(family: Family) -> bool:
+    """Whether nano answers by itself, or the request reads like one that it does."""
+    return any(parameter.key in ("expression", "a") for parameter in family.parameters)
+
+
+def _two_calls(draw: Draw, signature: Signature) -> list[Arguments]:
+    """Two calls with the required parameter only, each with a value of its own."""
+    name, parameter = next(iter(signature.parameters.items()))
+    first = second = parameter.value(draw)
+    while second == first:
+        second = parameter.value(draw)
+    return [{name: first}, {name: second}]
+
+
+def _signature(draw: Draw, family: Family, *, unseen: bool) -> Signature:
+    name = family.names[-1] if unseen else draw.choice(family.names[:-1])
+    given = [each for each in family.parameters if not each.mention or draw.chance(0.4)]
+    parameters = {draw.choice(each.names): each for each in given}
+    described = draw.chance(0.2)
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {
+            key: _property(each, described=described) for key, each in parameters.items()
+        },
+    }
+    if parameters or draw.chance(0.5):
+        schema["required"] = [key for key, each in parameters.items() if not each.mention]
+    if draw.chance(0.1):
+        schema["additionalProperties"] = False
+    function = {
+        "name": name,
+        "description": draw.choice(family.descriptions),
+        "parameters": schema,
+    }
+    return Signature(family, name, parameters, {"type": "function", "function": function})
+
+
+def _property(parameter: Parameter, *, described: bool) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": parameter.type}
+    if parameter.type == "array":
+        schema["items"] = {"type": "string"}
+    if parameter.enum:
+        schema["enum"] = list(parameter.enum)
+    if described:
+        schema["description"] = f"The {parameter.key}"
+    return schema
+
+
+def _arguments(draw: Draw, signature: Signature) -> Arguments:
+    return {
+        name: parameter.value(draw)
+        for name, parameter in signature.parameters.items()
+        if not parameter.mention or draw.chance(0.5)
+    }
+
+
+def _question(draw: Draw, signature: Signature, phrasing: str, arguments: Arguments) -> str:
+    said = _said(signature, arguments)
+    question = phrasing.format(**said)
+    mentions = "".join(
+        signature.parameters[name].mention.format(value) for name, value in arguments.items()
+    )
+    if not mentions:
+        return question if said else draw.casual(question)
+    ending = question[-1] if question[-1] in "?." else ""
+    return question.removesuffix(ending) + mentions + ending
+
+
+def _said(signature: Signature, arguments: Arguments) -> dict[str, str]:
+    """The arguments by the family's own keys, as a sentence has them."""
+    return {signature.parameters[name].key: _in_words(value) for name, value in arguments.items()}
+
+
+def _in_words(value: Any) -> str:
+    match value:
+        case bool():
+            return "on" if value else "off"
+        case [*first, last] if first:
+            return ", ".join(first) + " and " + last
+        case [only]:
+            return only
+        case _:
+            return str(value)
+
+
+def _exchange(
+    draw: Draw, signature: Signature, question: str, arguments: list[Arguments]
+) -> Exchange:
+    calls = tuple(Call(signature.name, each) for each in arguments)
+    outcomes = [_outcome(draw, signature, each) for each in arguments]
+    final = " ".join(text for _, text in outcomes)
+    messages: list[Message] = [user(question), assistant(_plan(calls), "", calls)]
+    messages += [tool_result(result) for result, _ in outcomes]
+    got = "I have the result." if len(calls) == 1 else "I have both results."
+    messages.append(assistant(got, final))
+    skill = "tool call, unseen name" if signature.is_unseen else "tool call"
+    return Exchange(skill, tuple(messages), (Check(calls=calls), Check(equals=final)))
+
+
+def _outcome(draw: Draw, signature: Signature, arguments: Arguments) -> tuple[str, str]:
+    keyed: Arguments = {
+        signature.parameters[name].key: value if isinstance(value, bool) else _in_words(value)
+        for name, value in arguments.items()
+    }
+    return signature.family.outcome(draw, keyed)
+
+
+def _plan(calls: tuple[Call, ...]) -> str:
+    name = calls[0].name
+    told = [
+        ", ".join(f"{key} {_in_words(value)}" for key, value in call.arguments.items())
+        for call in calls
+    ]
+    if len(calls) > 1:
+        return f"Call {name} twice: {told[0]} and {told[1]}."
+    return f"Call {name} with {told[0]}." if told[0] else f"Call {name}."
