@@ -1,7 +1,7 @@
-"""The heavy operations: for each a reference in plain JAX, and the choice of kernel.
+"""The heavy operations, each a reference in plain JAX: the truth that any kernel must meet.
 
-Knows arrays only. Weights are stacked over layers and indexed here, so that a kernel can index them
-in place. References define the truth and serve on CPU.
+Knows arrays only. Weights are stacked over layers and indexed here, so that a kernel can take the
+place of an operation and index them in place.
 """
 
 import jax
@@ -88,11 +88,16 @@ def partial_matmul(
     num_rows, width = x.shape
     groups = x.reshape(num_rows, width // group_size, group_size).swapaxes(0, 1)
     weight = _layer(values, layer)
-    weight = weight.reshape(weight.shape[0], -1, group_size).swapaxes(0, 1)
+    weight = weight.reshape(weight.shape[0], -1, group_size)
+
+    def products(groups: Float[Array, "R T group"]) -> Float32[Array, "R T D"]:
+        # One by one: XLA's CPU gives a batch of several groups other bits than a group alone.
+        return jnp.stack([_dot(group, weight[:, index]) for index, group in enumerate(groups)])
+
     if scale is None:
-        return _batched_dot(groups, weight)
+        return products(groups)
     quantized, row_scale = quantize_rows(groups)
-    return _batched_dot(quantized, weight) * row_scale * _layer(scale, layer)[None, None]
+    return products(quantized) * row_scale * _layer(scale, layer)[None, None]
 
 
 def gated_silu(gate_up: Float[Array, "*T 2 F"]) -> Float[Array, "*T F"]:
