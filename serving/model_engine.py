@@ -67,7 +67,7 @@ def _build(options: Options, tokenizer: ModelTokenizer) -> Engine:
         max_batch_tokens=options.max_batch_tokens,
     )
     _log_shapes(shapes, options.max_batch_tokens)
-    _keep_compiled_steps()
+    _keep_compiled_steps(options.engine)
     with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
         programs = pool.submit(_compile, config, shapes, mesh, dtype)
         weights = _weights(options, config, mesh, dtype)
@@ -106,11 +106,13 @@ def _log_shapes(shapes: StepShapes, max_batch_tokens: int) -> None:
         )
 
 
-def _keep_compiled_steps() -> None:
+def _keep_compiled_steps(directory: Path | None) -> None:
     """Keeps executables on disk, so that the next start compiles nothing."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(_CACHE_DIRECTORY.expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if directory is None and jax.config.jax_compilation_cache_dir is not None:
+        return
+    directory = (directory or _CACHE_DIRECTORY).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _compile(config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype) -> Programs:

@@ -10,8 +10,8 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,19 @@ import httpx
 import openai
 import pytest
 
+from tests.serving.live import (
+    ROOT,
+    Process,
+    body,
+    client_of,
+    free_port,
+    launched,
+    metric,
+    stream_text,
+    wait_until_ready,
+)
 from tests.serving.model_dir import write_model_dir
 
-ROOT = Path(__file__).parents[2]
 OTHER_ENGINE = """
 import sys
 import time
@@ -53,59 +63,15 @@ main(sys.argv[2:])
 """
 
 
-class Process:
-    """A running server.
-
-    Attributes:
-      url: of the server, without the endpoint.
-    """
-
-    def __init__(self, popen: subprocess.Popen[str], url: str) -> None:
-        self.popen = popen
-        self.url = url
-
-    def signal(self, number: int) -> None:
-        os.kill(self.popen.pid, number)
-
-    def wait(self) -> tuple[int, str]:
-        """Exit code and log."""
-        _, log = self.popen.communicate(timeout=20)
-        return self.popen.returncode, log
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def served(
     model_dir: Path, *flags: str, program: tuple[str, ...] = ("-m", "serving"), tls: bool = False
 ) -> Iterator[Process]:
-    port = free_port()
+    """A server without a model."""
     write_model_dir(model_dir)
-    popen = subprocess.Popen(
-        [sys.executable, *program, "serve", "--mock", "--host", "127.0.0.1",
-         "--model-dir", str(model_dir), *flags],
-        cwd=ROOT,
-        env={**os.environ, "PORT": str(port), "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
     scheme = "https" if tls else "http"
-    try:
-        for _ in range(400):
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1):
-                    break
-            except OSError:
-                assert popen.poll() is None, popen.communicate()[1]
-                time.sleep(0.05)
-        yield Process(popen, f"{scheme}://127.0.0.1:{port}")
-    finally:
-        popen.kill()
-        popen.communicate()
+    with launched(model_dir, "--mock", *flags, program=program, scheme=scheme) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
@@ -115,52 +81,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         yield process
 
 
-def wait_until_ready(process: Process) -> None:
-    for _ in range(200):
-        if httpx.get(f"{process.url}/readyz").status_code == 200:
-            return
-        time.sleep(0.02)
-    raise AssertionError("the server does not get ready")
-
-
-def metric(process: Process, name: str) -> float:
-    text = httpx.get(f"{process.url}/metrics").text
-    return float(re.findall(rf"^{re.escape(name)} (\S+)$", text, re.M)[0])
-
-
-def body(prompt: str, **fields) -> dict[str, Any]:
-    return {"model": "tiny", "prompt": prompt, "max_tokens": 40, "temperature": 0, **fields}
-
-
-async def stream_text(client: httpx.AsyncClient, prompt: str, leave_after: int = 10**9) -> str:
-    """Text of a streamed completion, up to so many events."""
-    text = ""
-    request = client.stream("POST", "/v1/completions", json=body(prompt, stream=True))
-    async with request as response:
-        assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
-            if line in ("", "data: [DONE]"):
-                continue
-            text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-            leave_after -= 1
-            if leave_after == 0:
-                break
-    return text
-
-
-@asynccontextmanager
-async def client_of(process: Process) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=process.url, timeout=30, limits=limits) as client:
-        yield client
-
-
 def test_the_openai_client_works_unchanged(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["tiny"]
         assert client.models.retrieve("tiny").id == "tiny"
-        completion = client.completions.create(**body("Hi"))
-        pieces = client.completions.create(**body("Hi", stream=True))
+        completion = client.completions.create(**body("Hi", model="tiny"))
+        pieces = client.completions.create(**body("Hi", model="tiny", stream=True))
         assert "".join(piece.choices[0].text for piece in pieces) == completion.choices[0].text
         assert completion.usage is not None
         assert completion.usage.completion_tokens == 40
@@ -176,7 +102,7 @@ def test_the_openai_client_works_unchanged(server):
             client.completions.create(model="other", prompt="Hi")
         assert missing.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError) as bad:
-            client.completions.create(**body("Hi"), n=3)
+            client.completions.create(**body("Hi", model="tiny"), n=3)
         assert bad.value.param == "n"
 
 
