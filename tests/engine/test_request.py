@@ -22,12 +22,12 @@ from glm_jax.engine.request import Request, SamplingParams
 def test_a_parameter_out_of_range_is_named_with_its_value(
     field: str, good: list[Any], bad: list[Any]
 ) -> None:
+    fields: dict[str, Any] = {"max_new_tokens": 1}
     for value in good:
-        sampling = SamplingParams(**{"max_new_tokens": 1} | {field: value})
-        assert getattr(sampling, field) == value
+        assert getattr(SamplingParams(**fields | {field: value}), field) == value
     for value in bad:
         with pytest.raises(ValueError, match=rf"^{field} must be .* got {value}$"):
-            SamplingParams(**{"max_new_tokens": 1} | {field: value})
+            SamplingParams(**fields | {field: value})
 
 
 def test_nothing_is_filtered_unless_asked_for() -> None:

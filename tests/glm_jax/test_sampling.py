@@ -1,7 +1,10 @@
 """Sampling: what may be drawn, how often, and that a draw is the row's own business."""
 
+import operator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,13 +22,19 @@ def rows_of(count: int, **fields: Any) -> SamplingRows:
     values: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0}
     values |= {"seed_high": 0, "seed_low": np.arange(count), "position": 0} | fields
 
-    def column(name: str, dtype: type) -> np.ndarray:
+    def column(name: str, dtype: type) -> jax.Array:
         with np.errstate(over="ignore", under="ignore"):
-            return np.broadcast_to(np.asarray(values[name]).astype(dtype), (count,))
+            return jnp.asarray(np.broadcast_to(np.asarray(values[name]).astype(dtype), (count,)))
 
-    seed = np.stack([column(name, np.uint32) for name in ("seed_high", "seed_low")], axis=1)
-    floats = [column(name, np.float32) for name in ("temperature", "top_p", "min_p")]
-    return SamplingRows(*floats, column("top_k", np.int32), seed, column("position", np.int32))
+    seed = jnp.stack([column(name, np.uint32) for name in ("seed_high", "seed_low")], axis=1)
+    return SamplingRows(
+        temperature=column("temperature", np.float32),
+        top_p=column("top_p", np.float32),
+        min_p=column("min_p", np.float32),
+        top_k=column("top_k", np.int32),
+        seed=seed,
+        position=column("position", np.int32),
+    )
 
 
 def draw(logits: np.ndarray, **fields: Any) -> np.ndarray:
@@ -82,7 +91,7 @@ def test_zero_temperature_takes_the_first_of_the_best() -> None:
     np.testing.assert_array_equal(tokens, [1, 2])
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-37, 1e-38, 1e-45])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-37, 1.2e-38, 1e-45])
 def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
     logits = (10 * np.random.default_rng(0).normal(size=(50, VOCAB))).astype(np.float32)
     for filters in ({}, {"top_p": 0.9, "top_k": 5, "min_p": 0.1}):
@@ -223,7 +232,8 @@ def test_a_row_draws_the_same_in_any_company() -> None:
     logits, rows = a_mixed_batch()
     tokens, logprobs = run(logits, rows)
     for part in (*([row] for row in range(8)), [5, 1, 2], [7, 6, 5, 4, 3, 2, 1, 0]):
-        alone = run(logits[part], SamplingRows(*(field[part] for field in rows)))
+        chosen = np.array(part)
+        alone = run(logits[part], jax.tree.map(operator.itemgetter(chosen), rows))
         np.testing.assert_array_equal(alone[0], tokens[part])
         np.testing.assert_allclose(alone[1], logprobs[part], atol=1e-6)
 
@@ -274,8 +284,8 @@ def test_a_vocabulary_of_full_size_is_filtered_exactly() -> None:
 def test_padding_rows_come_to_no_harm_and_do_none() -> None:
     logits, rows = a_mixed_batch()
     tokens, logprobs = run(logits, rows)
-    padding = SamplingRows(*(np.zeros_like(field) for field in rows))
-    both = SamplingRows(*(np.concatenate(pair) for pair in zip(rows, padding, strict=True)))
+    padding = jax.tree.map(jnp.zeros_like, rows)
+    both = jax.tree.map(lambda *pair: jnp.concatenate(pair), rows, padding)
     padded, padded_logprobs = run(np.concatenate([logits, np.zeros_like(logits)]), both)
     np.testing.assert_array_equal(padded[:8], tokens)
     np.testing.assert_array_equal(padded[8:], 0)
