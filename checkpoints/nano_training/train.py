@@ -50,8 +50,8 @@ class Settings:
     """
 
     seed: int = 0
-    num_steps: int = 1300
-    num_conversations: int = 40_000
+    num_steps: int = 1000
+    num_conversations: int = 48_000
     short_rows: int = 16
     long_rows: int = 4
     muon_rate: float = 0.02
