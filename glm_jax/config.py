@@ -301,12 +301,22 @@ def _parse_dtype(raw: dict[str, Any]) -> str:
 
 
 # compressed-tensors' float-quantized scheme as GLM-4.5/4.6/4.7-FP8 use it: what each key must hold.
-# Keys absent here carry bookkeeping of the quantizer (observer, version, ...) and change nothing.
+# Beside them only the quantizer's bookkeeping may stand, and keys that are null or empty.
 _SCHEME: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None,
                            "block_structure": None, "actorder": None}  # fmt: skip
 _WEIGHTS = _SCHEME | {"strategy": "channel", "dynamic": False}
 _ACTIVATIONS = _SCHEME | {"strategy": "token", "dynamic": True}
-_MUST_BE_GIVEN = frozenset({"num_bits", "type", "symmetric", "strategy", "dynamic"})
+_GROUP: dict[str, Any] = {"targets": ["Linear"], "output_activations": None,
+                          "format": "float-quantized"}  # fmt: skip
+_WHOLE: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "float-quantized",
+                          "quantization_status": "compressed", "kv_cache_scheme": None}  # fmt: skip
+_MUST_BE_GIVEN = frozenset(
+    "quant_method num_bits type symmetric strategy dynamic targets weights input_activations".split()
+)
+_BOOKKEEPING = frozenset(
+    """config_groups global_compression_ratio ignore input_activations observer observer_kwargs
+    scale_dtype version weights zp_dtype""".split()
+)
 
 
 def _parse_quantization(raw: Any) -> bool:
@@ -316,26 +326,17 @@ def _parse_quantization(raw: Any) -> bool:
     if not isinstance(raw, dict):
         raise ConfigError(f"quantization_config = {raw!r} must be an object")
     where = "quantization_config"
-    expected = {"quant_method": "compressed-tensors", "format": "float-quantized"}
-    _expect(raw, expected, where, frozenset(expected))
-    _expect(raw, {"kv_cache_scheme": None, "quantization_status": "compressed"}, where, frozenset())
-    for key in ("sparsity_config", "transform_config"):
-        if raw.get(key):
-            raise ConfigError(f"{where}.{key} = {raw[key]!r} is not supported")
+    if raw.get("format") is None:  # a group's own may be missing
+        raise ConfigError(f"key {where}.format is missing")
+    _expect(raw, _WHOLE, where)
     groups = _require(raw, "config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise ConfigError(f"{where}.config_groups must hold exactly one group, got {groups!r}")
     name, group = next(iter(groups.items()))
     where = f"{where}.config_groups.{name}"
-    _expect(group, {"targets": ["Linear"]}, where, frozenset({"targets"}))
-    _expect(group, {"output_activations": None}, where, frozenset())
-    _expect(_require(group, "weights"), _WEIGHTS, f"{where}.weights", _MUST_BE_GIVEN)
-    _expect(
-        _require(group, "input_activations"),
-        _ACTIVATIONS,
-        f"{where}.input_activations",
-        _MUST_BE_GIVEN,
-    )
+    _expect(group, _GROUP, where)
+    for part, scheme in (("weights", _WEIGHTS), ("input_activations", _ACTIVATIONS)):
+        _expect(_require(group, part), scheme, f"{where}.{part}")
     ignored = raw.get("ignore") or []
     for module in ignored if isinstance(ignored, list) else [ignored]:
         if not (isinstance(module, str) and _UNQUANTIZED.fullmatch(module)):
@@ -346,11 +347,15 @@ def _parse_quantization(raw: Any) -> bool:
     return True
 
 
-def _expect(raw: Any, expected: dict[str, Any], where: str, required: frozenset[str]) -> None:
+def _expect(raw: Any, expected: dict[str, Any], where: str) -> None:
+    """Refuses an object that lacks a value it must give, differs from one, or has one unknown."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{where} = {raw!r} must be an object")
+    given = {key: value for key, value in raw.items() if value not in (None, {}, [])}
     for key, value in expected.items():
-        if key not in raw and key in required:
+        if key not in given and key in _MUST_BE_GIVEN:
             raise ConfigError(f"key {where}.{key} is missing")
-        if key in raw and raw[key] != value:
-            raise ConfigError(f"{where}.{key} = {raw[key]!r} is not supported, only {value!r} is")
+        if key in given and given[key] != value:
+            raise ConfigError(f"{where}.{key} = {given[key]!r} is not supported, only {value!r} is")
+    for key in sorted(given.keys() - expected.keys() - _BOOKKEEPING):
+        raise ConfigError(f"unknown key {where}.{key} = {given[key]!r} is not supported")
