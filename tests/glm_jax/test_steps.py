@@ -287,6 +287,15 @@ def test_the_cache_is_updated_in_place(phase: Phase) -> None:
         assert not re.search(rf"bf16\[{dimensions}\]\S* {opcode}\(", text), opcode
 
 
+def test_a_step_takes_few_arrays_however_many_layers() -> None:
+    deep = dataclasses.replace(FP8, num_hidden_layers=9)
+    counts = [
+        len(jax.tree.leaves(lower(config, SHAPES, make_mesh(1), BFLOAT16, "decode", 1).in_avals))
+        for config in (FP8, deep)
+    ]
+    assert counts[0] == counts[1] <= 32
+
+
 def test_a_batch_of_another_size_is_refused_not_compiled(one_device: Runner) -> None:
     with pytest.raises(KeyError):
         one_device.dispatch("decode", np.zeros((3, SHAPES.columns("decode")), np.int32))
