@@ -147,4 +147,6 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             routed = self.experts(x, routing, layer)
         with jax.named_scope("shared_experts"):
-            return routed + self.shared_experts(x, layer), routing
+            shared = self.shared_experts(x, layer)
+        assert routed.shape == shared.shape, (routed.shape, shared.shape)
+        return routed + shared, routing

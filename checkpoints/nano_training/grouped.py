@@ -33,8 +33,8 @@ class GroupedExperts(Experts):
 
     def __call__(
         self, x: Float[Array, "T D"], routing: Routing, layer: Layer
-    ) -> Float32[Array, "1 T D"]:
-        """One partial sum: what all experts add for every token."""
+    ) -> Float32[Array, "R T D"]:
+        """What all experts add for every token, as the first partial sum; the others are zeros."""
         num_tokens, num_chosen = routing.experts.shape
         gate_up = jax.lax.dynamic_index_in_dim(self.gate_up_proj.values[...], layer, keepdims=False)
         down = jax.lax.dynamic_index_in_dim(self.down_proj.values[...], layer, keepdims=False)
@@ -54,5 +54,6 @@ class GroupedExperts(Experts):
         hidden = jnp.einsum("epd,egfd->epgf", grouped, gate_up)
         product = jnp.einsum("epf,edf->epd", ops.gated_silu(hidden), down)
         product = product.astype(jnp.float32) * weight[..., None]
-        out = jnp.zeros(x.shape, jnp.float32)
-        return out.at[held].add(product, mode="drop")[None]
+        # As many partial sums as the shared expert's, to which they are added one by one.
+        out = jnp.zeros((num_experts // self.group_size, *x.shape), jnp.float32)
+        return out.at[0, held].add(product, mode="drop")
