@@ -11,10 +11,14 @@ export PYTHON
 
 # One stamp per set of extras, so that asking for another one installs it.
 empty :=
-READY := $(VENV)/.ready$(subst $(empty) ,,$(addprefix -,$(sort $(EXTRAS))))
+ready = $(VENV)/.ready$(subst $(empty) ,,$(addprefix -,$(sort $(1))))
+READY := $(call ready,$(EXTRAS))
+# With the compiler for GPUs that are not there, which exists for Linux only.
+AOT := $(if $(filter Linux,$(shell uname -s)),aot)
+READY_AOT := $(call ready,$(EXTRAS) $(AOT))
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test check format lock tree clean
+.PHONY: help env serve plan test check format lock tree clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +28,10 @@ env: $(READY) ## make the environment in .venv from the lock; EXTRAS="cuda12 mod
 serve: $(READY) ## serve the bundled model on port 5000; MODEL_DIR=, PORT= and ARGS="--flag …" change it
 	$(RUN) -m serving serve --model-dir $(MODEL_DIR) --port $(PORT) $(ARGS)
 
-test: $(READY) ## run the tests, on the CPU; ARGS="-k name" narrows them
+plan: $(READY_AOT) ## the full model on eight B200, with no GPU; ARGS="--target h200x8" asks for another
+	$(RUN) -m glm_jax.aot plan $(ARGS)
+
+test: $(READY_AOT) ## run the tests, on the CPU; ARGS="-k name" narrows them
 	$(RUN) -m pytest $(ARGS)
 
 check: $(READY) ## lint, formatting, types, import order, file lengths
@@ -56,7 +63,8 @@ clean: ## remove the environment and everything that was built
 
 # Hashes are demanded of every package, so the project itself is installed in a step of its own.
 # Bytecode is left to the first import: most of what is installed is never imported.
-$(READY): constraints.txt pyproject.toml
+$(READY_AOT): override EXTRAS += $(AOT)
+$(sort $(READY) $(READY_AOT)): constraints.txt pyproject.toml
 	@if [ ! -x $(RUN) ]; then \
 	  python=$$(.ci/find-python) || exit 1; \
 	  echo "making the environment in $(VENV) with $$python"; \

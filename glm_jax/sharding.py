@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
 # All devices form one axis: attention is split over kv heads and the experts over whole experts, so
@@ -80,7 +80,7 @@ def sharding_for(axes: Axes, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes))
 
 
-def check_divisible(specs: dict[str, WeightSpec], mesh: Mesh) -> None:
+def check_divisible(specs: dict[str, WeightSpec], mesh: Mesh | AbstractMesh) -> None:
     """Refuses a mesh that cannot split the weights evenly.
 
     Raises:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from glm_jax.cache import page_bytes
 from glm_jax.config import ModelConfig
@@ -19,7 +19,7 @@ _MIB = 1 << 20
 _GIB = 1 << 30
 
 # Share of a GPU's memory that is ours to plan with; the rest is the driver's, NCCL's and XLA's own.
-_MEMORY_SHARE = 0.9
+MEMORY_SHARE = 0.9
 # Temporaries of the largest step, per device: see the memory analysis of a compiled prefill.
 _TEMPORARIES = 2 * _GIB
 # A developer's machine has no memory set aside: enough for 64 conversations with a small model.
@@ -72,6 +72,41 @@ def choose_shapes(
       SizingError: the mesh cannot share the model, the sequences are longer than the model's, or
         not even one sequence fits beside the weights; says by how much.
     """
+    return shapes_within(
+        config,
+        mesh,
+        dtype,
+        platform=_platform(mesh),
+        kv_bytes=_kv_bytes(config, mesh, dtype),
+        kv_dtype=dtype,
+        max_concurrency=max_concurrency,
+        max_seq_len=max_seq_len,
+        max_batch_tokens=max_batch_tokens,
+    )
+
+
+def shapes_within(
+    config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    dtype: np.dtype,
+    *,
+    platform: str,
+    kv_bytes: int,
+    kv_dtype: np.dtype,
+    max_concurrency: int,
+    max_seq_len: int,
+    max_batch_tokens: int,
+) -> StepShapes:
+    """choose_shapes for a mesh whose memory is known from elsewhere, as a plan's is.
+
+    Args:
+      platform: "cpu" or "gpu".
+      kv_bytes: what can hold keys and values, over all devices together.
+      kv_dtype: of the KV cache.
+
+    Raises:
+      SizingError: as choose_shapes.
+    """
     if max_seq_len > config.max_position_embeddings:
         raise SizingError(
             f"max_seq_len = {max_seq_len} is more than the model's max_position_embeddings = "
@@ -81,10 +116,10 @@ def choose_shapes(
         check_divisible(abstract_weights(config, dtype), mesh)
     except ValueError as error:
         raise SizingError(f"{error} (--num-gpus)") from error
-    geometry = _GEOMETRY[_platform(mesh)]
+    geometry = _GEOMETRY[platform]
     page_size = min(geometry.page_size, max_seq_len)
     per_sequence = math.ceil(max_seq_len / page_size)
-    fitting = _kv_bytes(config, mesh, dtype) // page_bytes(config, page_size, dtype)
+    fitting = kv_bytes // page_bytes(config, page_size, kv_dtype)
     if fitting < per_sequence:
         raise SizingError(
             f"one sequence of {max_seq_len} positions needs {per_sequence} KV pages and "
@@ -128,5 +163,5 @@ def _kv_bytes(config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> int:
     stats = mesh.devices.flat[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         raise SizingError("the device does not say how much memory it has")
-    free = int(stats["bytes_limit"] * _MEMORY_SHARE) - _TEMPORARIES
+    free = int(stats["bytes_limit"] * MEMORY_SHARE) - _TEMPORARIES
     return mesh.size * (free - weight_bytes(config, dtype, mesh.size))

@@ -1,0 +1,89 @@
+"""The command line: plan a model on a machine that is not there.
+
+Knows no arithmetic: it reads what the user says and hands it on.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from glm_jax.aot.memory import Limits
+from glm_jax.aot.plan import KV_DTYPES, make_plan
+from glm_jax.aot.presets import PRESETS, find_config
+from glm_jax.aot.topology import stay_off_devices
+from glm_jax.config import ConfigError
+from glm_jax.sizing import SizingError
+from glm_jax.targets.target import TargetError, parse_target
+
+_COUNT = click.IntRange(min=1)
+_MODEL = f"Directory with a config.json, or a published shape: {', '.join(PRESETS)}."
+_TARGET = "b200, gb200, h200, h100 or cpu, then x and the number of devices."
+
+
+@click.group(context_settings={"max_content_width": 100})
+def main() -> None:
+    """Plan, check and compile the engine for machines that are not there."""
+
+
+@main.command("plan")
+@click.option("--config", "model", default="glm-4.7", help=_MODEL, show_default=True)
+@click.option("--target", default="b200x8", help=_TARGET, show_default=True)
+@click.option("--max-concurrency", default=256, type=_COUNT, show_default=True)
+@click.option("--max-seq-len", default=8192, type=click.IntRange(min=2), show_default=True)
+@click.option("--max-batch-tokens", default=8192, type=_COUNT, show_default=True)
+@click.option("--kv-dtype", default="bf16", type=click.Choice(list(KV_DTYPES)), show_default=True)
+@click.option("--compile/--no-compile", "may_compile", default=True, show_default=True,
+              help="Ask the compiler for the temporaries, where it is installed (extra aot).")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print plain data in place of tables.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw it, as .png or .svg (extra plot).")  # fmt: skip
+def plan(
+    model: str,
+    target: str,
+    kv_dtype: str,
+    may_compile: bool,
+    as_json: bool,
+    plot: Path | None,
+    **limits: int,
+) -> None:
+    """What a model needs on a target, how fast it can be, and what limits it."""
+    stay_off_devices()
+    try:
+        made = make_plan(
+            model, find_config(model), parse_target(target), Limits(**limits), kv_dtype,
+            may_compile=may_compile,
+        )  # fmt: skip
+    except (ConfigError, SizingError, TargetError) as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(made.to_json(), indent=2))
+    else:
+        from glm_jax.aot.report import show
+
+        show(made, Console())
+    if plot is not None:
+        _draw(made, plot)
+    if made.refusal is not None:
+        if as_json:
+            click.echo(f"does not fit: {made.refusal}", err=True)
+        sys.exit(1)
+
+
+def _draw(made: Any, path: Path) -> None:
+    from glm_jax.aot.chart import draw
+
+    try:
+        draw(made, path)
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"--plot needs {error.name}: install the extra plot (make env EXTRAS=plot)"
+        ) from error
+    except ValueError as error:
+        raise click.ClickException(f"--plot {path}: {error}") from error
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m glm_jax.aot")

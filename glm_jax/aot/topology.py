@@ -1,0 +1,64 @@
+"""The mesh of a target: its real devices, or ones that exist only for the compiler.
+
+Knows no model. Compiling for GPUs that are not there takes the wheels of the extra `aot`.
+"""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from glm_jax.sharding import MESH_AXIS, make_mesh
+from glm_jax.targets.target import Target, TargetError
+
+_WHEELS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
+
+
+def missing_wheels() -> list[str]:
+    """The packages of the extra `aot` that are not installed."""
+    missing = []
+    for name in _WHEELS:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return missing
+
+
+def stay_off_devices() -> None:
+    """Keeps JAX from taking this machine's GPUs: a compilation for others needs none of them.
+
+    To be called before anything asks JAX for its devices.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    # The compiler's notes on what a description leaves out are for those who write XLA.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def mesh_of(target: Target) -> Mesh:
+    """The mesh to compile for; the devices of another machine can be compiled for, not used.
+
+    Raises:
+      TargetError: this machine has fewer devices, or the compiler's wheels are not installed.
+    """
+    if target.is_cpu:
+        try:
+            return make_mesh(target.num_devices)
+        except ValueError as error:
+            raise TargetError(f"target {target}: {error}") from error
+    if missing := missing_wheels():
+        raise TargetError(
+            f"compiling for {target} without its devices needs {', '.join(missing)}: install the "
+            "extra aot (make env EXTRAS=aot)"
+        )
+    topology = topologies.get_topology_desc(
+        str(target),
+        platform="cuda",
+        target_config=target.description,
+        topology=f"1x1x{target.num_devices}",
+    )
+    return Mesh(np.array(topology.devices), (MESH_AXIS,))
