@@ -88,11 +88,12 @@ def partial_matmul(
     num_rows, width = x.shape
     groups = x.reshape(num_rows, width // group_size, group_size).swapaxes(0, 1)
     weight = _layer(values, layer)
-    weight = weight.reshape(weight.shape[0], -1, group_size)
+    weight = weight.reshape(weight.shape[0], -1, group_size).swapaxes(0, 1)
 
     def products(groups: Float[Array, "R T group"]) -> Float32[Array, "R T D"]:
-        # One by one: XLA's CPU gives a batch of several groups other bits than a group alone.
-        return jnp.stack([_dot(group, weight[:, index]) for index, group in enumerate(groups)])
+        # One by one: XLA's CPU gives a batch of several groups other bits than a group alone. And in
+        # a loop, since a product written out for each group doubled the compilation of a step.
+        return lax.map(lambda operands: _dot(*operands), (groups, weight))
 
     if scale is None:
         return products(groups)
