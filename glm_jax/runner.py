@@ -7,6 +7,7 @@ cannot compile again: a batch of another shape is an error, never a pause.
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,23 @@ def compile_steps(
     return programs
 
 
+def lower_cache(
+    config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype
+) -> jax.stages.Lowered:
+    """Traces the program that makes the empty cache where it lives."""
+    spec = step_specs(config, shapes, dtype).cache
+    sharding = sharding_for(spec.axes, mesh)
+    zeros = partial(jnp.zeros, spec.shape, spec.dtype)
+    return jax.jit(zeros, out_shardings=sharding).lower()
+
+
 class Runner:
     """Holds the arrays on the device and runs one compiled step after another.
 
     Args:
       weights: by dotted path, placed on the mesh.
       programs: every bucket of shapes, from compile_steps.
+      make_zeros: the program of lower_cache, compiled; compiled here when not given.
     """
 
     def __init__(
@@ -76,6 +88,7 @@ class Runner:
         dtype: np.dtype,
         weights: Weights,
         programs: Programs,
+        make_zeros: Callable[[], jax.Array] | None = None,
     ) -> None:
         missing = set(buckets(shapes)) - programs.keys()
         if missing:
@@ -84,10 +97,7 @@ class Runner:
         self._weights = weights
         self._programs = programs
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        spec = step_specs(config, shapes, dtype).cache
-        zeros = jax.jit(
-            lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding_for(spec.axes, mesh)
-        )
+        zeros = make_zeros or lower_cache(config, shapes, mesh, dtype).compile()
         self._cache = KVCache(zeros(), zeros())
         nothing = np.zeros(shapes.num_slots, np.int32)
         self._slots = Slots(self._upload(nothing), self._upload(nothing))

@@ -52,8 +52,15 @@ def main() -> None:
     "--engine",
     None,
     _DIRECTORY,
-    "Directory of compiled steps: what it lacks is compiled and kept there.",
+    "Directory of steps compiled by python -m glm_jax.aot build: nothing is compiled at the start.",
     env="ENGINE_PATH",
+)
+@option(
+    "--engine-fallback",
+    False,
+    bool,
+    "Compile if the engine is for something else, in place of an error.",
+    is_flag=True,
 )
 @option("--host", "0.0.0.0", str, "Address to listen on.")
 @option("--port", 5000, click.IntRange(1, 65535), "Port to listen on.")

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -78,6 +78,12 @@ class Metrics:
         self._ttfts = Window()
         self._tokens = Window()
         self._registry.register(_Gauges(stats, self._tokens, self._latencies, self._ttfts))
+        self._startup_seconds = Gauge(
+            "glm_startup_seconds",
+            "What the start took, by phase; phases run side by side, total is all of them.",
+            ["phase"],
+            registry=self._registry,
+        )
         # The status is a finish reason, or "cancelled", "error", "rejected".
         self._requests = Counter(
             "glm_request",
@@ -109,6 +115,10 @@ class Metrics:
             buckets=_LATENCY_BUCKETS,
             registry=self._registry,
         )
+
+    def started(self, phase: str, seconds: float) -> None:
+        """A phase of the start is over."""
+        self._startup_seconds.labels(phase).set(seconds)
 
     def accepted(self, num_prompt_tokens: int) -> None:
         """The engine took a request."""

@@ -1,6 +1,7 @@
 """From a checkpoint directory to an engine: mesh, shapes, compiled steps and weights.
 
-Knows no HTTP. Steps compile from shapes alone while the weights stream in.
+Knows no HTTP. Steps come from an engine directory, or compile from shapes alone while the weights
+stream in.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -19,6 +22,7 @@ from tqdm import tqdm
 from checkpoints.dummy import dummy_weights
 from checkpoints.load import load_weights
 from checkpoints.reader import CheckpointError
+from glm_jax.aot.saved import EngineMismatchError, SavedEngine, load
 from glm_jax.config import ConfigError, ModelConfig
 from glm_jax.engine.engine import Engine
 from glm_jax.model import Weights, abstract_weights
@@ -28,7 +32,7 @@ from glm_jax.sharding import make_mesh
 from glm_jax.sizing import SizingError, choose_shapes
 from serving.bridge import CannotStartError
 from serving.tokenizer import ModelTokenizer
-from serving.wiring import Options
+from serving.wiring import Options, ReportPhase
 
 logger = logging.getLogger(__name__)
 
@@ -36,48 +40,108 @@ _DUMMY_SEED = 0
 _CACHE_DIRECTORY = Path("~/.cache/glm-jax/steps")
 
 
-def build_engine(options: Options, tokenizer: ModelTokenizer) -> Engine:
-    """Loads the model of options.model_dir and compiles its steps.
+def build_engine(
+    options: Options, tokenizer: ModelTokenizer, report: ReportPhase = lambda phase, seconds: None
+) -> Engine:
+    """Loads the model of options.model_dir, and loads or compiles its steps.
+
+    Args:
+      report: told each phase of the start and its seconds: "weights", "load" or "compile",
+        "warm_up", "total".
 
     Raises:
       CannotStartError: the checkpoint, the devices and the options do not fit together; the message
         is for the user.
     """
     try:
-        return _build(options, tokenizer)
+        return _build(options, tokenizer, _logged(report))
+    except EngineMismatchError as error:
+        raise CannotStartError(f"{error}, or add --engine-fallback to compile") from error
     except (ConfigError, CheckpointError, SizingError) as error:
         raise CannotStartError(str(error)) from error
 
 
-def _build(options: Options, tokenizer: ModelTokenizer) -> Engine:
+def _logged(report: ReportPhase) -> ReportPhase:
+    def both(phase: str, seconds: float) -> None:
+        logger.info("start, %s: %.2f s", phase, seconds)
+        report(phase, seconds)
+
+    return both
+
+
+@contextmanager
+def _timed(report: ReportPhase, phase: str) -> Iterator[None]:
     start = time.perf_counter()
-    config = ModelConfig.from_directory(options.model_dir)
-    if tokenizer.size > config.vocab_size:
-        raise ConfigError(
-            f"tokenizer.json has {tokenizer.size} tokens and config.json's vocab_size is "
-            f"{config.vocab_size}: they are not of the same model"
-        )
-    mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
-    shapes = choose_shapes(
-        config,
-        mesh,
-        dtype,
-        max_concurrency=options.max_concurrency,
-        max_seq_len=options.max_seq_len,
-        max_batch_tokens=options.max_batch_tokens,
-    )
-    _log_shapes(shapes, options.max_batch_tokens)
-    _keep_compiled_steps(options.engine)
-    with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
-        programs = pool.submit(_compile, config, shapes, mesh, dtype)
-        weights = _weights(options, config, mesh, dtype)
-        runner = Runner(config, shapes, mesh, dtype, weights, programs.result())
-    runner.warm_up()
-    logger.info("ready after %.1f s", time.perf_counter() - start)
+    yield
+    report(phase, time.perf_counter() - start)
+
+
+def _build(options: Options, tokenizer: ModelTokenizer, report: ReportPhase) -> Engine:
+    with _timed(report, "total"):
+        config = ModelConfig.from_directory(options.model_dir)
+        if tokenizer.size > config.vocab_size:
+            raise ConfigError(
+                f"tokenizer.json has {tokenizer.size} tokens and config.json's vocab_size is "
+                f"{config.vocab_size}: they are not of the same model"
+            )
+        mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
+        saved = _saved_engine(options, config, mesh, dtype, report)
+        shapes = saved.shapes if saved else choose_shapes(config, mesh, dtype, **_limits(options))
+        _log_shapes(shapes, options.max_batch_tokens)
+        with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
+            programs = pool.submit(_programs, saved, config, shapes, mesh, dtype, report)
+            with _timed(report, "weights"):
+                weights = _weights(options, config, mesh, dtype)
+            zeros = saved.make_zeros if saved else None
+            runner = Runner(config, shapes, mesh, dtype, weights, programs.result(), zeros)
+        with _timed(report, "warm_up"):
+            runner.warm_up()
     return Engine(runner, shapes, options.queue_size)
 
 
+def _limits(options: Options) -> dict[str, int]:
+    return {
+        "max_concurrency": options.max_concurrency,
+        "max_seq_len": options.max_seq_len,
+        "max_batch_tokens": options.max_batch_tokens,
+    }
+
+
+def _saved_engine(
+    options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype, report: ReportPhase
+) -> SavedEngine | None:
+    """The engine of --engine; None where steps are to be compiled."""
+    if options.engine is None:
+        return None
+    try:
+        with _timed(report, "load"):
+            return load(config, mesh, dtype, _limits(options), options.engine)
+    except EngineMismatchError as error:
+        if not options.engine_fallback:
+            raise
+        logger.warning("%s; compiling instead", error)
+        return None
+
+
+def _programs(
+    saved: SavedEngine | None,
+    config: ModelConfig,
+    shapes: StepShapes,
+    mesh: Mesh,
+    dtype: np.dtype,
+    report: ReportPhase,
+) -> Programs:
+    if saved is not None:
+        return saved.programs
+    _keep_compiled_steps()
+    with _timed(report, "compile"):
+        return _compile(config, shapes, mesh, dtype)
+
+
 def _mesh(num_devices: int) -> Mesh:
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        # The extra aot brings JAX's CUDA plugin without CUDA, which it then complains about at length.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     devices = jax.devices()
     platform, kind = devices[0].platform, devices[0].device_kind
     if platform == "cpu" and num_devices > len(devices):
@@ -106,19 +170,17 @@ def _log_shapes(shapes: StepShapes, max_batch_tokens: int) -> None:
         )
 
 
-def _keep_compiled_steps(directory: Path | None) -> None:
-    """Keeps executables on disk, so that the next start compiles nothing."""
-    if directory is None and jax.config.jax_compilation_cache_dir is not None:
+def _keep_compiled_steps() -> None:
+    """Keeps executables on disk, so that the next start on this machine compiles nothing anew."""
+    if jax.config.jax_compilation_cache_dir is not None:
         return
-    directory = (directory or _CACHE_DIRECTORY).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_compilation_cache_dir", str(_CACHE_DIRECTORY.expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _compile(config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype) -> Programs:
-    start = time.perf_counter()
     with tqdm(total=len(buckets(shapes)), desc="compiling steps", unit="step", disable=None) as bar:
-        programs = compile_steps(
+        return compile_steps(
             config,
             shapes,
             mesh,
@@ -126,18 +188,14 @@ def _compile(config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtyp
             on_compiled=lambda bucket, seconds: bar.update(),
             num_workers=os.cpu_count() or 1,
         )
-    logger.info("compiled %d steps in %.1f s", len(programs), time.perf_counter() - start)
-    return programs
 
 
 def _weights(options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> Weights:
-    start = time.perf_counter()
     specs = abstract_weights(config, dtype)
     if options.load_format == "dummy":
         weights = dummy_weights(specs, mesh, _DUMMY_SEED)
     else:
         weights = load_weights(options.model_dir, config, specs, mesh)
     num_bytes = sum(weight.nbytes for weight in weights.values())
-    seconds = time.perf_counter() - start
-    logger.info("loaded %.3f GB of weights in %.1f s", num_bytes / 1e9, seconds)
+    logger.info("loaded %.3f GB of weights", num_bytes / 1e9)
     return weights

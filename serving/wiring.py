@@ -34,6 +34,7 @@ class Options:
 
     model_dir: Path
     engine: Path | None
+    engine_fallback: bool = False
     address: Address
     max_concurrency: int
     max_batch_tokens: int
@@ -50,7 +51,9 @@ class StartupError(Exception):
     """The server cannot start with these options; the message is for the user."""
 
 
-BuildEngine = Callable[[Options, ModelTokenizer], Engine]
+# Told the name of each phase of the start and the seconds it took.
+ReportPhase = Callable[[str, float], object]
+BuildEngine = Callable[[Options, ModelTokenizer, ReportPhase], Engine]
 
 
 async def run(options: Options, build_engine: BuildEngine) -> int:
@@ -73,7 +76,7 @@ async def run(options: Options, build_engine: BuildEngine) -> int:
         return await serve(
             create_app(service),
             service.bridge,
-            lambda: build_engine(options, service.tokenizer),
+            lambda: build_engine(options, service.tokenizer, service.metrics.started),
             options.address,
         )
     except ListenError as error:
@@ -98,11 +101,14 @@ def _service(options: Options) -> Service:
     )
 
 
-def mock_engine(options: Options, tokenizer: ModelTokenizer, rate: float) -> Engine:
+def mock_engine(
+    options: Options, tokenizer: ModelTokenizer, report: ReportPhase, *, rate: float
+) -> Engine:
     """An engine without a model: deterministic tokens of text, `rate` a second in each stream.
 
     A rate of 0 is as fast as the host can go.
     """
+    del report  # it is there at once
     shapes = mock_shapes(options)
     runner = MockRunner(
         shapes,

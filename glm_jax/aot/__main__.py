@@ -1,21 +1,26 @@
-"""The command line: plan a model on a machine that is not there.
+"""The command line: plan a model on a machine that is not there, and compile it for one.
 
 Knows no arithmetic: it reads what the user says and hands it on.
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import Progress
 
-from glm_jax.aot.memory import Limits
-from glm_jax.aot.plan import KV_DTYPES, make_plan
+from glm_jax.aot import saved
+from glm_jax.aot.memory import Limits, engine_shapes
+from glm_jax.aot.plan import ACTIVATIONS, KV_DTYPES, make_plan
 from glm_jax.aot.presets import PRESETS, find_config
-from glm_jax.aot.topology import stay_off_devices
+from glm_jax.aot.topology import mesh_of, stay_off_devices
 from glm_jax.config import ConfigError
+from glm_jax.runner import Bucket, buckets
 from glm_jax.sizing import SizingError
 from glm_jax.targets.target import TargetError, parse_target
 
@@ -70,6 +75,44 @@ def plan(
         if as_json:
             click.echo(f"does not fit: {made.refusal}", err=True)
         sys.exit(1)
+
+
+@main.command("build")
+@click.option("--config", "model", required=True, help=_MODEL)
+@click.option("--target", default="cpu", help=_TARGET, show_default=True)
+@click.option("--max-concurrency", default=64, type=_COUNT, show_default=True)
+@click.option("--max-seq-len", default=4096, type=click.IntRange(min=2), show_default=True)
+@click.option("--max-batch-tokens", default=32768, type=_COUNT, show_default=True)
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory of the engine; an engine that is there is replaced.")  # fmt: skip
+def build(model: str, target: str, out: Path, **limits: int) -> None:
+    """Compile every step for a target; serve --engine loads them and compiles nothing.
+
+    The limits are the server's options of the same names: an engine is for one set of them.
+    """
+    stay_off_devices()
+    start = time.perf_counter()
+    try:
+        config, parsed = find_config(model), parse_target(target)
+        mesh = mesh_of(parsed)
+        shapes = engine_shapes(config, parsed, mesh, ACTIVATIONS, Limits(**limits))
+        console = Console(stderr=True)
+        with Progress(console=console) as progress:
+            task = progress.add_task("compiling", total=len(buckets(shapes)))
+
+            def on_compiled(bucket: Bucket, seconds: float) -> None:
+                progress.console.print(f"{bucket[0]} {bucket[1]}: {seconds:.1f} s")
+                progress.advance(task)
+
+            written = saved.build(
+                config, shapes, mesh, ACTIVATIONS, limits, out,
+                on_compiled=on_compiled, num_workers=os.cpu_count() or 1,
+            )  # fmt: skip
+    except (ConfigError, SizingError, TargetError, saved.EngineMismatchError) as error:
+        raise click.ClickException(str(error)) from error
+    seconds = time.perf_counter() - start
+    click.echo(
+        f"{out}: {len(buckets(shapes))} steps for {parsed}, {written / 1e6:.1f} MB, {seconds:.1f} s"
+    )
 
 
 def _draw(made: Any, path: Path) -> None:

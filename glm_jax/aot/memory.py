@@ -4,10 +4,10 @@ Knows no clock. Temporaries come from the compiler where it is installed, else f
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from glm_jax.aot.topology import mesh_of, missing_wheels
 from glm_jax.cache import page_bytes
@@ -16,7 +16,13 @@ from glm_jax.model import abstract_weights
 from glm_jax.runner import compile_steps
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import MESH_AXIS
-from glm_jax.sizing import MEMORY_SHARE, shapes_within, weight_bytes
+from glm_jax.sizing import (
+    MEMORY_SHARE,
+    SizingError,
+    choose_shapes,
+    shapes_within,
+    weight_bytes,
+)
 from glm_jax.targets.target import Target
 
 _UNBOUNDED = 1 << 62
@@ -82,6 +88,27 @@ def shapes_for(
         max_seq_len=limits.max_seq_len,
         max_batch_tokens=limits.max_batch_tokens,
     )
+
+
+def engine_shapes(
+    config: ModelConfig, target: Target, mesh: Mesh, dtype: np.dtype, limits: Limits
+) -> StepShapes:
+    """The shapes an engine is compiled for: pages for every position promised, as far as they fit.
+
+    Raises:
+      SizingError: not even one sequence fits, or the limits are not the model's.
+    """
+    if target.memory is None:
+        return choose_shapes(config, mesh, dtype, **asdict(limits))
+    promised = shapes_for(config, target, dtype, dtype, limits)
+    memory = measure(config, target, promised, dtype, dtype, may_compile=False)
+    fitting = memory.kv_tokens // promised.page_size
+    if fitting < promised.pages_per_sequence:
+        raise SizingError(
+            f"{target} has room for {memory.kv_tokens} positions beside the weights, and one "
+            f"sequence can need {limits.max_seq_len}; lower --max-seq-len or use more devices"
+        )
+    return replace(promised, num_pages=min(promised.num_pages, fitting))
 
 
 def estimate_temporaries(

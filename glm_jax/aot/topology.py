@@ -35,6 +35,8 @@ def stay_off_devices() -> None:
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
+    # What is compiled for devices that are not here cannot be read back from a cache.
+    jax.config.update("jax_enable_compilation_cache", False)
     # The compiler's notes on what a description leaves out are for those who write XLA.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

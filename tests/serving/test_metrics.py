@@ -87,3 +87,11 @@ def test_requests_are_counted_by_endpoint_and_end():
     assert found["glm_generation_tokens_total"] == 3
     assert found["glm_inter_token_latency_seconds_count"] == 2
     assert found["glm_e2e_request_latency_seconds_count"] == 1
+
+
+def test_the_start_is_told_by_phase():
+    metrics = Metrics(lambda: None)
+    metrics.started("load", 0.5)
+    metrics.started("total", 2.0)
+    assert values(metrics)["glm_startup_seconds/load"] == 0.5
+    assert values(metrics)["glm_startup_seconds/total"] == 2.0

@@ -50,12 +50,12 @@ class Dying:
             raise RuntimeError("device lost")
         return self.runner.dispatch(phase, batch)
 
-def build(options, tokenizer, rate):
+def build(options, tokenizer, report, rate):
     if sys.argv[1] == "slow":
         time.sleep(60)
     if sys.argv[1] == "0":
         raise CannotStartError("the checkpoint is truncated")
-    engine = mock_engine(options, tokenizer, rate)
+    engine = mock_engine(options, tokenizer, report, rate=rate)
     return Engine(Dying(engine._runner, int(sys.argv[1])), mock_shapes(options), 8)
 
 command.mock_engine = build

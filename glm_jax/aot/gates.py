@@ -1,0 +1,106 @@
+"""What a compiled step may cost: the promises of the design, each a gate that names what broke it.
+
+Knows no exceptions: what cannot hold yet is listed, with a date, where the gates are tested.
+"""
+
+from dataclasses import dataclass
+
+from glm_jax.aot.findings import Findings, local_shape
+from glm_jax.config import ModelConfig
+from glm_jax.shapes import Phase, StepShapes
+from glm_jax.sizing import MEMORY_SHARE
+from glm_jax.steps import StepSpecs
+from glm_jax.targets.target import Target
+
+TWO_SUMS = "two all-reduces a layer"
+BF16_SUMS = "all-reduces in bfloat16"
+NO_OTHER_TRAFFIC = "no other collective in a layer"
+NO_EXPERT_COPY = "no copy of an expert's weights"
+NO_CACHE_COPY = "no copy of the cache"
+CACHE_IN_PLACE = "the cache is updated in place"
+TEMPORARIES = "temporaries within bounds"
+FITS = "fits in memory"
+
+_EXPERTS = "layers.moe.experts."
+# Bytes a device may spend beside its arguments; a prefill step of 8192 tokens works on more.
+MAX_TEMPORARIES: dict[Phase, int] = {"decode": 10**9, "prefill": 4 * 10**9}
+# Outside the layers a step sums the embedding once and joins the logits once.
+_SUMS_OUTSIDE, _GATHERS_OUTSIDE = 1, 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Violation:
+    """A gate that did not hold.
+
+    Attributes:
+      gate: one of the names above.
+      op: the operation at fault, by its named scope; "" where no single one is.
+      detail: what was found.
+    """
+
+    gate: str
+    op: str
+    detail: str
+
+
+def check(
+    findings: Findings,
+    config: ModelConfig,
+    shapes: StepShapes,
+    specs: StepSpecs,
+    phase: Phase,
+    target: Target,
+) -> list[Violation]:
+    """Everything the step of a phase does that it may not; an empty list is a pass."""
+    violations = _traffic(findings, config.num_hidden_layers) + _copies(findings)
+    one_stack = 1
+    for size in local_shape(specs.cache, target.num_devices):
+        one_stack *= size
+    kv_bytes = 2 * one_stack * specs.cache.dtype.itemsize
+    slot_bytes = 2 * 4 * shapes.num_slots
+    if findings.aliased_bytes != kv_bytes + slot_bytes:
+        detail = f"{findings.aliased_bytes - slot_bytes} bytes of {kv_bytes} are aliased"
+        violations.append(Violation(CACHE_IN_PLACE, "", detail))
+    if findings.temporary_bytes > MAX_TEMPORARIES[phase]:
+        detail = f"{findings.temporary_bytes} bytes, more than {MAX_TEMPORARIES[phase]}"
+        violations.append(Violation(TEMPORARIES, "", detail))
+    if target.memory is not None:
+        needed = findings.argument_bytes + findings.temporary_bytes
+        if needed > MEMORY_SHARE * target.memory:
+            detail = f"{needed} bytes, more than {MEMORY_SHARE:.0%} of {target.memory}"
+            violations.append(Violation(FITS, "", detail))
+    return sorted(violations)
+
+
+def _traffic(findings: Findings, num_layers: int) -> list[Violation]:
+    sums = [each for each in findings.collectives if each.kind == "all-reduce"]
+    others = [each for each in findings.collectives if each.kind != "all-reduce"]
+    violations = []
+    executions = sum(each.executions for each in sums)
+    if executions != 2 * num_layers + _SUMS_OUTSIDE:
+        detail = f"{executions} all-reduces in a step of {num_layers} layers"
+        violations.append(Violation(TWO_SUMS, "", detail))
+    violations += [
+        Violation(BF16_SUMS, "", f"{each.executions} all-reduces of {each.dtype}")
+        for each in sums
+        if each.dtype != "bf16"
+    ]
+    gathers = [each for each in others if each.kind == "all-gather"]
+    allowed = sum(each.executions for each in gathers) <= _GATHERS_OUTSIDE
+    violations += [
+        Violation(NO_OTHER_TRAFFIC, "", f"{each.executions} {each.kind} of {each.dtype}")
+        for each in others
+        if each.kind != "all-gather" or not allowed
+    ]
+    return violations
+
+
+def _copies(findings: Findings) -> list[Violation]:
+    violations = []
+    for copy in findings.copies:
+        detail = f"{copy.path}: {copy.how} of {copy.num_bytes} bytes, {copy.executions} times"
+        if copy.path.startswith(_EXPERTS):
+            violations.append(Violation(NO_EXPERT_COPY, copy.op, detail))
+        elif copy.path == "cache":
+            violations.append(Violation(NO_CACHE_COPY, copy.op, detail))
+    return violations

@@ -1,0 +1,214 @@
+"""The full model, compiled for GPUs that are not there: what its steps may cost, and no more.
+
+exceptions.json holds what cannot hold until an operation has its kernel; an exception that is no
+longer needed fails as well.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
+
+from glm_jax import model as model_module
+from glm_jax import ops
+from glm_jax import steps as steps_module
+from glm_jax.aot import gates
+from glm_jax.aot.findings import Findings, find
+from glm_jax.aot.gates import Violation, check
+from glm_jax.aot.memory import Limits, shapes_for
+from glm_jax.aot.presets import find_config
+from glm_jax.aot.topology import mesh_of
+from glm_jax.config import ModelConfig
+from glm_jax.shapes import Phase, StepShapes
+from glm_jax.sharding import WeightSpec, all_reduce
+from glm_jax.steps import StepSpecs, lower, step_specs
+from glm_jax.targets.target import Target, parse_target
+from tests.glm_jax.tiny import make_config
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+# The longest sequences of which 256 must fit.
+LENGTHS = {"b200x8": 8192, "h200x8": 4096}
+EXCEPTIONS: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "exceptions.json").read_text()
+)
+STEPS: dict[str, tuple[Phase, int]] = {
+    "decode 1": ("decode", 1),
+    "decode 64": ("decode", 64),
+    "decode 256": ("decode", 256),
+    "prefill 8192": ("prefill", 64),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_compilation_cache() -> Iterator[None]:
+    """What is compiled for devices that are not here cannot be read back from a cache."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
+def violations_of(
+    config: ModelConfig, shapes: StepShapes, target: Target, phase: Phase, rows: int
+) -> list[Violation]:
+    compiled = lower(config, shapes, mesh_of(target), BF16, phase, rows).compile()
+    specs = step_specs(config, shapes, BF16)
+    findings = find(compiled, specs, target.num_devices)
+    return check(findings, config, shapes, specs, phase, target)
+
+
+@functools.cache
+def full_size(target: str, step: str) -> list[Violation]:
+    config, parsed = find_config("glm-4.7"), parse_target(target)
+    limits = Limits(max_concurrency=256, max_seq_len=LENGTHS[target], max_batch_tokens=8192)
+    shapes = shapes_for(config, parsed, BF16, BF16, limits)
+    assert shapes.num_pages * shapes.page_size == 256 * LENGTHS[target]
+    return violations_of(config, shapes, parsed, *STEPS[step])
+
+
+def excepted(target: str, step: str) -> set[tuple[str, str]]:
+    return {
+        (each["gate"], each["op"])
+        for each in EXCEPTIONS
+        if step in each["steps"] and target in each.get("targets", [target])
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("target", LENGTHS)
+def test_the_full_size_step_keeps_every_gate_but_those_excepted(target: str, step: str) -> None:
+    found = full_size(target, step)
+    allowed = excepted(target, step)
+    broken = [each for each in found if (each.gate, each.op) not in allowed]
+    assert not broken
+    needless = allowed - {(each.gate, each.op) for each in found}
+    assert not needless, "no longer needed: remove it from exceptions.json"
+
+
+def test_every_exception_is_dated_and_names_the_kernel_it_waits_for() -> None:
+    for each in EXCEPTIONS:
+        assert callable(getattr(ops, each["kernel"]))
+        assert each["since"][:2] == "20" and len(each["since"]) == 10 and len(each["why"]) > 20
+        assert set(each["steps"]) <= STEPS.keys()
+
+
+# The plants: each is a fault that a change could bring in, and the gate that must see it.
+
+TINY_TARGET = parse_target("b200x2")
+TINY = make_config(num_key_value_heads=2, num_attention_heads=4, n_routed_experts=4)
+TINY_SHAPES = StepShapes(
+    num_slots=4,
+    num_pages=64,
+    page_size=16,
+    max_seq_len=64,
+    prefill_tile=16,
+    prefill_buckets=(1,),
+    decode_buckets=(4,),
+)
+
+
+def tiny_gates() -> set[str]:
+    found = violations_of(TINY, TINY_SHAPES, TINY_TARGET, "decode", 4)
+    return {each.gate for each in found}
+
+
+@pytest.mark.slow
+def test_an_unharmed_step_breaks_no_gate() -> None:
+    assert not tiny_gates()  # one layer of experts: there is nothing to slice it out of
+
+
+@pytest.mark.slow
+def test_a_sum_in_float32_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_float32(partials: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return all_reduce(partials.sum(0)).astype(dtype)
+
+    monkeypatch.setattr(model_module, "sum_partials", in_float32)
+    assert gates.BF16_SUMS in tiny_gates()
+
+
+@pytest.mark.slow
+def test_a_third_sum_in_a_layer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = model_module.sum_partials
+
+    def twice(partials: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return all_reduce(jnp.tanh(once(partials, dtype)))
+
+    monkeypatch.setattr(model_module, "sum_partials", twice)
+    assert gates.TWO_SUMS in tiny_gates()
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_not_donated_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    jit = jax.jit
+
+    def forgetful(function: Callable[..., Any], **options: Any) -> Any:
+        kept: Any = options | {"donate_argnums": ()}
+        return jit(function, **kept)
+
+    monkeypatch.setattr(steps_module.jax, "jit", forgetful)
+    found = tiny_gates()
+    assert gates.CACHE_IN_PLACE in found and gates.NO_CACHE_COPY in found
+
+
+# A step in small: layers of experts, a cache, and two ways to walk over them.
+
+LAYERS, EXPERTS, WIDTH = 6, 4, 512
+
+
+def miniature(body: Callable[[jax.Array, jax.Array], jax.Array]) -> Findings:
+    mesh = mesh_of(TINY_TARGET)
+    stack = WeightSpec((LAYERS, EXPERTS, WIDTH, WIDTH), BF16, ("layers", "experts", None, None))
+    cache = WeightSpec((LAYERS, 8, 2, 16, 32), BF16, ("layers", "pages", "kv_heads", None, None))
+    specs = StepSpecs({"layers.moe.experts.gate_up_proj.values": stack}, cache)
+    spread, whole = PartitionSpec(None, "tensor"), PartitionSpec()
+    step = jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=(spread, whole), out_specs=whole, check_vma=False)
+    )
+    compiled = step.lower(
+        jax.ShapeDtypeStruct(stack.shape, BF16, sharding=NamedSharding(mesh, spread)),
+        jax.ShapeDtypeStruct((8, WIDTH), BF16, sharding=NamedSharding(mesh, whole)),
+    ).compile()
+    return find(compiled, specs, TINY_TARGET.num_devices)
+
+
+def product(weight: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.tanh(jnp.einsum("td,efd->etf", x, weight)).sum(0)
+
+
+def copied_experts(body: Callable[[jax.Array, jax.Array], jax.Array]) -> list[str]:
+    return [copy.how for copy in miniature(body).copies if copy.path.startswith("layers.moe")]
+
+
+def test_a_scan_over_weight_slices_is_caught() -> None:
+    def scanned(stack: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, weight: (product(weight, x), None), x, stack)[0]
+
+    assert copied_experts(scanned)
+
+
+def test_experts_converted_before_a_product_are_caught() -> None:
+    def converted(stack: jax.Array, x: jax.Array) -> jax.Array:
+        wide = lax.optimization_barrier(stack.astype(jnp.float32))
+        return jnp.einsum("td,ledf->tf", x.astype(jnp.float32), wide).astype(x.dtype)
+
+    assert any("convert" in how for how in copied_experts(converted))
+
+
+def test_experts_read_in_place_are_no_copy() -> None:
+    def in_place(stack: jax.Array, x: jax.Array) -> jax.Array:
+        return x * stack.max(axis=(0, 1, 2))[None]
+
+    assert not copied_experts(in_place)
