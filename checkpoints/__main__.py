@@ -1,6 +1,6 @@
-"""The command line: `python -m checkpoints inspect DIR` lists a checkpoint's tensors.
+"""The command line: `python -m checkpoints inspect DIR` lists tensors, `evaluate DIR` examines nano.
 
-Knows no devices: only headers are read.
+Knows what to print, not how anything is found out.
 """
 
 from __future__ import annotations
@@ -45,6 +45,27 @@ def inspect(directory: Path, show_all: bool) -> None:
         for name in names:
             click.echo(f"{fault}: {name}")
     sys.exit(1 if missing or unexpected else 0)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--limit",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Held-out questions to ask.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+def evaluate(directory: Path, limit: int, as_json: bool) -> None:
+    """Accuracy per skill in FP8 and in bf16, and MTP acceptance, of a checkpoint of nano."""
+    from checkpoints import evaluation  # JAX takes seconds, which inspect need not wait
+
+    try:
+        found = evaluation.evaluate(directory, limit)
+    except ValueError as error:  # ConfigError and CheckpointError are such
+        raise click.ClickException(str(error)) from None
+    click.echo(found.to_json() if as_json else found.to_table())
 
 
 if __name__ == "__main__":

@@ -161,7 +161,10 @@ def _write_shard(path: Path, shard: Mapping[str, np.ndarray]) -> None:
         )
         for name, array in shard.items()
     }
+    path.touch()  # with the user's umask; the library alone makes files nobody else can read
+    mode = path.stat().st_mode
     serialize_file(specs, path, {"format": "pt"})
+    path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -208,9 +208,9 @@ def paged_attention(
 
 def causal_attention(
     q: Float[Array, "B T K G H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    visible: Bool[Array, "B T T"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    visible: Bool[Array, "B T S"],
 ) -> Float[Array, "B T K G H"]:
     """Attention without a cache, differentiable: for training, and to read the model's insides.
 

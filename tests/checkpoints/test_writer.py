@@ -1,6 +1,7 @@
 """Writing: round trips to the byte, in the published layout, and nothing half-written."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,16 @@ def test_the_layout_is_the_published_one(tmp_path: Path) -> None:
             held = {name for name, where in index["weight_map"].items() if where == shard}
             assert set(file.keys()) == held
             assert file.metadata() == {"format": "pt"}
+
+
+def test_others_may_read_what_is_written_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        write_checkpoint(tmp_path, {}, SOME.items())
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o644}, modes
 
 
 def test_a_new_checkpoint_replaces_the_old_one(tmp_path: Path) -> None:
