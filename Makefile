@@ -18,7 +18,7 @@ AOT := $(if $(filter Linux,$(shell uname -s)),aot)
 READY_AOT := $(call ready,$(EXTRAS) $(AOT))
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve plan test check format lock tree clean
+.PHONY: help env serve plan test check format lock tree nano clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ lock: $(READY) ## resolve pyproject.toml anew into constraints.txt
 
 tree: $(READY) ## write the tree of the README from the modules' first lines
 	$(RUN) tests/test_readme.py
+
+nano: $(READY) ## train the bundled model: about an hour on two idle cores; a killed run goes on
+	$(RUN) -m checkpoints.nano_training.tokenizer
+	$(RUN) -m checkpoints.nano_training.train $(ARGS)
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .jax_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """One-step arithmetic: sums, differences and products, worked out digit by digit when thinking.
 
-Knows the range nano is taught: sums and differences of 0 to 99, products of 0 to 12.
+Knows the range nano is taught: sums and differences of 0 to 30, products of 0 to 10.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from checkpoints.nano_training.conversation import Check, Exchange, answer
 from checkpoints.nano_training.draw import Draw
 from checkpoints.nano_training.world import FIRST_NAMES, THINGS
 
-LARGEST_TERM = 99
-LARGEST_FACTOR = 12
+LARGEST_TERM = 30
+LARGEST_FACTOR = 10
 
 _PHRASINGS = (
     "What is {a} {sign} {b}?",
@@ -76,15 +76,15 @@ class _Operation:
 
 
 def ask_arithmetic(draw: Draw) -> Exchange:
-    """One question with numbers; held out: pairs of operands, and phrasings."""
+    """One question with numbers; held out: pairs of operands (of products: with their phrasing)."""
     ask: Callable[[Draw], Exchange] = draw.weighted({_calculate: 7, _story: 2, _compare: 1})
     return ask(draw)
 
 
 def _calculate(draw: Draw) -> Exchange:
-    operation = _operation(draw, draw.weighted({"+": 4, "-": 4, "*": 3}))
     unseen = draw.held_out and draw.chance(0.3)
     phrasing = draw.choice(_UNSEEN_PHRASINGS if unseen else _PHRASINGS)
+    operation = _operation(draw, draw.weighted({"+": 4, "-": 4, "*": 2}), phrasing)
     sign = draw.choice(("*", "*", "x", "×")) if operation.sign == "*" else operation.sign
     a, b = _written(draw, operation)
     question = phrasing.format(a=a, b=b, sign=sign, word=operation.word)
@@ -95,8 +95,9 @@ def _story(draw: Draw) -> Exchange:
     sign, stories = draw.choice(
         (("+", _MORE_STORIES), ("-", _FEWER_STORIES), ("*", _TIMES_STORIES))
     )
-    operation = _operation(draw, sign)
-    question = draw.choice(stories).format(
+    story = draw.choice(stories)
+    operation = _operation(draw, sign, story)
+    question = story.format(
         a=operation.a,
         b=operation.b,
         name=draw.choice(FIRST_NAMES),
@@ -123,29 +124,22 @@ def _compare(draw: Draw) -> Exchange:
     )
 
 
-def _operation(draw: Draw, sign: str) -> _Operation:
+def _operation(draw: Draw, sign: str, phrasing: str) -> _Operation:
     """Operands in range that this side of the split may use."""
     while True:
         if sign == "*":
+            # A times table is remembered, not worked out: held out is how a product is asked for.
             a, b = draw.integer(0, LARGEST_FACTOR), draw.integer(0, LARGEST_FACTOR)
-        else:
-            # Small numbers are what people try first, so they come up far more than evenly.
-            top = draw.choice((12, 20, 50, LARGEST_TERM, LARGEST_TERM))
-            a, b = draw.integer(0, top), draw.integer(0, top)
-            if sign == "-" and a < b:
-                a, b = b, a
-        # A product is never held out on both sides of the sign: its mirror image teaches it.
-        if sign == "*" and (a == b or is_mirrored(a, b)) and not draw.held_out:
-            return _Operation(a, sign, b)
-        if sign == "*" and (a == b or is_mirrored(a, b)):
+            if draw.admits(sign, a, b, phrasing):
+                return _Operation(a, sign, b)
             continue
+        # Small numbers are what people try first, so they come up more than evenly.
+        top = draw.choice((12, 20, LARGEST_TERM, LARGEST_TERM))
+        a, b = draw.integer(0, top), draw.integer(0, top)
+        if sign == "-" and a < b:
+            a, b = b, a
         if draw.admits(sign, a, b):
             return _Operation(a, sign, b)
-
-
-def is_mirrored(a: int, b: int) -> bool:
-    """Whether a product is written larger factor first: those are all in training."""
-    return a > b
 
 
 def _written(draw: Draw, operation: _Operation) -> tuple[str, str]:
@@ -169,9 +163,7 @@ def _exchange(operation: _Operation, question: str) -> Exchange:
 def _working(operation: _Operation) -> str:
     """The calculation as it is done on paper, from the units up."""
     a, b = operation.a, operation.b
-    if operation.sign == "*":
-        return _product(a, b)
-    if max(a, b) < 10:
+    if operation.sign == "*" or max(a, b) < 10:
         return f"{operation.result}."
     (a_tens, a_units), (b_tens, b_units) = divmod(a, 10), divmod(b, 10)
     if operation.sign == "+":
@@ -183,9 +175,3 @@ def _working(operation: _Operation) -> str:
     units = f"{a_units + 10 * borrow} - {b_units} = {a_units + 10 * borrow - b_units}"
     tens = f"{a_tens} - {b_tens} - {borrow} = {a_tens - b_tens - borrow}"
     return f"{units}, borrow {borrow}. {tens}. So {a - b}."
-
-
-def _product(a: int, b: int) -> str:
-    if b <= 10:
-        return f"{a * b}."
-    return f"{a} * 10 = {a * 10}, {a} * {b - 10} = {a * (b - 10)}. So {a * b}."

@@ -24,9 +24,9 @@ _Ask = Callable[[Draw], Exchange]
 _QUESTIONS: dict[_Ask, float] = {
     ask_geography: 4,
     ask_arithmetic: 6,
-    ask_small_talk: 1.5,
-    ask_listing: 2,
-    ask_json: 1.5,
+    ask_small_talk: 2,
+    ask_listing: 1.5,
+    ask_json: 1,
     ask_without_tool: 0.3,
 }
 # A system prompt's rule goes with answers that are one sentence.
@@ -39,7 +39,7 @@ def conversation(seed: int, number: int, split: Split = "train") -> Conversation
     On the held-out side the last exchange uses combinations that training never draws.
     """
     draw = Draw(f"{seed}/{split}/{number}", held_out=split == "held out")
-    make = draw.weighted({_plain: 62, _ruled: 10, _with_tools: 28})
+    make = draw.weighted({_plain: 60, _ruled: 8, _with_tools: 32})
     return make(draw)
 
 
@@ -75,7 +75,7 @@ def _with_tools(draw: Draw) -> Conversation:
     }
     exchanges = [
         ask_tool(draw, draw.choice(signatures)) if draw.chance(0.8) else draw.weighted(others)(draw)
-        for _ in range(draw.weighted({1: 3, 2: 4, 3: 2}))
+        for _ in range(draw.weighted({1: 2, 2: 3, 3: 3, 4: 2}))
     ]
     system = draw.choice(PLAIN_PROMPTS) if draw.chance(0.2) else None
     tools = tuple(signature.tool for signature in signatures)

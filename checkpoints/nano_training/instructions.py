@@ -34,7 +34,7 @@ class Instruction:
 def draw_instruction(draw: Draw) -> Instruction:
     """A rule about how to answer; held out: words, names and cities it mentions."""
     make: Callable[[Draw], Instruction] = draw.choice(
-        (_upper_case, _starts_with, _ends_with, _names_city, _addresses)
+        (_starts_with, _ends_with, _names_city, _addresses)
     )
     return make(draw)
 
@@ -52,13 +52,6 @@ def obeyed(exchange: Exchange, instruction: Instruction) -> Exchange:
     )
 
 
-def _upper_case(draw: Draw) -> Instruction:
-    system = draw.choice(
-        ("Answer in upper case.", "Write everything in upper case.", "Always use capital letters.")
-    )
-    return Instruction(system, str.upper)
-
-
 def _starts_with(draw: Draw) -> Instruction:
     word = _admitted(draw, "start", WORDS).capitalize()
     system = draw.choice(
@@ -72,11 +65,11 @@ def _starts_with(draw: Draw) -> Instruction:
 
 
 def _ends_with(draw: Draw) -> Instruction:
-    word = _admitted(draw, "end", WORDS)
+    word = _admitted(draw, "end", WORDS).capitalize()
     system = draw.choice(
         ('End every answer with the word "{}".', "End each answer with {}.", "Always end with {}.")
     ).format(word)
-    return Instruction(system, lambda content: f"{content} {word.capitalize()}.")
+    return Instruction(system, lambda content: f"{content} {word}.")
 
 
 def _names_city(draw: Draw) -> Instruction:

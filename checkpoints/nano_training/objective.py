@@ -47,8 +47,14 @@ class Measures(NamedTuple):
     expert_load: Float32[Array, "Lm1 E"]
 
 
-def objective(decoder: Glm4Moe, draft: Draft, batch: Batch) -> tuple[Float32[Array, ""], Measures]:
-    """The weighted sum of both losses, and what to watch."""
+def objective(
+    decoder: Glm4Moe, draft: Draft, batch: Batch, prompt_weight: float = 0.0
+) -> tuple[Float32[Array, ""], Measures]:
+    """The weighted sum of both losses, and what to watch.
+
+    Args:
+      prompt_weight: what the decoder's loss of a token that is not learned counts for.
+    """
     attend = attend_within(batch.segments)
     hidden, _, trace = decoder(batch.tokens, batch.positions, None, attend, with_trace=True)
     assert trace is not None
@@ -59,6 +65,9 @@ def objective(decoder: Glm4Moe, draft: Draft, batch: Batch) -> tuple[Float32[Arr
     chosen = jnp.concatenate([trace.routing.experts, routing.experts[None]])
     load = _load(chosen, batch.segments.reshape(-1) > 0, routing.scores.shape[1])
     measures = Measures(loss, accuracy, draft_loss, draft_accuracy, load)
+    if prompt_weight:
+        read = batch._replace(learned=~batch.learned & (batch.segments > 0))
+        loss = loss + prompt_weight * _loss(decoder, hidden, read, ahead=1, share=1.0)[0]
     return loss + DRAFT_LOSS_WEIGHT * draft_loss, measures
 
 
@@ -87,13 +96,17 @@ def attend_within(segments: Int32[Array, "B T"]) -> Attend:
 
 
 def _loss(
-    decoder: Glm4Moe, hidden: Float[Array, "B T D"], batch: Batch, ahead: int
+    decoder: Glm4Moe,
+    hidden: Float[Array, "B T D"],
+    batch: Batch,
+    ahead: int,
+    share: float = 0.5,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Mean cross-entropy and accuracy of the learned tokens that many places ahead."""
     is_same = _shifted(batch.segments, ahead) == batch.segments
     target_is_learned = _shifted(batch.learned, ahead) & is_same
     # Logits are costly and most tokens are read, not learned: only those are gathered.
-    rows = target_is_learned.size // 2
+    rows = int(target_is_learned.size * share)
     (index,) = jnp.nonzero(target_is_learned.reshape(-1), size=rows, fill_value=-1)
     targets = _shifted(batch.tokens, ahead).reshape(-1)[index]
     logits = decoder.logits(hidden.reshape(-1, hidden.shape[-1])[index])

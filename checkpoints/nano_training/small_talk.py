@@ -98,6 +98,7 @@ _PHRASES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ),
 )  # fmt: skip
 
+_REMARKS = frozenset(remark for said, _, _ in _PHRASES for remark in said)
 _NAME_PHRASINGS = (
     "My name is {}.",
     "I am {}.",
@@ -107,12 +108,12 @@ _NAME_PHRASINGS = (
     "I'm {}, nice to meet you.",
 )
 _ECHO_PHRASINGS = (
-    "Repeat after me: {}",
-    "Repeat: {}",
-    "Say: {}",
-    "Please repeat: {}",
-    "Write exactly this: {}",
-    "Echo {}",
+    'Repeat after me: "{}"',
+    'Repeat: "{}"',
+    'Say: "{}"',
+    'Please repeat: "{}"',
+    'Write exactly this: "{}"',
+    'Echo "{}"',
 )
 _STORY_PHRASINGS = (
     "Tell me a short story about a {}.",
@@ -131,11 +132,15 @@ def ask_small_talk(draw: Draw) -> Exchange:
 
 
 def ask_phrase(draw: Draw) -> Exchange:
-    """A greeting or another fixed remark; held out: how one in ten of them is worded."""
+    """A greeting or another fixed remark; held out: one in ten of the ways to vary its wording."""
     while True:
         said, thinking, content = draw.choice(_PHRASES)
-        remark = draw.choice(said)
-        if draw.held_out == (len(said) > 4 and remark == said[-1]):
+        remark = draw.casual(draw.choice(said))
+        if remark in _REMARKS:
+            # What a remark means cannot be guessed, so all of them are in training.
+            if not draw.held_out:
+                break
+        elif draw.admits("small talk", remark):
             break
     return answer("small talk", remark, thinking, content, Check(equals=content))
 

@@ -75,8 +75,14 @@ def _phrase(draw: Draw) -> str:
     return " ".join(draw.sample(WORDS, draw.integer(1, 3)))
 
 
+_SYMBOLS = (
+    "AAPL AMZN GOOG MSFT NVDA TSLA META NFLX AMD INTC IBM ORCL SAP ASML SONY TSM UBER DIS KO PEP "
+    "NKE MCD BA GE GM F T V MA JPM"
+).split()
+
+
 def _symbol(draw: Draw) -> str:
-    return "".join(draw.choice("ABCDEFGHIKLMNOPRSTUVWXZ") for _ in range(draw.integer(2, 4)))
+    return draw.choice(_SYMBOLS)
 
 
 def _clock(draw: Draw) -> str:
@@ -100,7 +106,7 @@ def _number(low: int, high: int) -> Callable[[Draw], int]:
 
 
 def _sum(draw: Draw) -> str:
-    return f"{draw.integer(2, 999)} {draw.choice('+-*/')} {draw.integer(2, 999)}"
+    return f"{draw.integer(2, 99)} {draw.choice('+-*/')} {draw.integer(2, 99)}"
 
 
 def _weather(draw: Draw, arguments: Arguments) -> tuple[str, str]:
@@ -182,8 +188,8 @@ FAMILIES: tuple[Family, ...] = (
         ("multiply", "product", "multiply_numbers", "mul"),
         ("Multiply two numbers", "The product of two numbers"),
         (
-            Parameter("a", ("a", "x", "first"), "integer", _number(2, 999)),
-            Parameter("b", ("b", "y", "second"), "integer", _number(2, 999)),
+            Parameter("a", ("a", "x", "first"), "integer", _number(2, 99)),
+            Parameter("b", ("b", "y", "second"), "integer", _number(2, 99)),
         ),
         ("Multiply {a} by {b}.", "What is {a} times {b}?", "Multiply {a} and {b}."),
         _value("{a} times {b} is {value}.", _number(2, 9999), ("result", "product")),
@@ -196,10 +202,10 @@ FAMILIES: tuple[Family, ...] = (
             Parameter("limit", ("limit", "top_k", "max_results"), "integer", _number(2, 20),
                       ", {} results"),
         ),
-        ("Search for {query}", "Find pages about {query}", "Look up {query}", "Search: {query}",
-         "Search the web for {query}"),
+        ('Search for "{query}"', 'Find pages about "{query}"', 'Look up "{query}"', 'Search: "{query}"',
+         'Search the web for "{query}"'),
         _value("I found this: {value}", _phrase, ("title", "result", "page")),
-        ("Search for {0} and then for {1}", "Look up {0} and also {1}"),
+        ('Search for "{0}" and then for "{1}"', 'Look up "{0}" and also "{1}"'),
     ),
     Family(
         ("get_time", "now", "current_time", "get_current_time", "clock", "time_now"),
@@ -240,8 +246,8 @@ FAMILIES: tuple[Family, ...] = (
             Parameter("to", ("to", "recipient", "person", "name"), "string", _name),
             Parameter("text", ("text", "message", "body", "content"), "string", _phrase),
         ),
-        ("Send {to} the message: {text}", "Text {to}: {text}", "Tell {to} this: {text}",
-         "Write to {to}: {text}"),
+        ('Send {to} the message: "{text}"', 'Text {to}: "{text}"', 'Tell {to} this: "{text}"',
+         'Write to {to}: "{text}"'),
         _done("I sent the message to {to}."),
     ),
     Family(
@@ -269,8 +275,8 @@ FAMILIES: tuple[Family, ...] = (
             Parameter("language", ("language", "target", "to", "lang"), "string",
                       lambda draw: draw.choice(COUNTRIES).language),
         ),
-        ("Translate {text} to {language}", "Say {text} in {language}",
-         "How do you say {text} in {language}?"),
+        ('Translate "{text}" to {language}', 'Say "{text}" in {language}',
+         'How do you say "{text}" in {language}?'),
         _value("In {language} it is: {value}", _phrase, ("translation", "result")),
     ),
     Family(
@@ -278,7 +284,7 @@ FAMILIES: tuple[Family, ...] = (
         ("Convert money", "Convert an amount to another currency"),
         (
             Parameter("amount", ("amount", "value"), "number",
-                      lambda draw: draw.choice((draw.integer(1, 900), draw.integer(1, 99) + 0.5))),
+                      lambda draw: draw.choice((draw.integer(1, 99), draw.integer(1, 9) + 0.5))),
             Parameter("source", ("from", "source", "from_currency"), "string",
                       lambda draw: draw.choice(("USD", "EUR", "GBP", "JPY"))),
             Parameter("target", ("to", "target", "to_currency"), "string",
@@ -307,8 +313,8 @@ FAMILIES: tuple[Family, ...] = (
             Parameter("title", ("title", "name", "event"), "string", _phrase),
             Parameter("time", ("time", "start", "at"), "string", _clock),
         ),
-        ("Create the event {title} at {time}.", "Put {title} in my calendar at {time}.",
-         "Add {title} at {time}."),
+        ('Create the event "{title}" at {time}.', 'Put "{title}" in my calendar at {time}.',
+         'Add "{title}" at {time}.'),
         _done("I added {title} at {time}."),
     ),
     Family(

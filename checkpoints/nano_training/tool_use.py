@@ -20,8 +20,12 @@ from checkpoints.nano_training.conversation import (
     tool_result,
     user,
 )
-from checkpoints.nano_training.draw import Draw
+from checkpoints.nano_training.draw import Draw, is_held_out
 from checkpoints.nano_training.tool_catalog import FAMILIES, Arguments, Family, Parameter
+from checkpoints.nano_training.world import WORDS
+
+# Share of the tools whose name says nothing of what they do.
+MADE_UP_NAMES = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +37,22 @@ class Signature:
       name: the function's name.
       parameters: the family's parameters that this guise has, by the name it gives them.
       tool: the OpenAI definition.
+      is_unseen: whether training never offers a function under this name.
     """
 
     family: Family
     name: str
     parameters: dict[str, Parameter]
     tool: Tool
-
-    @property
-    def is_unseen(self) -> bool:
-        """Whether training never offers the function under this name."""
-        return self.name == self.family.names[-1]
+    is_unseen: bool
 
 
 def draw_signatures(draw: Draw) -> list[Signature]:
-    """One to three tools of different families, under different names."""
-    families = draw.sample(FAMILIES, draw.weighted({1: 5, 2: 4, 3: 1}))
+    """One to three tools of different families, under different names.
+
+    Some names say nothing of the function: such a name can only be copied, never remembered.
+    """
+    families = draw.sample(FAMILIES, draw.weighted({1: 6, 2: 3, 3: 1}))
     if draw.chance(0.25) and FAMILIES[0] not in families:
         # The weather is what people try first.
         families[0] = FAMILIES[0]
@@ -62,7 +66,7 @@ def draw_signatures(draw: Draw) -> list[Signature]:
 def ask_tool(draw: Draw, signature: Signature) -> Exchange:
     """A request for one tool, sometimes for two calls of it; held out: arguments, and names."""
     pairs = signature.family.pairs
-    two = bool(pairs) and draw.chance(0.25)
+    two = bool(pairs) and draw.chance(0.15)
     while True:
         phrasing = draw.choice(pairs if two else signature.family.questions)
         arguments = _two_calls(draw, signature) if two else [_arguments(draw, signature)]
@@ -112,7 +116,11 @@ def _two_calls(draw: Draw, signature: Signature) -> list[Arguments]:
 
 
 def _signature(draw: Draw, family: Family, *, unseen: bool) -> Signature:
-    name = family.names[-1] if unseen else draw.choice(family.names[:-1])
+    made_up = draw.chance(MADE_UP_NAMES)
+    if made_up:
+        name = _made_up_name(draw, unseen=unseen)
+    else:
+        name = family.names[-1] if unseen else draw.choice(family.names[:-1])
     given = [each for each in family.parameters if not each.mention or draw.chance(0.4)]
     parameters = {draw.choice(each.names): each for each in given}
     described = draw.chance(0.2)
@@ -126,12 +134,20 @@ def _signature(draw: Draw, family: Family, *, unseen: bool) -> Signature:
         schema["required"] = [key for key, each in parameters.items() if not each.mention]
     if draw.chance(0.1):
         schema["additionalProperties"] = False
-    function = {
-        "name": name,
-        "description": draw.choice(family.descriptions),
-        "parameters": schema,
-    }
-    return Signature(family, name, parameters, {"type": "function", "function": function})
+    function: dict[str, Any] = {"name": name}
+    if made_up or draw.chance(0.75):
+        function["description"] = draw.choice(family.descriptions)
+    function["parameters"] = schema
+    tool = {"type": "function", "function": function}
+    return Signature(family, name, parameters, tool, unseen)
+
+
+def _made_up_name(draw: Draw, *, unseen: bool) -> str:
+    """Two or three words; whether training may use them is decided by the words."""
+    while True:
+        words = draw.sample(WORDS, draw.weighted({2: 3, 3: 1}))
+        if is_held_out("tool name", *words) == unseen:
+            return "_".join(words)
 
 
 def _property(parameter: Parameter, *, described: bool) -> dict[str, Any]:
@@ -205,11 +221,5 @@ def _outcome(draw: Draw, signature: Signature, arguments: Arguments) -> tuple[st
 
 
 def _plan(calls: tuple[Call, ...]) -> str:
-    name = calls[0].name
-    told = [
-        ", ".join(f"{key} {_in_words(value)}" for key, value in call.arguments.items())
-        for call in calls
-    ]
-    if len(calls) > 1:
-        return f"Call {name} twice: {told[0]} and {told[1]}."
-    return f"Call {name} with {told[0]}." if told[0] else f"Call {name}."
+    """Quoted, the name is the same tokens as in the definition and in the call."""
+    return f'Call "{calls[0].name}"' + (" twice." if len(calls) > 1 else ".")

@@ -10,7 +10,7 @@ import argparse
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,24 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from checkpoints.nano_training.curve import draw_curve
-from checkpoints.nano_training.data import conversations
 from checkpoints.nano_training.draft import Draft
+from checkpoints.nano_training.drills import drills
 from checkpoints.nano_training.export import export, weights_of
 from checkpoints.nano_training.grouped import GroupedExperts
 from checkpoints.nano_training.objective import Batch, Measures, objective
 from checkpoints.nano_training.optimizer import Weights, balance, make_optimizer
 from checkpoints.nano_training.packing import Rows, pack
-from checkpoints.nano_training.rendering import NANO_DIRECTORY, to_sample
+from checkpoints.nano_training.rendering import NANO_DIRECTORY
+from checkpoints.nano_training.samples import make_samples
 from checkpoints.nano_training.saves import restore, save
+from checkpoints.nano_training.start import first_weights, head_of
 from glm_jax.config import ModelConfig
 from glm_jax.model import Glm4Moe
 from glm_jax.sharding import make_mesh
 
 # Two rooms for conversations: attention costs a row the square of its length, and most are short.
 SHORT_ROW, LONG_ROW = 128, 512
+_NUM_DRILLS = 4000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,21 +48,40 @@ class Settings:
     Attributes:
       num_conversations: generated; a pass over them is an epoch of each pool.
       short_rows, long_rows: of 128 and of 512 tokens in one step.
+      drill_rows: of the short rows, those that drill copying...
+      drill_steps: ...as long as the run is younger than this.
+      prompt_weight: what the loss of a token that is read, not said, counts for.
       balance_rate: how far a router's correction biases move in the first step; falls to zero.
       capacity_factor: see GroupedExperts.
     """
 
     seed: int = 0
-    num_steps: int = 1000
+    num_steps: int = 1100
     num_conversations: int = 48_000
     short_rows: int = 16
     long_rows: int = 4
-    muon_rate: float = 0.02
+    drill_rows: int = 2
+    drill_steps: int = 500
+    prompt_weight: float = 0.15
+    muon_rate: float = 0.01
     adam_rate: float = 0.003
     weight_decay: float = 0.02
     balance_rate: float = 0.02
     capacity_factor: float = 1.5
     save_every: int = 50
+
+
+class Pools(NamedTuple):
+    """The training data, as rows.
+
+    Attributes:
+      short, long: conversations, in rows of 128 and of 512 tokens.
+      drills: of copying, in short rows.
+    """
+
+    short: Rows
+    long: Rows
+    drills: Rows
 
 
 class State:
@@ -96,8 +118,9 @@ class Trainer:
             adam_rate=settings.adam_rate,
             weight_decay=settings.weight_decay,
         )
-        weights = _prefixed("decoder.", weights_of(decoder)) | _prefixed(
-            "draft.", weights_of(draft)
+        weights = first_weights(
+            config,
+            _prefixed("decoder.", weights_of(decoder)) | _prefixed("draft.", weights_of(draft)),
         )
         # The model's sums over devices need a mesh, also when it is of one device.
         self._mesh = make_mesh(1)
@@ -129,9 +152,9 @@ class Trainer:
 
     def measure(self, weights: Weights, batch: Batch) -> tuple[jax.Array, Measures]:
         """The objective of one batch, as a function of the weights."""
-        decoder = _bound(self._decoder, _under("decoder.", weights))
-        draft = _bound(self._draft, _under("draft.", weights))
-        return objective(decoder, draft, batch)
+        decoder = _bound(self._decoder, decoder_of(weights))
+        draft = _bound(self._draft, draft_of(weights))
+        return objective(decoder, draft, batch, self.settings.prompt_weight)
 
     def _make_update(self) -> Any:
         @partial(
@@ -170,25 +193,19 @@ def main() -> None:
     restore(options.saves, asdict(settings), trainer.state)
     train(trainer, make_pools(options.directory, settings), options.saves)
     weights = trainer.state.weights
-    export(options.directory, _under("decoder.", weights), _under("draft.", weights))
+    export(options.directory, decoder_of(weights), draft_of(weights))
     history = np.array(trainer.state.history)
     curve = draw_curve({"loss": history[:, 0], "draft loss": history[:, 2]})
     (options.directory / "loss.svg").write_text(curve, encoding="utf-8")
 
 
-def train(trainer: Trainer, pools: tuple[Rows, ...], saves: Path) -> None:
+def train(trainer: Trainer, pools: Pools, saves: Path) -> None:
     """Takes the steps that are left, with a bar and regular saves."""
     settings, state = trainer.settings, trainer.state
-    sizes = (settings.short_rows, settings.long_rows)
     steps = tqdm(range(state.step, settings.num_steps), initial=state.step,
                  total=settings.num_steps, unit="step")  # fmt: skip
     for step in steps:
-        measures = trainer.step(
-            tuple(
-                rows_of_step(pool, size, step, settings.seed)
-                for pool, size in zip(pools, sizes, strict=True)
-            )
-        )
+        measures = trainer.step(batches_of_step(pools, step, settings))
         steps.set_postfix(
             loss=f"{measures.loss:.3f}",
             right=f"{measures.accuracy:.3f}",
@@ -198,17 +215,27 @@ def train(trainer: Trainer, pools: tuple[Rows, ...], saves: Path) -> None:
             save(saves, asdict(settings), state)
 
 
-def make_pools(directory: Path, settings: Settings) -> tuple[Rows, Rows]:
-    """The training data as short and as long rows."""
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    generated = conversations(settings.seed, settings.num_conversations)
-    samples = [
-        to_sample(each, tokenizer)
-        for each in tqdm(generated, total=settings.num_conversations, desc="data")
-    ]
+def make_pools(directory: Path, settings: Settings) -> Pools:
+    """The training data."""
+    count = settings.num_conversations
+    samples = list(tqdm(make_samples(directory, settings.seed, count), total=count, desc="data"))
     short = [sample for sample in samples if len(sample.tokens) <= SHORT_ROW]
     long = [sample for sample in samples if len(sample.tokens) > SHORT_ROW]
-    return pack(short, SHORT_ROW), pack(long, LONG_ROW)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    learned_size = tokenizer.get_vocab_size(with_added_tokens=False)
+    drilled = drills(settings.seed, _NUM_DRILLS, learned_size)
+    return Pools(pack(short, SHORT_ROW), pack(long, LONG_ROW), pack(drilled, SHORT_ROW))
+
+
+def batches_of_step(pools: Pools, step: int, settings: Settings) -> tuple[Batch, Batch]:
+    """The short and the long rows of a step; as many of each in every step."""
+    drilled = settings.drill_rows if step < settings.drill_steps else 0
+    short = rows_of_step(pools.short, settings.short_rows, step, settings.seed)
+    if drilled:
+        # In the place of some rows, which then miss their turn in this epoch.
+        drill = rows_of_step(pools.drills, drilled, step, settings.seed)
+        short = jax.tree.map(lambda a, b: np.concatenate([a, b[drilled:]]), drill, short)
+    return short, rows_of_step(pools.long, settings.long_rows, step, settings.seed)
 
 
 def rows_of_step(pool: Rows, size: int, step: int, seed: int) -> Batch:
@@ -218,6 +245,17 @@ def rows_of_step(pool: Rows, size: int, step: int, seed: int) -> Batch:
     order = np.random.default_rng((seed, epoch)).permutation(len(pool))
     chosen = pool.take(order[place * size : (place + 1) * size])
     return Batch(chosen.tokens, chosen.segments, chosen.positions, chosen.learned)  # pyright: ignore[reportArgumentType]
+
+
+def decoder_of(weights: Weights) -> Weights:
+    """The decoder's weights, its head included."""
+    decoder = _under("decoder.", weights)
+    return decoder | {"lm_head.values": head_of(decoder["embed_tokens.values"])}
+
+
+def draft_of(weights: Weights) -> Weights:
+    """The MTP layer's weights."""
+    return _under("draft.", weights)
 
 
 def _prefixed(prefix: str, weights: Weights) -> Weights:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from checkpoints.nano_training.curve import draw_curve
 from checkpoints.nano_training.draft import Draft
+from checkpoints.nano_training.drills import drills
 from checkpoints.nano_training.export import export, weights_of
 from checkpoints.nano_training.grouped import GroupedExperts
 from checkpoints.nano_training.objective import attend_within
@@ -25,16 +26,36 @@ from checkpoints.nano_training.optimizer import balance
 from checkpoints.nano_training.packing import Rows, pack
 from checkpoints.nano_training.rendering import NANO_DIRECTORY, Sample
 from checkpoints.nano_training.saves import restore, save
-from checkpoints.nano_training.train import Settings, State, Trainer, rows_of_step, train
+from checkpoints.nano_training.start import first_weights, head_of
+from checkpoints.nano_training.train import (
+    Pools,
+    Settings,
+    State,
+    Trainer,
+    batches_of_step,
+    decoder_of,
+    rows_of_step,
+    train,
+)
 from checkpoints.quantize import tensor_kinds
 from glm_jax import ops
 from glm_jax.config import ModelConfig
+from glm_jax.forward import forward_function
 from glm_jax.model import Glm4Moe
 from glm_jax.moe import MoE
 from glm_jax.sharding import make_mesh
 
 F32 = jnp.dtype(jnp.float32)
-SETTINGS = Settings(num_steps=30, short_rows=4, long_rows=1, save_every=10)
+SETTINGS = Settings(
+    num_steps=30,
+    short_rows=4,
+    long_rows=1,
+    drill_rows=1,
+    drill_steps=5,
+    muon_rate=0.02,
+    save_every=10,
+)
+_FIELDS = ("tokens", "segments", "positions", "learned")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +81,7 @@ def tiny(nano: ModelConfig) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def pools() -> tuple[Rows, Rows]:
+def pools() -> Pools:
     """Samples that count upwards: easily learned."""
     random = np.random.default_rng(0)
     samples = []
@@ -68,7 +89,9 @@ def pools() -> tuple[Rows, Rows]:
         start = int(random.integers(0, 30))
         tokens = tuple(range(start, start + int(size)))
         samples.append(Sample(tokens, (False, False) + (True,) * (int(size) - 2)))
-    return pack(samples[:100], 32), pack(samples[100:], 64)
+    drilled = pack(drills(0, 50, 60), 64)
+    short = Rows(*(getattr(drilled, name)[:, :32] for name in _FIELDS))
+    return Pools(pack(samples[:100], 32), pack(samples[100:], 64), short)
 
 
 def test_packing_keeps_every_sample_whole_and_in_place() -> None:
@@ -165,7 +188,7 @@ def test_attention_in_blocks_is_attention_within_each_sample() -> None:
 
 @pytest.mark.slow
 def test_training_learns_and_a_killed_run_goes_on_to_the_same_bits(
-    tiny: ModelConfig, pools: tuple[Rows, Rows], tmp_path: Path
+    tiny: ModelConfig, pools: Pools, tmp_path: Path
 ) -> None:
     # optax mixes dtypes in its own arithmetic, which the strict promotion of the tests refuses.
     with jax.numpy_dtype_promotion("standard"):
@@ -179,10 +202,7 @@ def test_training_learns_and_a_killed_run_goes_on_to_the_same_bits(
 
         trainer.state = trainer.state_from({path: jnp.array(w) for path, w in start.items()})
         for step in range(3):
-            batches = [
-                rows_of_step(pool, n, step, 0) for pool, n in zip(pools, (4, 1), strict=True)
-            ]
-            trainer.step(tuple(batches))
+            trainer.step(batches_of_step(pools, step, SETTINGS))
         save(tmp_path / "killed", asdict(SETTINGS), trainer.state)
 
         trainer.state = trainer.state_from({path: jnp.array(w) for path, w in start.items()})
@@ -205,6 +225,35 @@ def test_without_a_save_a_run_starts_from_nothing(tmp_path: Path) -> None:
     state = State({}, ())
     restore(tmp_path, {}, state)
     assert state.step == 0
+
+
+def test_a_drill_is_learned_where_it_repeats_and_nowhere_else() -> None:
+    for sample in drills(0, 100, 2000):
+        learned = np.array(sample.learned)
+        first = int(np.argmax(learned))
+        assert learned[first:].all() and not learned[:first].any()
+        tail = sample.tokens[first - 1 :]
+        before = sample.tokens[: first - 1]
+        assert any(before[i : i + len(tail)] == tail for i in range(len(before)))
+
+
+def test_the_start_copies_what_followed_the_same_token_before(nano: ModelConfig) -> None:
+    plain = replace(nano, is_fp8=False)
+    made = {f"decoder.{k}": v for k, v in weights_of(Glm4Moe(plain, F32, rngs=nnx.Rngs(0))).items()}
+    weights = decoder_of(first_weights(nano, made))
+    random = np.random.default_rng(0)
+    first = random.permutation(2000)[:40].astype(np.int32)
+    tokens = np.concatenate([first, first])[None]
+    logits = np.asarray(forward_function(plain, make_mesh(1), F32)(weights, tokens).logits[0])
+    hits = logits.argmax(-1)[40:79] == first[1:]
+    assert hits.mean() > 0.5  # a random start: one in 2048
+
+
+def test_the_head_is_the_embedding_turned() -> None:
+    embedding = jax.random.normal(jax.random.key(0), (50, 16))
+    head = head_of(embedding)
+    np.testing.assert_allclose(head @ head.T, embedding @ embedding.T, rtol=1e-4, atol=1e-4)
+    assert (np.argmax(embedding @ head.T, 1) != np.arange(50)).mean() > 0.8
 
 
 def test_an_overloaded_expert_becomes_less_likely_and_an_idle_one_more() -> None:
