@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from glm_jax.aot import saved
+from glm_jax.aot.inspection import InspectionError, differences_of, inspect_steps
 from glm_jax.aot.memory import Limits, engine_shapes
 from glm_jax.aot.plan import ACTIVATIONS, KV_DTYPES, make_plan
 from glm_jax.aot.presets import PRESETS, find_config
@@ -113,6 +114,42 @@ def build(model: str, target: str, out: Path, **limits: int) -> None:
     click.echo(
         f"{out}: {len(buckets(shapes))} steps for {parsed}, {written / 1e6:.1f} MB, {seconds:.1f} s"
     )
+
+
+@main.command("inspect")
+@click.option("--config", "model", default="glm-4.7", help=_MODEL, show_default=True)
+@click.option("--target", default="b200x8", help=_TARGET, show_default=True)
+@click.option("--max-concurrency", default=256, type=_COUNT, show_default=True)
+@click.option("--max-seq-len", default=8192, type=click.IntRange(min=2), show_default=True)
+@click.option("--max-batch-tokens", default=8192, type=_COUNT, show_default=True)
+@click.option("--step", "steps", multiple=True, help="As decode-64 or prefill-64, rows of the bucket; may be repeated. [default: every bucket]")  # fmt: skip
+@click.option("--expect", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Fail where the programs differ from those this file describes.")  # fmt: skip
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="Write what was found, for a later --expect.")  # fmt: skip
+def inspect_(
+    model: str,
+    target: str,
+    steps: tuple[str, ...],
+    expect: Path | None,
+    write: Path | None,
+    **limits: int,
+) -> None:
+    """What the compiled steps do: kernels, sums over devices, copies, memory, graphs."""
+    stay_off_devices()
+    try:
+        found = inspect_steps(
+            find_config(model), parse_target(target), ACTIVATIONS, Limits(**limits), steps
+        )
+    except (ConfigError, SizingError, TargetError, InspectionError) as error:
+        raise click.ClickException(str(error)) from error
+    text = json.dumps(found, indent=2)
+    click.echo(text)
+    if write is not None:
+        write.write_text(text + "\n", encoding="utf-8")
+    if expect is not None:
+        differences = differences_of(json.loads(expect.read_text(encoding="utf-8")), found)
+        for difference in differences:
+            click.echo(difference, err=True)
+        sys.exit(1 if differences else 0)
 
 
 def _draw(made: Any, path: Path) -> None:

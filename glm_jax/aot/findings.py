@@ -20,7 +20,8 @@ _COLLECTIVES = frozenset(
 # They name or hand on a value that is already in memory.
 _NAMES_ONLY = frozenset(
     """parameter get-tuple-element tuple bitcast while conditional call opt-barrier constant
-    fusion-done async-done async-update copy-done""".split()
+    fusion-done async-done async-update copy-done all-reduce-done all-gather-done
+    collective-permute-done partition-id""".split()
 )
 # They write a few elements into the array they are given.
 _IN_PLACE = frozenset({"scatter", "dynamic-update-slice"})
@@ -67,12 +68,16 @@ class Findings:
     """What one compiled step does, per device.
 
     Attributes:
+      kernels: launches in one step, copies and sums included; one turn of each loop over pages.
+      repeated_kernels: those of them that layers repeat.
       aliased_bytes: of arguments that a result takes the place of.
       argument_bytes, temporary_bytes: of memory.
     """
 
     collectives: tuple[Collective, ...]
     copies: tuple[Copy, ...]
+    kernels: int
+    repeated_kernels: int
     argument_bytes: int
     aliased_bytes: int
     temporary_bytes: int
@@ -112,11 +117,16 @@ def find(compiled: jax.stages.Compiled, specs: StepSpecs, num_devices: int) -> F
         for path, spec in (specs.weights | {"cache": specs.cache}).items()
         if spec.axes[0] == "layers" and path.endswith((".values", "gate.weight", "cache"))
     ]
+    launches = [
+        times for instruction, times in program.executed() if instruction.opcode not in _NAMES_ONLY
+    ]
     memory = compiled.memory_analysis()
     assert memory is not None, "XLA analyses the memory of every program it compiles"
     return Findings(
         collectives=_collectives(program),
         copies=_copies(program, stacks),
+        kernels=sum(launches),
+        repeated_kernels=sum(times for times in launches if times > 1),
         argument_bytes=memory.argument_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,

@@ -6,7 +6,7 @@ longer needed fails as well.
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glm_jax import model as model_module
@@ -49,15 +48,7 @@ STEPS: dict[str, tuple[Phase, int]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_compilation_cache() -> Iterator[None]:
-    """What is compiled for devices that are not here cannot be read back from a cache."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("without_compilation_cache")
 
 
 def violations_of(
