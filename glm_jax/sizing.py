@@ -20,8 +20,8 @@ _GIB = 1 << 30
 
 # Share of a GPU's memory that is ours to plan with; the rest is the driver's, NCCL's and XLA's own.
 MEMORY_SHARE = 0.9
-# Temporaries of the largest step, per device: see the memory analysis of a compiled prefill.
-_TEMPORARIES = 2 * _GIB
+# Temporaries of the largest step, per device: a prefill of 8192 tokens of GLM-4.7 compiles to 3.95 GB.
+_TEMPORARIES = 5 * _GIB
 # A developer's machine has no memory set aside: enough for 64 conversations with a small model.
 _HOST_KV_BYTES = 512 * _MIB
 
