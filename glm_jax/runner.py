@@ -105,6 +105,10 @@ class Runner:
     def _upload(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._replicated)
 
+    def control(self, controls: np.ndarray) -> None:
+        """From the next step on: int32[slots, control_columns] in place of the controls so far."""
+        self._controls = self._upload(controls)
+
     def dispatch(self, phase: Phase, batch: np.ndarray) -> jax.Array:
         """Starts a step and returns at once.
 

@@ -23,11 +23,36 @@ MIN_P = 6  # float32 bits
 TOP_K = 7  # 0 means off
 SEED_LOW = 8  # the request's 64-bit seed, low and high halves
 SEED_HIGH = 9
-NUM_FIELDS = 10
+FREQUENCY_PENALTY = 10  # float32 bits; all three penalties together are off when zero
+PRESENCE_PENALTY = 11  # float32 bits
+REPETITION_PENALTY = 12  # float32 bits of its logarithm
+PROMPT_LENGTH = 13  # position of the completion's first token
+MIN_LENGTH = 14  # a token sampled for a lower position is none of the banned
+NUM_BIASES = 15  # of the slot's controls
+NUM_BANS = 16
+NUM_LOGPROBS = 17  # likeliest tokens to tell beside the sampled one
+IS_MASKED = 18  # 1 when the slot's controls hold a mask to heed
+NUM_FIELDS = 19
 
-# A step returns one int32 array [2, rows]: sampled tokens, then float32 bits of their log-probabilities.
+MAX_LOGIT_BIASES = 300
+MAX_BANS = 276  # a request's own stop tokens, and the model's
+MAX_BIASES = MAX_LOGIT_BIASES + MAX_BANS
+MAX_TOP_LOGPROBS = 20
+
+# Controls are one int32 array [slots, control_columns], uploaded only when they change and looked at
+# only for rows that say so: the tokens with a bias, then the banned ones; the float32 bits of the
+# biases; the mask, whose bit t % 32 of word t // 32 allows token t.
+CONTROL_TOKENS = slice(0, MAX_BIASES)
+CONTROL_BIASES = slice(MAX_BIASES, 2 * MAX_BIASES)
+CONTROL_MASK = slice(2 * MAX_BIASES, None)
+
+# A step returns one int32 array [NUM_OUTPUTS, rows]: sampled tokens, the float32 bits of their
+# log-probabilities, then the likeliest tokens of rows that ask for them, and of these the same.
 OUTPUT_TOKENS = 0
 OUTPUT_LOGPROBS = 1
+OUTPUT_TOP_TOKENS = slice(2, 2 + MAX_TOP_LOGPROBS)
+OUTPUT_TOP_LOGPROBS = slice(2 + MAX_TOP_LOGPROBS, 2 + 2 * MAX_TOP_LOGPROBS)
+NUM_OUTPUTS = 2 + 2 * MAX_TOP_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +67,7 @@ class StepShapes:
       prefill_tile: tokens per prefill row; a row belongs to one sequence.
       prefill_buckets: ascending row counts prefill is compiled for.
       decode_buckets: ascending row counts decode is compiled for; the last is num_slots or more.
+      vocab_size: tokens that a mask covers; 0 where no request will have one.
 
     Raises:
       ValueError: a size is not positive, a bucket set is empty or not ascending, or the largest
@@ -55,6 +81,7 @@ class StepShapes:
     prefill_tile: int
     prefill_buckets: tuple[int, ...]
     decode_buckets: tuple[int, ...]
+    vocab_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "num_pages", "page_size", "max_seq_len", "prefill_tile"):
@@ -91,6 +118,11 @@ class StepShapes:
             if num_rows <= bucket:
                 return bucket
         raise ValueError(f"{num_rows} rows exceed the largest {phase} bucket, {buckets[-1]}")
+
+    @property
+    def control_columns(self) -> int:
+        """Columns of the controls."""
+        return CONTROL_MASK.start + -(-self.vocab_size // 32)
 
     def columns(self, phase: Phase) -> int:
         """Columns of the batch array of a phase."""

@@ -135,6 +135,7 @@ def shapes_within(
         prefill_tile=tile,
         prefill_buckets=_up_to(tuple(n // tile for n in geometry.prefill_tokens), most_rows),
         decode_buckets=_up_to(geometry.decode_rows, max_concurrency),
+        vocab_size=config.vocab_size,
     )
 
 

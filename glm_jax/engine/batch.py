@@ -5,16 +5,30 @@ Knows neither policy nor devices: `glm_jax.shapes` says what each column means.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from glm_jax.engine.scheduler import Plan
 from glm_jax.engine.sequence import Sequence
 from glm_jax.shapes import (
+    CONTROL_BIASES,
+    CONTROL_MASK,
+    CONTROL_TOKENS,
+    FREQUENCY_PENALTY,
     IS_LAST,
+    IS_MASKED,
+    MIN_LENGTH,
     MIN_P,
+    NUM_BANS,
+    NUM_BIASES,
     NUM_FIELDS,
+    NUM_LOGPROBS,
     NUM_TOKENS,
+    PRESENCE_PENALTY,
+    PROMPT_LENGTH,
+    REPETITION_PENALTY,
     SEED_HIGH,
     SEED_LOW,
     SLOT,
@@ -43,6 +57,15 @@ class Packer:
         # Per slot, the page list its row was written from, and how much of it.
         self._pages: list[list[int] | None] = [None] * shapes.num_slots
         self._num_pages = [0] * shapes.num_slots
+        self._controls = np.zeros((shapes.num_slots, shapes.control_columns), np.int32)
+        self._has_new_controls = False
+
+    def new_controls(self) -> NDArray[np.int32] | None:
+        """int32[slots, control_columns] for the batch packed last; None where nothing changed."""
+        if not self._has_new_controls:
+            return None
+        self._has_new_controls = False
+        return self._controls.copy()
 
     def pack(self, plan: Plan) -> NDArray[np.int32]:
         """Returns int32[bucket, columns(phase)], an array of its own for every call."""
@@ -87,6 +110,13 @@ class Packer:
         if num_known < len(pages):
             self._rows[slot, NUM_FIELDS + num_known : NUM_FIELDS + len(pages)] = pages[num_known:]
             self._num_pages[slot] = len(pages)
+        constraint = sequence.request.constraint
+        if constraint is not None:
+            is_masked = constraint.binds(sequence.num_dispatched - 1)
+            self._rows[slot, IS_MASKED] = is_masked
+            if is_masked and not sequence.is_prefilling:
+                self._controls[slot, CONTROL_MASK] = constraint.mask()
+                self._has_new_controls = True
         return slot
 
     def _enter(self, slot: int, sequence: Sequence) -> None:
@@ -100,5 +130,31 @@ class Packer:
         row[TOP_K] = sampling.top_k
         halves = np.array([sampling.seed & 0xFFFFFFFF, sampling.seed >> 32], np.uint32)
         row[[SEED_LOW, SEED_HIGH]] = halves.view(np.int32)
+        row[NUM_LOGPROBS] = sampling.num_logprobs
+        row[PROMPT_LENGTH] = sequence.prompt.size
+        penalties = np.array(
+            [
+                sampling.frequency_penalty,
+                sampling.presence_penalty,
+                math.log(sampling.repetition_penalty),
+            ],
+            np.float32,
+        )
+        row[[FREQUENCY_PENALTY, PRESENCE_PENALTY, REPETITION_PENALTY]] = penalties.view(np.int32)
+        if sampling.has_controls:
+            self._control(slot, sequence)
         self._pages[slot] = sequence.pages
         self._num_pages[slot] = 0
+
+    def _control(self, slot: int, sequence: Sequence) -> None:
+        """Writes which tokens are biased and which are banned at first."""
+        sampling = sequence.request.sampling
+        row, controls = self._rows[slot], self._controls[slot]
+        biases = np.array([bias for _, bias in sampling.logit_bias], np.float32)
+        banned = sorted(sampling.stop_token_ids) if sampling.min_tokens else []
+        tokens = [token for token, _ in sampling.logit_bias] + banned
+        controls[CONTROL_TOKENS][: len(tokens)] = tokens
+        controls[CONTROL_BIASES][: biases.size] = biases.view(np.int32)
+        row[MIN_LENGTH] = sequence.prompt.size + sampling.min_tokens
+        row[[NUM_BIASES, NUM_BANS]] = biases.size, len(banned)
+        self._has_new_controls = True

@@ -40,7 +40,14 @@ from glm_jax.engine.request import (
 )
 from glm_jax.engine.scheduler import Plan, Scheduler
 from glm_jax.engine.sequence import Sequence
-from glm_jax.shapes import OUTPUT_LOGPROBS, OUTPUT_TOKENS, Phase, StepShapes
+from glm_jax.shapes import (
+    OUTPUT_LOGPROBS,
+    OUTPUT_TOKENS,
+    OUTPUT_TOP_LOGPROBS,
+    OUTPUT_TOP_TOKENS,
+    Phase,
+    StepShapes,
+)
 
 Deliver = Callable[[list[TokenEvent]], None]
 
@@ -49,7 +56,7 @@ class Output(Protocol):
     """What a dispatched step will have computed."""
 
     def __array__(self) -> NDArray[Any]:
-        """int32[2, rows]: tokens, then float32 bits of log-probabilities. Waits for the step."""
+        """int32[NUM_OUTPUTS, rows], as `glm_jax.shapes` lays it out. Waits for the step."""
         ...
 
 
@@ -58,6 +65,10 @@ class Runner(Protocol):
 
     def dispatch(self, phase: Phase, batch: NDArray[np.int32], /) -> Output:
         """Starts a step on int32[rows, columns(phase)] and returns at once."""
+        ...
+
+    def control(self, controls: NDArray[np.int32], /) -> None:
+        """From the next step on: int32[slots, control_columns] in place of the controls so far."""
         ...
 
 
@@ -208,7 +219,11 @@ class Engine:
         return events
 
     def _dispatch(self, plan: Plan) -> Dispatched:
-        output = self._runner.dispatch(plan.phase, self._packer.pack(plan))
+        batch = self._packer.pack(plan)
+        controls = self._packer.new_controls()
+        if controls is not None:
+            self._runner.control(controls)
+        output = self._runner.dispatch(plan.phase, batch)
         self._num_steps[plan.phase] += 1
         return Dispatched(output, plan.samples)
 
@@ -222,8 +237,15 @@ class Engine:
             if sequence.finish_reason is not None:
                 continue  # the surplus token
             finish_reason = self._scheduler.commit(sequence, tokens[row])
+            number = sequence.request.sampling.num_logprobs
             events.append(
-                TokenEvent(sequence.request.id, tokens[row], logprobs[row], finish_reason)
+                TokenEvent(
+                    sequence.request.id,
+                    tokens[row],
+                    logprobs[row],
+                    finish_reason,
+                    top_logprobs=_top_logprobs(output, row, number) if number else (),
+                )
             )
         return events
 
@@ -256,3 +278,11 @@ class Engine:
         for sequence in live:
             if sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "error")
+
+
+def _top_logprobs(
+    output: NDArray[np.int32], row: int, number: int
+) -> tuple[tuple[int, float], ...]:
+    tokens = output[OUTPUT_TOP_TOKENS, row][:number].tolist()
+    logprobs = output[OUTPUT_TOP_LOGPROBS, row][:number].view(np.float32).tolist()
+    return tuple(zip(tokens, logprobs, strict=True))

@@ -13,10 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_jax.shapes import (
+    CONTROL_MASK,
     IS_LAST,
+    IS_MASKED,
+    NUM_OUTPUTS,
     NUM_TOKENS,
     OUTPUT_LOGPROBS,
     OUTPUT_TOKENS,
+    OUTPUT_TOP_LOGPROBS,
+    OUTPUT_TOP_TOKENS,
     SLOT,
     START,
     Phase,
@@ -29,7 +34,7 @@ class MockOutput:
     """The result of a step; np.asarray waits until its time has come.
 
     Attributes:
-      values: int32[2, rows], as `glm_jax.shapes` lays a step's output out.
+      values: int32[NUM_OUTPUTS, rows], as `glm_jax.shapes` lays a step's output out.
       ready_at: time.monotonic() at which the step ends.
     """
 
@@ -73,7 +78,13 @@ class MockRunner:
         # The last entry takes what padding rows write.
         self._last_tokens = np.zeros(shapes.num_slots + 1, np.int32)
         self._lengths = np.zeros(shapes.num_slots + 1, np.int32)
+        words = shapes.control_columns - CONTROL_MASK.start
+        self._masks = np.zeros((shapes.num_slots + 1, words), np.int32)
         self._ready_at = 0.0
+
+    def control(self, controls: NDArray[np.int32]) -> None:
+        """From the next step on: int32[slots, control_columns]; only masks are heeded."""
+        self._masks[:-1] = controls[:, CONTROL_MASK]
 
     def dispatch(self, phase: Phase, batch: NDArray[np.int32]) -> MockOutput:
         """Starts a step on int32[rows, columns(phase)] and returns at once.
@@ -96,6 +107,10 @@ class MockRunner:
             last = self._last_tokens[slots]
             lengths = self._lengths[slots] + 1
         output = self._sample(last, lengths)
+        for row in np.flatnonzero(batch[:, IS_MASKED]):
+            bits = np.unpackbits(self._masks[batch[row, SLOT]].view(np.uint8), bitorder="little")
+            allowed = np.flatnonzero(bits)
+            output[OUTPUT_TOKENS, row] = allowed[output[OUTPUT_TOKENS, row] % allowed.size]
         self._last_tokens[slots] = output[OUTPUT_TOKENS]
         self._lengths[slots] = lengths
         self._ready_at = max(self._ready_at, time.monotonic()) + self._seconds_per_step
@@ -106,8 +121,14 @@ class MockRunner:
         mixed = last.astype(np.uint32) * np.uint32(2654435761) + positions.astype(np.uint32)
         mixed = (mixed ^ (mixed >> 15)) * np.uint32(2246822519)
         mixed ^= mixed >> 13
-        output = np.empty((2, last.size), np.int32)
+        output = np.empty((NUM_OUTPUTS, last.size), np.int32)
         output[OUTPUT_TOKENS] = self._tokens[mixed % self._tokens.size]
         logprobs = -(mixed % 1024).astype(np.float32) / 256
         output[OUTPUT_LOGPROBS] = logprobs.view(np.int32)
+        # The sampled token is the likeliest; its neighbors follow.
+        number = OUTPUT_TOP_TOKENS.stop - OUTPUT_TOP_TOKENS.start
+        others = np.arange(number, dtype=np.uint32)[:, None]
+        output[OUTPUT_TOP_TOKENS] = self._tokens[(mixed + others) % self._tokens.size]
+        below = logprobs - others.astype(np.float32)
+        output[OUTPUT_TOP_LOGPROBS] = below.view(np.int32)
         return output

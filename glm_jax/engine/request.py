@@ -6,7 +6,12 @@ Knows neither pages nor devices: these are the only objects that cross between s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_jax.shapes import MAX_BANS, MAX_LOGIT_BIASES, MAX_TOP_LOGPROBS
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -23,6 +28,13 @@ class SamplingParams:
       min_p: least probability relative to the likeliest token, in [0, 1); 0 means off.
       seed: 64 bits that, with a token's position, decide all randomness of the request.
       stop_token_ids: tokens that end the completion; the ending token is delivered too.
+      frequency_penalty: taken from a token's logit for every time the completion has it.
+      presence_penalty: taken from it once if the completion has it.
+      repetition_penalty: a token that prompt or completion has is that much less likely: its logit
+        is divided by it, or multiplied where negative; 1 means off.
+      logit_bias: (token, what is added to its logit), at most MAX_LOGIT_BIASES.
+      min_tokens: no stop token before so many tokens.
+      num_logprobs: likeliest tokens to deliver beside each token, at most MAX_TOP_LOGPROBS.
     """
 
     max_new_tokens: int
@@ -32,6 +44,12 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    num_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -46,6 +64,41 @@ class SamplingParams:
             raise ValueError(f"min_p must be in [0, 1), got {self.min_p}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be an unsigned 64-bit integer, got {self.seed}")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        if not 0 <= self.num_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(f"num_logprobs is {self.num_logprobs}, not in 0 … {MAX_TOP_LOGPROBS}")
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise ValueError(f"logit_bias has more than {MAX_LOGIT_BIASES} entries")
+        if self.min_tokens and len(self.stop_token_ids) > MAX_BANS:
+            raise ValueError(f"min_tokens takes at most {MAX_BANS} stop tokens")
+
+    @property
+    def has_controls(self) -> bool:
+        """Whether tokens are biased or banned."""
+        return bool(self.logit_bias or (self.min_tokens and self.stop_token_ids))
+
+
+class Constraint(Protocol):
+    """Which tokens a completion may go on with: a grammar, a budget. Of one request only.
+
+    The engine's thread calls it; what it takes there, the device waits for.
+    """
+
+    def binds(self, index: int) -> bool:
+        """Whether the completion's token `index` may be restricted, as far as can be told now.
+
+        True keeps the engine from sampling that token before all tokens before it are accepted.
+        """
+        ...
+
+    def accept(self, token: int) -> None:
+        """Takes in the next token of the completion."""
+        ...
+
+    def mask(self) -> NDArray[np.int32]:
+        """Bits of the tokens that may come next: int32[ceil(vocab_size / 32)]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +109,13 @@ class Request:
       id: unique among live requests.
       prompt: token ids, at least one; whether the vocabulary has them is the caller's to check.
       sampling: how to choose tokens and when to stop.
+      constraint: which tokens may be chosen; None: any.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -80,6 +135,8 @@ class TokenEvent:
         nothing filtered).
       finish_reason: None while more is to come.
       error: what went wrong, when finish_reason is "error".
+      top_logprobs: the likeliest tokens and their log-probabilities, the likeliest first; as many
+        as the request wants.
     """
 
     request_id: str
@@ -87,6 +144,7 @@ class TokenEvent:
     logprob: float = 0.0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

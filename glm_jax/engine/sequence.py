@@ -53,7 +53,17 @@ class Sequence:
     @property
     def can_decode(self) -> bool:
         """Whether one more decode step can bring a token that will be kept."""
-        return 0 < self.num_dispatched < self.max_new_tokens
+        return 0 < self.num_dispatched < self.max_new_tokens and not self.is_behind
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether its constraint must see the token in flight before the next one is sampled."""
+        constraint = self.request.constraint
+        return (
+            constraint is not None
+            and len(self.completion) < self.num_dispatched
+            and constraint.binds(self.num_dispatched)
+        )
 
     @property
     def length(self) -> int:
@@ -66,6 +76,8 @@ class Sequence:
     def append(self, token: int) -> FinishReason | None:
         """Takes the next completion token in; returns why it is the last one, if it is."""
         self.completion.append(token)
+        if self.request.constraint is not None:
+            self.request.constraint.accept(token)
         if token in self.request.sampling.stop_token_ids:
             return "stop"
         if len(self.completion) == self.max_new_tokens:

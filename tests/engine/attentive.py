@@ -72,6 +72,9 @@ class AttentiveRunner:
         self._last_tokens = np.full(shapes.num_slots, -1)
         self._lengths = np.full(shapes.num_slots, -1)
 
+    def control(self, controls: NDArray[np.int32]) -> None:
+        raise AssertionError("no request of these tests has controls")
+
     def dispatch(self, phase: Phase, batch: NDArray[np.int32]) -> NDArray[np.int32]:
         """Runs a step: all rows are written before any row looks."""
         self._before_step(len(self.phases))

@@ -196,6 +196,9 @@ def test_the_host_dispatches_a_step_before_it_reads_the_last_one():
         def __init__(self, runner: AttentiveRunner) -> None:
             self._runner = runner
 
+        def control(self, controls) -> None:
+            raise AssertionError
+
         def dispatch(self, phase, batch) -> Pending:
             number = len(self._runner.phases)
             journal.append(f"dispatch {number}")

@@ -135,6 +135,9 @@ def test_a_result_that_cannot_be_read_fails_the_same_way():
             raise OSError("device lost")
 
     class BrokenRunner:
+        def control(self, controls) -> None:
+            raise AssertionError
+
         def dispatch(self, phase, batch) -> Broken:
             return Broken()
 

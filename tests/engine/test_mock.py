@@ -9,6 +9,7 @@ import pytest
 
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.mock import MockRunner
+from glm_jax.shapes import NUM_OUTPUTS
 from tests.engine.attentive import request, run_to_end, small_shapes
 
 SHAPES = small_shapes(num_slots=3)
@@ -48,7 +49,7 @@ def test_steps_are_pipelined_and_end_in_order():
     ready = [output.ready_at - start for output in outputs]
     assert 0.05 <= ready[0] < ready[1] < ready[2]
     assert ready[2] - ready[0] == pytest.approx(0.1)
-    assert np.asarray(outputs[2]).shape == (2, 1)
+    assert np.asarray(outputs[2]).shape == (NUM_OUTPUTS, 1)
     assert time.monotonic() >= outputs[2].ready_at
 
 
