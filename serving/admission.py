@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_jax.engine.request import Request, SamplingParams
+from glm_jax.engine.request import Constraint, Request, SamplingParams
 from serving import errors
 from serving.protocol import ChatRequest, GenerationRequest
+
+# Seeds of one request's answers are as far apart as can be: 2**64 divided by the golden ratio.
+_SEED_STEP = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +84,14 @@ def admit(
     limits: Limits,
     defaults: GenerationDefaults,
     vocab_size: int,
+    candidate: int = 0,
+    constraint: Constraint | None = None,
 ) -> Request:
     """The engine's request.
+
+    Args:
+      candidate: which of several answers to one prompt; their seeds differ.
+      constraint: what the answer must keep to.
 
     Raises:
       ApiError: 400, the prompt is empty, too long, or leaves the vocabulary; or prompt and
@@ -96,18 +105,31 @@ def admit(
         raise errors.invalid(param, message)
     if len(prompt) > limits.longest_prompt:
         raise prompt_too_long(param, f"{len(prompt)}", limits)
+    seed = secrets.randbits(64) if request.seed is None else request.seed
+    max_new_tokens = _max_new_tokens(request, len(prompt), param, limits)
+    min_tokens = request.min_tokens or 0
+    if min_tokens > max_new_tokens:
+        message = f"Invalid 'min_tokens': {min_tokens} is more than the {max_new_tokens} allowed."
+        raise errors.invalid("min_tokens", message)
     return Request(
         id=id,
         prompt=tuple(prompt),
         sampling=SamplingParams(
-            max_new_tokens=_max_new_tokens(request, len(prompt), param, limits),
+            max_new_tokens=max_new_tokens,
             temperature=_given(request.temperature, defaults.temperature),
             top_p=_given(request.top_p, defaults.top_p),
             top_k=max(0, _given(request.top_k, defaults.top_k)),
             min_p=_given(request.min_p, 0.0),
-            seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
+            seed=(seed + candidate * _SEED_STEP) % 2**64,
             stop_token_ids=_stop_token_ids(request, defaults, vocab_size),
+            frequency_penalty=request.frequency_penalty or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            repetition_penalty=_given(request.repetition_penalty, 1.0),
+            logit_bias=_logit_bias(request, vocab_size),
+            min_tokens=min_tokens,
+            num_logprobs=request.num_top_logprobs or 0,
         ),
+        constraint=constraint,
     )
 
 
@@ -121,6 +143,8 @@ def prompt_too_long(param: str, num_tokens: str, limits: Limits) -> errors.ApiEr
 
 def _max_new_tokens(request: GenerationRequest, prompt: int, param: str, limits: Limits) -> int:
     field, asked = request.token_limit
+    if asked == 0:
+        asked = 1  # for the prompt's sake; the token is left out
     if asked is None:
         return min(limits.max_new_tokens, limits.max_seq_len - prompt)
     if asked > limits.max_new_tokens:
@@ -133,6 +157,13 @@ def _max_new_tokens(request: GenerationRequest, prompt: int, param: str, limits:
         )
         raise errors.context_length_exceeded(param, limits.max_seq_len, used)
     return asked
+
+
+def _logit_bias(request: GenerationRequest, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    if not all(0 <= token < vocab_size for token in request.logit_bias):
+        message = f"Invalid 'logit_bias': token ids must be in 0 … {vocab_size - 1}."
+        raise errors.invalid("logit_bias", message)
+    return tuple(request.logit_bias.items())
 
 
 def _stop_token_ids(

@@ -37,6 +37,56 @@ class Usage:
     completion_tokens: int = 0
     reasoning_tokens: int = 0
 
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token of an answer's text, and how likely it was.
+
+    Attributes:
+      token: the token id.
+      logprob: its log-probability; None where there is none, as for a prompt's first token.
+      top: the likeliest tokens there and their log-probabilities.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How an answer ended.
+
+    Attributes:
+      reason: OpenAI's finish reason.
+      stop: the stop string that ended it, or the stop token that the request itself named.
+    """
+
+    reason: FinishReason
+    stop: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a step added to an answer; nothing at all when there was nothing for a while.
+
+    Attributes:
+      deltas: what can be shown now.
+      tokens: what was sampled, when log-probabilities are wanted.
+      finish: None while more is to come.
+    """
+
+    deltas: list[Delta]
+    tokens: list[Sampled]
+    finish: Finish | None = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
@@ -45,23 +95,29 @@ class Reading:
     Attributes:
       detokenizer, stops, parser: what they pass through, in this order.
       includes_stop: whether the text of a token that ended the answer belongs to it.
+      own_stops: stop tokens that the request named, beside the model's.
+      keeps_tokens: whether parts tell their tokens.
+      leaves_out_all: whether nothing of the answer is wanted, but its prompt's sake.
     """
 
     detokenizer: Detokenizer
     stops: StopStrings
     parser: Parser
     includes_stop: bool
+    own_stops: frozenset[int] = frozenset()
+    keeps_tokens: bool = False
+    leaves_out_all: bool = False
 
 
 class Answer:
-    """Iterate it once, inside a `with`: lists of deltas come, and then `finish_reason` is set.
+    """Iterate it once, inside a `with`: parts come, and the last one has `finish`.
 
     Leaving the `with` early cancels the request.
 
     Attributes:
-      id: the request's.
       usage: counts, final when the iteration has ended.
-      finish_reason: None until then.
+      finish: None until then.
+      logprob: of all that was sampled so far, together.
 
     Raises, while iterating:
       ApiError: 500, the engine failed.
@@ -77,9 +133,9 @@ class Answer:
         arrived: float,
         metrics: Metrics,
     ) -> None:
-        self.id = stream.request_id
         self.usage = usage
-        self.finish_reason: FinishReason | None = None
+        self.finish: Finish | None = None
+        self.logprob = 0.0
         self._stream = stream
         self._reading = reading
         self._endpoint = endpoint
@@ -94,21 +150,27 @@ class Answer:
         self._stream.close()
         left = "error" if isinstance(exception, Exception) else "cancelled"
         seconds = time.monotonic() - self._arrived
-        status = self.finish_reason or left
+        status = self.finish.reason if self.finish else left
         self._metrics.finished(self._endpoint, status, seconds)
-        logger.debug("%s: %s after %.3f s, %s", self.id, status, seconds, self.usage)
+        logger.debug(
+            "%s: %s after %.3f s, %s", self._stream.request_id, status, seconds, self.usage
+        )
 
-    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+    def nudge(self) -> None:
+        """Makes the iteration yield now, with nothing if nothing has come."""
+        self._stream.wake()
+
+    async def __aiter__(self) -> AsyncIterator[Part]:
         async for events in self._stream:
             self._observe(events)
             deltas: list[Delta] = []
+            tokens: list[Sampled] = []
             for event in events:
-                deltas += self._take(event)
-                if self.finish_reason is not None:
+                deltas += self._take(event, tokens)
+                if self.finish is not None:
                     break
-            if deltas:
-                yield join(deltas) if len(deltas) > 1 else deltas
-            if self.finish_reason is not None:
+            yield Part(join(deltas) if len(deltas) > 1 else deltas, tokens, self.finish)
+            if self.finish is not None:
                 break
 
     def _observe(self, events: list[TokenEvent]) -> None:
@@ -123,29 +185,37 @@ class Answer:
             self._metrics.first_token(since)
         self._metrics.tokens(number)
 
-    def _take(self, event: TokenEvent) -> list[Delta]:
-        """The deltas of one token; sets finish_reason if it is the last."""
+    def _take(self, event: TokenEvent, tokens: list[Sampled]) -> list[Delta]:
+        """The deltas of one token; sets finish if it is the last."""
         if event.token is None:
             cause = event.error or "the server ended the request"
             raise errors.internal(f"The engine failed: {cause}.")
         reading, ended = self._reading, event.finish_reason
+        if reading.leaves_out_all:
+            self.finish = Finish("length")
+            return []
         self.usage.completion_tokens += 1
         self.usage.reasoning_tokens += reading.parser.is_reasoning
+        self.logprob += event.logprob
         pieces: list[Piece] = []
         if ended != "stop" or reading.includes_stop:
             pieces = reading.detokenizer.push(event.token)
+            if reading.keeps_tokens:
+                tokens.append(Sampled(event.token, event.logprob, event.top_logprobs))
         if ended is not None:
             pieces = [*pieces, *reading.detokenizer.finish()]
         pieces = reading.stops.push(pieces)
-        is_stopped = reading.stops.has_matched
-        if ended is not None and not is_stopped:
+        matched = reading.stops.matched
+        if ended is not None and matched is None:
             pieces = [*pieces, *reading.stops.finish()]
         deltas = reading.parser.feed(pieces)
-        is_stopped = is_stopped or reading.parser.has_all_calls
+        is_stopped = matched is not None or reading.parser.has_all_calls
         if ended is not None or is_stopped:
             is_cut = ended == "length" and not is_stopped
             deltas += reading.parser.finish(is_cut=is_cut)
-            self.finish_reason = (
-                "length" if is_cut else "tool_calls" if reading.parser.num_calls else "stop"
+            reason: FinishReason = "tool_calls" if reading.parser.num_calls else "stop"
+            own = event.token if ended == "stop" and event.token in reading.own_stops else None
+            self.finish = Finish(
+                "length" if is_cut else reason, own if matched is None else matched
             )
         return deltas

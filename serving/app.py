@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 
 from quart import Quart, Response, make_response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
-from serving import errors, protocol, responses
-from serving.answer import Answer
+from serving import errors, formats, protocol, responses
 from serving.errors import ApiError
+from serving.formats import Format
 from serving.protocol import ChatRequest, CompletionRequest
-from serving.responses import Format
+from serving.reply import Reply
 from serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -56,51 +57,50 @@ def _add_generation(app: Quart, service: Service) -> None:
 async def _generate[Body: protocol.GenerationRequest](
     service: Service,
     kind: type[Body],
-    begin: Callable[..., Awaitable[tuple[Answer, Format]]],
+    begin: Callable[..., Awaitable[tuple[Reply, Format]]],
 ) -> Response:
     arrived = time.monotonic()
     try:
         data = await request.get_data(cache=False, as_text=False, parse_form_data=False)
         body = protocol.parse(kind, data)
-        answer, format = await begin(body, endpoint=request.path, arrived=arrived)
+        reply, format = await begin(body, endpoint=request.path, arrived=arrived)
     except Exception:
         service.metrics.rejected(request.path)
         raise
     if body.stream:
-        return await _stream(answer, format)
-    with answer:
-        deltas = [delta async for some in answer for delta in some]
-    assert answer.finish_reason is not None
-    whole = format.whole(deltas, answer.finish_reason, answer.usage)
-    return await _json(whole, headers={"x-request-id": answer.id})
+        return await _stream(reply, format)
+    with reply:
+        choices = await reply.choices()
+    return await _json(format.whole(choices, reply.usage))
 
 
-async def _stream(answer: Answer, format: Format) -> Response:
-    events = _events(answer, format)
+async def _stream(reply: Reply, format: Format) -> Response:
+    events = _events(reply, format)
     # Starts the generator: one that never ran could not clean up after itself if the client is
     # gone before the first event.
     await anext(events)
-    response = await make_response(events, 200, {**_SSE_HEADERS, "x-request-id": answer.id})
+    response = await make_response(events, 200, _SSE_HEADERS)
     assert isinstance(response, Response)
     response.timeout = None  # Quart would cut the stream after a minute
     return response
 
 
-async def _events(answer: Answer, format: Format) -> AsyncGenerator[bytes]:
+async def _events(reply: Reply, format: Format) -> AsyncGenerator[bytes]:
     try:
-        with answer:
+        with reply:
             yield b""
-            if first := format.first_event():
+            if first := format.first_events():
                 yield first
-            async for deltas in answer:
-                yield format.events(deltas)
-            assert answer.finish_reason is not None
-            yield format.last_events(answer.finish_reason, answer.usage)
+            async with aclosing(reply.parts()) as parts:
+                async for index, part in parts:
+                    if events := format.part_events(index, part, reply.usage):
+                        yield events
+            yield format.last_events(reply.usage)
     except ApiError as error:
-        yield responses.error_events(error)
+        yield format.error_events(error)
     except Exception as error:
-        logger.error("stream %s failed", answer.id, exc_info=error)
-        yield responses.error_events(errors.internal(_UNEXPECTED))
+        logger.error("stream %s failed", reply.id, exc_info=error)
+        yield format.error_events(errors.internal(_UNEXPECTED))
 
 
 def _add_models(app: Quart, service: Service) -> None:
@@ -162,7 +162,7 @@ def _add_errors(app: Quart) -> None:
 async def _json(
     value: object, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
-    response = await make_response(responses.to_json(value), status, headers or {})
+    response = await make_response(formats.to_json(value), status, headers or {})
     assert isinstance(response, Response)
     response.headers["content-type"] = "application/json"
     return response

@@ -178,6 +178,10 @@ class Stream:
         """Adds an event and wakes the reader."""
         self._events.append(event)
         self.is_finished = event.finish_reason is not None
+        self.wake()
+
+    def wake(self) -> None:
+        """Makes the reader look, though nothing may have come: it then gets an empty list."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -21,7 +21,8 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from serving import errors
-from serving.protocol import ChatRequest, Message
+from serving.conversation import Message
+from serving.protocol import ChatRequest
 from serving.tokenizer import ModelTokenizer, Tag
 
 # Characters without a meaning, by agreement; at most the first few are ever tried.
@@ -34,11 +35,14 @@ class Prompt:
 
     Attributes:
       tokens: the token ids.
-      starts_in_reasoning: whether it ends with `<think>`, so that the answer begins as reasoning.
+      starts_in_reasoning: whether `<think>` is open at its end, so that the answer begins as
+        reasoning.
+      is_continued: whether the answer goes on with a text that the prompt ends with.
     """
 
     tokens: tuple[int, ...]
     starts_in_reasoning: bool
+    is_continued: bool = False
 
 
 class ChatTemplate:
@@ -99,8 +103,13 @@ class ChatTemplate:
         for control, ids in zip(parts[1::2], texts[1:], strict=True):
             tokens.append(self._tokenizer.control_tokens[control])
             tokens += ids
-        think = self._tokenizer.control_tokens[Tag.THINK]
-        return Prompt(tuple(tokens), bool(tokens) and tokens[-1] == think)
+        think, end_think = (
+            self._tokenizer.control_tokens[tag] for tag in (Tag.THINK, Tag.END_THINK)
+        )
+        last = next((token for token in reversed(tokens) if token in (think, end_think)), None)
+        is_continued = bool(request.continue_final_message)
+        is_open = last == think if is_continued else tokens[-1:] == [think]
+        return Prompt(tuple(tokens), is_open, is_continued)
 
     def _render_marked(self, request: ChatRequest) -> tuple[str, str]:
         """The prompt's text with marks, and the mark."""
@@ -115,12 +124,14 @@ class ChatTemplate:
             text = self._template.render(
                 messages=self._marked(messages, mark),
                 tools=self._marked(tools, mark),
-                add_generation_prompt=True,
+                add_generation_prompt=_begins_a_message(request),
                 **{name: value for name, value in switches.items() if value is not None},
             )
         except jinja2.TemplateError as error:
             message = f"The model's chat template refuses the messages: {error}."
             raise errors.invalid("messages", message) from error
+        if request.continue_final_message:
+            text = _reopened(text, self._marked(messages[-1], mark))
         return text, mark
 
     def _marked(self, value: Any, mark: str) -> Any:
@@ -138,6 +149,21 @@ class ChatTemplate:
         while pattern.search(text):  # again, in case two control tokens overlapped
             text = pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
         return text
+
+
+def _begins_a_message(request: ChatRequest) -> bool:
+    if request.continue_final_message:
+        return False
+    return request.add_generation_prompt is not False
+
+
+def _reopened(text: str, message: dict[str, Any]) -> str:
+    """A conversation whose last message, which the template has closed, is to be gone on with."""
+    content: str = message["content"]
+    if not content.strip() and message.get("reasoning_content"):
+        return text.removesuffix(Tag.END_THINK)
+    # The template strips what it shows; the white space at the end is the client's.
+    return text.rstrip() + content[len(content.rstrip()) :]
 
 
 def _template_message(message: Message) -> dict[str, Any]:

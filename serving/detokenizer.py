@@ -51,6 +51,9 @@ class StopStrings:
     Args:
       stops: the strings, none empty.
       include: whether the matched string stays in the output.
+
+    Attributes:
+      matched: the stop string that ended the output; None so far.
     """
 
     def __init__(self, stops: Iterable[str], *, include: bool = False) -> None:
@@ -58,7 +61,7 @@ class StopStrings:
         self._include = include
         self._held: deque[Piece] = deque()
         self._num_held = 0  # characters in _held
-        self.has_matched = False
+        self.matched: str | None = None
 
     def push(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces that are certain now. After a match nothing more may be pushed."""
@@ -68,11 +71,13 @@ class StopStrings:
         for piece in pieces:
             self._held.append(piece)
             for index, char in enumerate(piece):
-                matched = max([stop.advance(char) for stop in self._stops])
-                if matched:
-                    self.has_matched = True
-                    before = self._num_held + index + 1 - matched
-                    released += self._release(before + (matched if self._include else 0))
+                length = max([stop.advance(char) for stop in self._stops])
+                if length:
+                    self.matched = next(
+                        m.stop for m in self._stops if m.length == len(m.stop) == length
+                    )
+                    end = self._num_held + index + 1
+                    released += self._release(end if self._include else end - length)
                     self._held.clear()
                     self._num_held = 0
                     return released
@@ -91,7 +96,7 @@ class StopStrings:
         while length > 0:
             piece = self._held.popleft()
             if len(piece) > length:
-                if isinstance(piece, Tag) and not self.has_matched:
+                if isinstance(piece, Tag) and self.matched is None:
                     self._held.appendleft(piece)
                     break
                 self._held.appendleft(piece[length:])
@@ -110,7 +115,7 @@ class _Matcher:
     """
 
     def __init__(self, stop: str) -> None:
-        self._stop = stop
+        self.stop = stop
         # borders[n]: length of the longest proper border of the first n characters.
         self._borders = [0] * (len(stop) + 1)
         border = 0
@@ -124,7 +129,7 @@ class _Matcher:
     def advance(self, char: str) -> int:
         """Takes one character; the string's length if that completes it, else 0."""
         length = self.length
-        while length and self._stop[length] != char:
+        while length and self.stop[length] != char:
             length = self._borders[length]
-        self.length = length + (self._stop[length] == char)
-        return self.length if self.length == len(self._stop) else 0
+        self.length = length + (self.stop[length] == char)
+        return self.length if self.length == len(self.stop) else 0

@@ -133,6 +133,7 @@ class ChatParser:
     Args:
       tools: what the request declares; None when it has no tools, and calls are mere text.
       starts_in_reasoning: whether the prompt ended with `<think>`.
+      is_continued: whether it ended with the first half of what comes.
       max_calls: calls after which the answer is complete; None for no limit.
     """
 
@@ -141,6 +142,7 @@ class ChatParser:
         tools: Tools | None,
         *,
         starts_in_reasoning: bool,
+        is_continued: bool = False,
         max_calls: int | None = None,
     ) -> None:
         self._tools = tools
@@ -148,7 +150,9 @@ class ChatParser:
         self.num_calls = 0
         self.has_all_calls = False
         self._state = _State.REASONING if starts_in_reasoning else _State.CONTENT
-        self._trims = starts_in_reasoning  # whether white space comes before the next text
+        self._trims = (
+            starts_in_reasoning and not is_continued
+        )  # whether white space comes before the next text
         self._buffer = ""  # of a name, a key, or a value that is no string
         self._name = ""
         self._key = ""

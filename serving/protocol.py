@@ -9,48 +9,42 @@ it would change the answer. Harmless: it, and anything unknown, is ignored.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError
 
-from serving import errors
+from glm_jax.shapes import MAX_LOGIT_BIASES, MAX_TOP_LOGPROBS
+from serving import errors, wire
+from serving.conversation import Message, Tool
+from serving.wire import Refused, Wire
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 256
+MAX_CHOICES = 64
+MAX_PROMPTS = 64
 
-# Field -> the values that ask for nothing. Any other value is refused.
-_REFUSED: dict[str, tuple[Any, ...]] = {
+_REFUSED: Refused = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "ebnf": (),
-    "frequency_penalty": (0,),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
     "json_schema": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logprob_token_ids": (),
     "max_new_tokens": (),
     "min_new_tokens": (0,),
-    "min_tokens": (0,),
-    "n": (1,),
-    "presence_penalty": (0,),
     "prompt_logprobs": (),
     "regex": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -61,54 +55,46 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 REFUSED_COMPLETION = _REFUSED | {
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (False,),
     "suffix": ("",),
 }
 REFUSED_CHAT = _REFUSED | {
-    "add_generation_prompt": (True,),
     "audio": (),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": (),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "thinking_token_budget": (),
     "tool_choice": ("auto", "none"),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-
-
-class Wire(BaseModel):
-    """A JSON object: no type is converted into another, unknown fields are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
 def _stop_strings(value: Any) -> Any:
     return [value] if isinstance(value, str) else [] if value is None else value
 
 
+def _token_biases(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(token): bias for token, bias in value.items()}
+    except ValueError:
+        raise PydanticCustomError("invalid_value", "must map token ids to numbers") from None
+
+
 class StreamOptions(Wire):
-    """What a stream carries beside the answer."""
+    """What a stream carries beside the answer.
+
+    Attributes:
+      include_usage: the usage of the whole request, at its end.
+      continuous_usage_stats: with it, the usage so far in every event.
+    """
 
     include_usage: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_continuous_usage(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("continuous_usage_stats"):
-            raise PydanticCustomError(
-                "unsupported_parameter", "continuous_usage_stats is not supported yet"
-            )
-        return value
+    continuous_usage_stats: bool = False
 
 
 class GenerationRequest(Wire):
@@ -116,7 +102,7 @@ class GenerationRequest(Wire):
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -131,6 +117,36 @@ class GenerationRequest(Wire):
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: Annotated[
+        dict[int, Annotated[float, Field(ge=-100, le=100)]],
+        BeforeValidator(_token_biases),
+        Field(max_length=MAX_LOGIT_BIASES),
+    ] = {}
+
+    @field_validator("stream_options", "logit_bias", mode="before")
+    @classmethod
+    def _nothing(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to give, per prompt."""
+        return self.n or 1
+
+    @property
+    def num_candidates(self) -> int:
+        """Answers to make, per prompt; the best of them are given."""
+        return self.num_choices
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Likeliest tokens to tell beside each token; None: no log-probabilities at all."""
+        return None
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -139,112 +155,57 @@ class GenerationRequest(Wire):
 
     @property
     def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options.include_usage
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: str | list[int]
+    prompt: list[str | list[int]]
     add_special_tokens: bool = True
+    echo: bool = False
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one_prompt(cls, value: Any) -> Any:
-        if isinstance(value, list) and value and not isinstance(value[0], int):
-            if len(value) > 1:
-                raise PydanticCustomError(
-                    "unsupported_parameter", "several prompts in one request are not supported yet"
-                )
-            value = value[0]
-        is_tokens = isinstance(value, list) and all(type(token) is int for token in value)
-        if not is_tokens and not isinstance(value, str):
-            raise PydanticCustomError("invalid_type", "must be a string or a list of token ids")
-        return value
-
-
-class TextPart(Wire):
-    """A part of a message's content; other kinds of parts are no text and are refused."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _parts(value: Any) -> Any:
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if value is not None and not isinstance(value, list):
-        raise PydanticCustomError("invalid_type", "must be a string or a list of text parts")
-    for part in value or []:
-        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
-            kind = errors.shorten(part["type"], 40)
+    def _prompts(cls, value: Any) -> Any:
+        """A string, token ids, or a list of either, as a list."""
+        if isinstance(value, str) or (isinstance(value, list) and not value):
+            return [value]
+        if isinstance(value, list) and type(value[0]) is int:
+            value = [value]
+        if not isinstance(value, list) or not all(map(_is_prompt, value)):
+            message = "must be a string, a list of token ids, or a list of either"
+            raise PydanticCustomError("invalid_type", message)
+        if len(value) > MAX_PROMPTS:
             raise PydanticCustomError(
-                "unsupported_parameter", "this model takes text only, not {kind}", {"kind": kind}
+                "invalid_value", "must hold at most {most} prompts", {"most": MAX_PROMPTS}
             )
-    return value or []
-
-
-Text = Annotated[list[TextPart], BeforeValidator(_parts)]
-
-
-def _mapping(value: Any) -> Any:
-    if not isinstance(value, str):
         return value
-    try:
-        mapping = from_json(value) if value.strip() else {}
-    except ValueError:
-        mapping = None
-    if not isinstance(mapping, dict):
-        raise PydanticCustomError("invalid_value", "must be the JSON of an object")
-    return mapping
 
-
-class CalledFunction(Wire):
-    name: str
-    arguments: Annotated[dict[str, Any], BeforeValidator(_mapping)] = {}
-
-
-class PastCall(Wire):
-    """A call that an earlier answer of the assistant made."""
-
-    function: CalledFunction
-
-
-class Message(Wire):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text = []
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[PastCall] | None = None
+    @model_validator(mode="after")
+    def _check_candidates(self) -> Self:
+        if self.best_of is not None and self.best_of < self.num_choices:
+            raise errors.invalid("best_of", "Invalid 'best_of': it must be at least n.")
+        if self.stream and self.num_candidates > self.num_choices:
+            message = "Invalid 'best_of': the best answers are known at the end, so not streamed."
+            raise errors.invalid("best_of", message)
+        return self
 
     @property
-    def text(self) -> str:
-        return "".join(part.text for part in self.content)
+    def num_candidates(self) -> int:
+        return self.best_of or self.num_choices
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return self.logprobs
 
 
-class Function(Wire):
-    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(Wire):
-    """A function the model may call.
-
-    Attributes:
-      declaration: the object as it came; the template shows it to the model word for word.
-    """
-
-    type: Literal["function"]
-    function: Function
-    declaration: dict[str, Any]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keep_declaration(cls, value: Any) -> Any:
-        return {**value, "declaration": value} if isinstance(value, dict) else value
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(type(token) is int for token in value)
+    return isinstance(value, str)
 
 
 class TemplateOptions(Wire):
@@ -269,6 +230,11 @@ class ChatRequest(GenerationRequest):
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
     )
@@ -279,6 +245,25 @@ class ChatRequest(GenerationRequest):
     @classmethod
     def _absent(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _check_fields_that_go_together(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise errors.invalid(
+                "top_logprobs", "Invalid 'top_logprobs': set logprobs to true too."
+            )
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                message = "Invalid 'add_generation_prompt': a message is continued, not begun."
+                raise errors.invalid("add_generation_prompt", message)
+            if self.messages[-1].role != "assistant":
+                message = "Invalid 'continue_final_message': the last message is no assistant's."
+                raise errors.invalid("continue_final_message", message)
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -316,47 +301,4 @@ def parse[Body: GenerationRequest](kind: type[Body], body: bytes) -> Body:
     Raises:
       ApiError: 400, naming the field at fault.
     """
-    try:
-        fields = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise errors.ApiError(400, f"The body is not valid JSON: {error}.") from None
-    if not isinstance(fields, dict):
-        raise errors.ApiError(400, "The body must be a JSON object.", code="invalid_type")
-    _refuse_unsupported(fields, REFUSED_CHAT if kind is ChatRequest else REFUSED_COMPLETION)
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise _api_error(error.errors(include_url=False)[0]) from None
-
-
-def _refuse_unsupported(fields: dict[str, Any], refused: dict[str, tuple[Any, ...]]) -> None:
-    for name in fields.keys() & refused.keys():
-        value, harmless = fields[name], refused[name]
-        if value is not None and value not in harmless:
-            advice = f" or set it to {json.dumps(harmless[0])}" if harmless else ""
-            raise errors.unsupported(name, f"'{name}' is not supported yet: leave it out{advice}.")
-
-
-def _api_error(detail: ErrorDetails) -> errors.ApiError:
-    param = _path(detail["loc"]) or None
-    kind = detail["type"]
-    if kind == "missing":
-        message = f"Missing required parameter: '{param}'."
-        return errors.invalid(param, message, "missing_required_parameter")
-    if kind in ("invalid_type", "unsupported_parameter"):
-        code = kind
-    else:
-        code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-    what = detail["msg"].removeprefix("Input ")
-    value = detail["input"]
-    if isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**256):
-        what += f", not {errors.shorten(json.dumps(value, ensure_ascii=False), 100)}"
-    return errors.invalid(param, f"Invalid '{param}': {what}.", code)
-
-
-def _path(where: tuple[int | str, ...]) -> str:
-    """`messages[0].content` of ("messages", 0, "content")."""
-    # The branches of a union are parts of pydantic's path, not of the client's.
-    where = tuple(part for part in where if part not in ("str", "list[int]"))
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
-    return path.removeprefix(".")
+    return wire.parse(kind, body, REFUSED_CHAT if kind is ChatRequest else REFUSED_COMPLETION)

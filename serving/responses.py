@@ -1,28 +1,28 @@
-"""The answers of the OpenAI wire format: whole ones, and streams of events.
+"""The answers of OpenAI's completions and chat completions: whole ones, and streams of events.
 
 Knows neither requests nor the engine.
 
 A stream repeats the same bytes around every piece of text, so they are made once per answer, and
-per delta only the text is encoded. It is encoded in ASCII: some clients split lines at characters
-such as U+2028, which JSON may hold as they are.
+per delta only the text is encoded.
 """
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
-from serving.answer import FinishReason, Usage
+from serving.answer import Finish, Part, Sampled, Usage
 from serving.errors import ApiError
+from serving.formats import Format, calls_of, content_of, dumps, event, reasoning_of
 from serving.parsers import Arguments, Content, Delta, Reasoning, ToolCall
+from serving.reply import Choice
 
 DONE = b"data: [DONE]\n\n"
 
-_dumps = json.JSONEncoder(separators=(",", ":")).encode
+Spell = Callable[[int], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +43,45 @@ class Head:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-class Format(ABC):
-    """How one endpoint writes an answer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a client wants to be told beside the answer.
+
+    Attributes:
+      usage: the usage, at the end of a stream; every event then has the field.
+      continuous_usage: with it, the usage so far in every event.
+      logprobs: log-probabilities, with so many alternatives a token; None: none at all.
+    """
+
+    usage: bool = False
+    continuous_usage: bool = False
+    logprobs: int | None = None
+
+
+class OpenAIFormat(Format):
+    """What both endpoints share.
 
     Args:
       head: the beginning of every object.
-      includes_usage: whether a stream ends with the usage; every event then has the field.
+      wanted: what is told.
+      spell: a token as it is written.
+      num_choices: of the reply.
     """
 
     _chunk_kind: str
+    _kind: str
     _delta_field: str  # what stands between a choice's index and its piece of the answer
 
-    def __init__(self, head: Head, *, includes_usage: bool) -> None:
+    def __init__(self, head: Head, wanted: Wanted, spell: Spell, num_choices: int = 1) -> None:
         self._head = head
-        self._includes_usage = includes_usage
-        fields = _dumps(head.fields(self._chunk_kind))[:-1]
-        self._open = f'data: {fields},"choices":[{{"index":0,{self._delta_field}'
-        usage = ',"usage":null' if includes_usage else ""
-        self._close = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
-
-    @abstractmethod
-    def first_event(self) -> bytes:
-        """What a stream begins with, before any token."""
+        self._wanted = wanted
+        self._spell = spell
+        fields = dumps(head.fields(self._chunk_kind))[:-1]
+        self._opens = [
+            f'data: {fields},"choices":[{{"index":{index},{self._delta_field}'
+            for index in range(num_choices)
+        ]
+        self._close = self._closing("null", "null", None)
 
     @abstractmethod
     def _piece(self, delta: Delta) -> str:
@@ -72,40 +89,83 @@ class Format(ABC):
 
     @abstractmethod
     def _nothing(self) -> str:
-        """JSON of no delta, for the event with the finish reason."""
+        """JSON of no delta, for events with a finish reason or log-probabilities alone."""
 
     @abstractmethod
-    def whole(self, deltas: Sequence[Delta], reason: FinishReason, usage: Usage) -> dict[str, Any]:
-        """The whole answer as one object."""
+    def _logprobs(self, index: int, tokens: Sequence[Sampled]) -> dict[str, Any]:
+        """The object of log-probabilities of a piece of this answer."""
 
-    def events(self, deltas: Iterable[Delta]) -> bytes:
-        """One event per delta."""
-        return "".join(
-            [f"{self._open}{self._piece(delta)}{self._close}" for delta in deltas]
-        ).encode("ascii")
+    @abstractmethod
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        """The fields of a whole choice that are this endpoint's own."""
 
-    def last_events(self, reason: FinishReason, usage: Usage) -> bytes:
-        """The finish reason, the usage if it was asked for, and the end of the stream."""
-        close = self._close.replace('"finish_reason":null', f'"finish_reason":"{reason}"', 1)
-        events = f"{self._open}{self._nothing()}{close}".encode("ascii")
-        if self._includes_usage:
-            fields = self._head.fields(self._chunk_kind)
-            events += event({**fields, "choices": [], "usage": usage_fields(usage)})
-        return events + DONE
+    def part_events(self, index: int, part: Part, usage: Usage) -> bytes:
+        close, opening = self._close, self._opens[index]
+        so_far = usage_fields(usage) if self._wanted.continuous_usage else None
+        if so_far:
+            close = self._closing("null", "null", so_far)
+        events = [f"{opening}{self._piece(delta)}{close}" for delta in part.deltas]
+        if part.tokens:
+            told = self._closing(dumps(self._logprobs(index, part.tokens)), "null", so_far)
+            if events:
+                events[-1] = f"{opening}{self._piece(part.deltas[-1])}{told}"
+            else:
+                events.append(f"{opening}{self._nothing()}{told}")
+        if part.finish is not None:
+            close = self._closing("null", _finish_json(part.finish), so_far)
+            events.append(f"{opening}{self._nothing()}{close}")
+        return "".join(events).encode("ascii")
 
-    def _whole(self, kind: str, choice: dict[str, Any], usage: Usage) -> dict[str, Any]:
-        choice = {"index": 0, **choice}
-        return {**self._head.fields(kind), "choices": [choice], "usage": usage_fields(usage)}
+    def last_events(self, usage: Usage) -> bytes:
+        if not self._wanted.usage:
+            return DONE
+        fields = self._head.fields(self._chunk_kind)
+        return event({**fields, "choices": [], "usage": usage_fields(usage)}) + DONE
+
+    def error_events(self, error: ApiError) -> bytes:
+        return event(error.body()) + DONE
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        return {
+            **self._head.fields(self._kind),
+            "choices": [self._whole_choice(*entry) for entry in enumerate(choices)],
+            "usage": usage_fields(usage),
+        }
+
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        has_logprobs = self._wanted.logprobs is not None
+        return {
+            "index": index,
+            **self._choice(choice),
+            "logprobs": self._logprobs(index, choice.tokens) if has_logprobs else None,
+            "finish_reason": choice.finish.reason,
+            "stop_reason": choice.finish.stop,
+        }
+
+    def _closing(self, logprobs: str, finish: str, usage: dict[str, Any] | None) -> str:
+        told = f',"usage":{dumps(usage)}' if self._wanted.usage else ""
+        return f',"logprobs":{logprobs},"finish_reason":{finish}}}]{told}}}\n\n'
 
 
-class CompletionFormat(Format):
-    """/v1/completions."""
+class CompletionFormat(OpenAIFormat):
+    """/v1/completions. `echoes` are the prompts that the answers begin with, if they do."""
 
-    _chunk_kind = "text_completion"
+    _kind = _chunk_kind = "text_completion"
     _delta_field = '"text":'
 
-    def first_event(self) -> bytes:
-        return b""
+    def __init__(
+        self, head: Head, wanted: Wanted, spell: Spell, num_choices: int, echoes: Sequence[str]
+    ) -> None:
+        super().__init__(head, wanted, spell, num_choices)
+        self._echoes = echoes
+        self._offsets = [len(echo) for echo in echoes] or [0] * num_choices
+
+    def first_events(self) -> bytes:
+        return "".join(
+            f"{opening}{encode_basestring_ascii(echo)}{self._close}"
+            for opening, echo in zip(self._opens, self._echoes, strict=False)
+            if echo
+        ).encode("ascii")
 
     def _piece(self, delta: Delta) -> str:
         assert isinstance(delta, Content), delta
@@ -114,21 +174,44 @@ class CompletionFormat(Format):
     def _nothing(self) -> str:
         return '""'
 
-    def whole(self, deltas: Sequence[Delta], reason: FinishReason, usage: Usage) -> dict[str, Any]:
-        text = "".join(delta.text for delta in deltas if isinstance(delta, Content))
-        choice = {"text": text, "logprobs": None, "finish_reason": reason}
-        return self._whole("text_completion", choice, usage)
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        fields = super()._whole_choice(index, choice)
+        if self._echoes:
+            fields["text"] = self._echoes[index] + fields["text"]
+        return fields
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        return {"text": content_of(choice.deltas)}
+
+    def _logprobs(self, index: int, tokens: Sequence[Sampled]) -> dict[str, Any]:
+        texts = [token_text(self._spell(sampled.token)) for sampled in tokens]
+        offsets = []
+        for sampled in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(self._spell(sampled.token).decode("utf-8", "ignore"))
+        return {
+            "tokens": texts,
+            "token_logprobs": [sampled.logprob for sampled in tokens],
+            "top_logprobs": [
+                {token_text(self._spell(token)): logprob for token, logprob in sampled.top}
+                if self._wanted.logprobs and sampled.logprob is not None
+                else None
+                for sampled in tokens
+            ],
+            "text_offset": offsets,
+        }
 
 
-class ChatFormat(Format):
+class ChatFormat(OpenAIFormat):
     """/v1/chat/completions. Reasoning goes by both of its names."""
 
+    _kind = "chat.completion"
     _chunk_kind = "chat.completion.chunk"
     _delta_field = '"delta":'
 
-    def first_event(self) -> bytes:
+    def first_events(self) -> bytes:
         piece = '{"role":"assistant","content":""}'
-        return f"{self._open}{piece}{self._close}".encode("ascii")
+        return "".join(f"{opening}{piece}{self._close}" for opening in self._opens).encode("ascii")
 
     def _piece(self, delta: Delta) -> str:
         match delta:
@@ -140,18 +223,17 @@ class ChatFormat(Format):
             case ToolCall(index, id, name):
                 function = {"name": name, "arguments": ""}
                 call = {"index": index, "id": id, "type": "function", "function": function}
-                return _dumps({"tool_calls": [call]})
+                return dumps({"tool_calls": [call]})
             case Arguments(index, text):
                 call = {"index": index, "function": {"arguments": text}}
-                return _dumps({"tool_calls": [call]})
+                return dumps({"tool_calls": [call]})
 
     def _nothing(self) -> str:
         return "{}"
 
-    def whole(self, deltas: Sequence[Delta], reason: FinishReason, usage: Usage) -> dict[str, Any]:
-        content = "".join(delta.text for delta in deltas if isinstance(delta, Content))
-        reasoning = "".join(delta.text for delta in deltas if isinstance(delta, Reasoning))
-        calls = [_whole_call(delta, deltas) for delta in deltas if isinstance(delta, ToolCall)]
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        content, reasoning = content_of(choice.deltas), reasoning_of(choice.deltas)
+        calls = [_whole_call(*call) for call in calls_of(choice.deltas)]
         message: dict[str, Any] = {
             "role": "assistant",
             "content": content or (None if calls else ""),
@@ -161,31 +243,38 @@ class ChatFormat(Format):
         }
         if calls:
             message["tool_calls"] = calls
-        choice = {"message": message, "logprobs": None, "finish_reason": reason}
-        return self._whole("chat.completion", choice, usage)
+        return {"message": message}
+
+    def _logprobs(self, index: int, tokens: Sequence[Sampled]) -> dict[str, Any]:
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            spelled = self._spell(token)
+            return {"token": token_text(spelled), "logprob": logprob, "bytes": list(spelled)}
+
+        content = [
+            {
+                **entry(sampled.token, sampled.logprob),
+                "top_logprobs": [entry(*other) for other in sampled.top],
+            }
+            for sampled in tokens
+        ]
+        return {"content": content, "refusal": None}
 
 
-def _whole_call(call: ToolCall, deltas: Sequence[Delta]) -> dict[str, Any]:
-    arguments = "".join(
-        delta.text for delta in deltas if isinstance(delta, Arguments) and delta.index == call.index
-    )
+def _whole_call(call: ToolCall, arguments: str) -> dict[str, Any]:
     function = {"name": call.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
 
 
-def to_json(value: Any) -> bytes:
-    """JSON, in ASCII like all that is sent."""
-    return _dumps(value).encode("ascii")
+def _finish_json(finish: Finish) -> str:
+    return f'"{finish.reason}","stop_reason":{dumps(finish.stop)}'
 
 
-def event(value: Any) -> bytes:
-    """A server-sent event with a JSON value."""
-    return b"data: " + to_json(value) + b"\n\n"
-
-
-def error_events(error: ApiError) -> bytes:
-    """The end of a stream that failed midway."""
-    return event(error.body()) + DONE
+def token_text(spelled: bytes) -> str:
+    """A token's bytes as text; `bytes:\\xe2\\x98` where they are only a part of a character."""
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:

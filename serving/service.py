@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 from glm_jax.engine.request import (
     EngineDeadError,
@@ -23,15 +25,30 @@ from serving.answer import Answer, Reading, Usage
 from serving.bridge import Bridge, EngineStartingError, Stream
 from serving.chat import ChatTemplate, Prompt
 from serving.detokenizer import Detokenizer, StopStrings
+from serving.formats import Format
 from serving.metrics import Metrics
 from serving.parsers import ChatParser, Parser, TextParser
 from serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from serving.responses import ChatFormat, CompletionFormat, Format, Head
+from serving.reply import Reply
+from serving.responses import ChatFormat, CompletionFormat, Head, Wanted
 from serving.tokenizer import ModelTokenizer
 from serving.tools import Tools
 
 # Longer texts are tokenized beside the event loop, so that they do not hold up the streams.
 _LONG_TEXT = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What an answer begins from.
+
+    Attributes:
+      tokens: the prompt.
+      make_parser: how the answer is taken apart.
+    """
+
+    tokens: tuple[int, ...]
+    make_parser: Callable[[], Parser]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,51 +87,72 @@ class Service:
 
     async def complete(
         self, body: CompletionRequest, *, endpoint: str, arrived: float
-    ) -> tuple[Answer, Format]:
-        """Begins a raw completion.
+    ) -> tuple[Reply, Format]:
+        """Begins raw completions.
 
         Raises:
           ApiError: the request cannot be taken.
         """
         head = self._head("cmpl", body)
-        tokens: Sequence[int]
-        if isinstance(body.prompt, str):
-            self._check_length(len(body.prompt), "prompt")
-            encode = self.tokenizer.encode
-            add = body.add_special_tokens
-            if len(body.prompt) > _LONG_TEXT:
-                tokens = await asyncio.to_thread(encode, body.prompt, add_special_tokens=add)
-            else:
-                tokens = encode(body.prompt, add_special_tokens=add)
-        else:
-            tokens = body.prompt
-        answer = self._open(head.id, body, tokens, TextParser(), endpoint, arrived)
-        return answer, CompletionFormat(head, includes_usage=body.includes_usage)
+        prompts = [await self._encode(prompt, body) for prompt in body.prompt]
+        openings = [Opening(tuple(tokens), TextParser) for tokens in prompts]
+        reply = self._open(head.id, body, openings, endpoint, arrived)
+        echoes = []
+        if body.echo:
+            texts = [
+                prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+                for prompt in body.prompt
+            ]
+            echoes = [text for text in texts for _ in range(body.num_choices)]
+        num_choices = len(prompts) * body.num_choices
+        spell = self.tokenizer.spelling
+        return reply, CompletionFormat(head, _wanted(body), spell, num_choices, echoes)
 
     async def chat(
         self, body: ChatRequest, *, endpoint: str, arrived: float
-    ) -> tuple[Answer, Format]:
+    ) -> tuple[Reply, Format]:
         """Begins the next message of a conversation.
 
         Raises:
           ApiError: the request cannot be taken.
         """
         head = self._head("chatcmpl", body)
+        reply = await self._converse(head.id, body, endpoint, arrived)
+        spell = self.tokenizer.spelling
+        return reply, ChatFormat(head, _wanted(body), spell, body.num_choices)
+
+    async def prompt(self, body: ChatRequest) -> Prompt:
+        """The prompt of a conversation.
+
+        Raises:
+          ApiError: 400, it is too long, or the template refuses it.
+        """
         length = sum(len(message.text) for message in body.messages)
         self._check_length(length, "messages")
-        prompt: Prompt
         if length > _LONG_TEXT:
-            prompt = await asyncio.to_thread(self.template.encode, body)
-        else:
-            prompt = self.template.encode(body)
+            return await asyncio.to_thread(self.template.encode, body)
+        return self.template.encode(body)
+
+    async def _converse(self, id: str, body: ChatRequest, endpoint: str, arrived: float) -> Reply:
+        prompt = await self.prompt(body)
         tools = body.offered_tools
-        parser = ChatParser(
+        parser = partial(
+            ChatParser,
             Tools(tools) if tools else None,
             starts_in_reasoning=prompt.starts_in_reasoning,
+            is_continued=prompt.is_continued,
             max_calls=1 if body.parallel_tool_calls is False else None,
         )
-        answer = self._open(head.id, body, prompt.tokens, parser, endpoint, arrived)
-        return answer, ChatFormat(head, includes_usage=body.includes_usage)
+        return self._open(id, body, [Opening(prompt.tokens, parser)], endpoint, arrived)
+
+    async def _encode(self, prompt: str | list[int], body: CompletionRequest) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        self._check_length(len(prompt), "prompt")
+        encode = partial(self.tokenizer.encode, add_special_tokens=body.add_special_tokens)
+        return (
+            await asyncio.to_thread(encode, prompt) if len(prompt) > _LONG_TEXT else encode(prompt)
+        )
 
     def _head(self, prefix: str, body: GenerationRequest) -> Head:
         name = self.model_name(body.model)
@@ -130,35 +168,53 @@ class Service:
         self,
         id: str,
         body: GenerationRequest,
-        tokens: Sequence[int],
-        parser: Parser,
+        openings: Sequence[Opening],
         endpoint: str,
         arrived: float,
-    ) -> Answer:
-        request = admit(
-            body,
-            tokens,
-            id=id,
-            limits=self.limits,
-            defaults=self.defaults,
-            vocab_size=self.tokenizer.size,
-        )
+    ) -> Reply:
+        """Submits a request to the engine for every candidate of every prompt, or none."""
+        requests = [
+            admit(
+                body,
+                opening.tokens,
+                id=f"{id}-{number}-{candidate}",
+                limits=self.limits,
+                defaults=self.defaults,
+                vocab_size=self.tokenizer.size,
+                candidate=candidate,
+            )
+            for number, opening in enumerate(openings)
+            for candidate in range(body.num_candidates)
+        ]
+        answers = []
+        with ExitStack() as undo:
+            for index, request in enumerate(requests):
+                candidate = index % body.num_candidates
+                stream = undo.enter_context(self._submit(request))
+                self.metrics.accepted(len(request.prompt))
+                answers.append(
+                    Answer(
+                        stream,
+                        self._reading(body, openings[index // body.num_candidates]),
+                        Usage(0 if candidate else len(request.prompt)),
+                        endpoint=endpoint,
+                        arrived=arrived,
+                        metrics=self.metrics,
+                    )
+                )
+            undo.pop_all()
+        return Reply(id, answers, num_candidates=body.num_candidates, num_choices=body.num_choices)
+
+    def _reading(self, body: GenerationRequest, opening: Opening) -> Reading:
         includes_stop = body.include_stop_str_in_output
-        reading = Reading(
+        return Reading(
             detokenizer=Detokenizer(self.tokenizer),
             stops=StopStrings(body.stop, include=includes_stop),
-            parser=parser,
+            parser=opening.make_parser(),
             includes_stop=includes_stop,
-        )
-        stream = self._submit(request)
-        self.metrics.accepted(len(request.prompt))
-        return Answer(
-            stream,
-            reading,
-            Usage(len(request.prompt)),
-            endpoint=endpoint,
-            arrived=arrived,
-            metrics=self.metrics,
+            own_stops=frozenset(body.stop_token_ids or ()),
+            keeps_tokens=body.num_top_logprobs is not None,
+            leaves_out_all=body.token_limit[1] == 0,
         )
 
     def _submit(self, request: Request) -> Stream:
@@ -175,3 +231,12 @@ class Service:
         except EngineDeadError:
             message = "The engine has failed, and the server is about to restart."
             raise errors.unavailable(message, "engine_dead", retry_after=30) from None
+
+
+def _wanted(body: GenerationRequest) -> Wanted:
+    options = body.stream_options
+    return Wanted(
+        usage=options.include_usage,
+        continuous_usage=options.include_usage and options.continuous_usage_stats,
+        logprobs=body.num_top_logprobs,
+    )

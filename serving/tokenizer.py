@@ -104,6 +104,17 @@ class ModelTokenizer:
             meaning = self._meanings[token] = self._bytes(token)
         return meaning
 
+    def spelling(self, token: int) -> bytes:
+        """A token as it would be written, control tokens too; nothing for unknown ids."""
+        meaning = self.meaning(token)
+        if not meaning:
+            return (self._tokenizer.id_to_token(token) or "").encode()
+        return meaning if isinstance(meaning, bytes) else meaning.encode()
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, control tokens included."""
+        return b"".join(map(self.spelling, tokens)).decode("utf-8", errors="replace")
+
     def _bytes(self, token: int) -> bytes:
         text = self._tokenizer.id_to_token(token)
         if text is None or token in self._silent:

@@ -109,7 +109,7 @@ def mock_engine(
     A rate of 0 is as fast as the host can go.
     """
     del report  # it is there at once
-    shapes = mock_shapes(options)
+    shapes = mock_shapes(options, tokenizer.size)
     runner = MockRunner(
         shapes,
         tokenizer.size,
@@ -120,7 +120,7 @@ def mock_engine(
     return Engine(runner, shapes, options.queue_size)
 
 
-def mock_shapes(options: Options) -> StepShapes:
+def mock_shapes(options: Options, vocab_size: int) -> StepShapes:
     """Shapes with pages enough for every slot at its longest."""
     rows = max(1, options.max_batch_tokens // PREFILL_TILE)
     return StepShapes(
@@ -131,4 +131,5 @@ def mock_shapes(options: Options) -> StepShapes:
         prefill_tile=PREFILL_TILE,
         prefill_buckets=(rows,),
         decode_buckets=(options.max_concurrency,),
+        vocab_size=vocab_size,
     )

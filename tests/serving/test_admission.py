@@ -15,8 +15,9 @@ LIMITS = Limits(max_seq_len=100, max_prompt_tokens=80, max_new_tokens=50)
 
 def admitted(prompt: int = 3, limits: Limits = LIMITS, **fields) -> Request:
     body = parse(CompletionRequest, json.dumps({"prompt": [1] * prompt, **fields}).encode())
-    assert isinstance(body.prompt, list)
-    return admit(body, body.prompt, id="r", limits=limits, defaults=DEFAULTS, vocab_size=100)
+    [tokens] = body.prompt
+    assert isinstance(tokens, list)
+    return admit(body, tokens, id="r", limits=limits, defaults=DEFAULTS, vocab_size=100)
 
 
 def test_what_a_request_says_is_what_the_engine_gets():
@@ -73,9 +74,10 @@ def test_what_does_not_fit_is_refused(prompt, fields, param, code, words):
 @pytest.mark.parametrize("token", [-1, 100, 2**70])
 def test_tokens_outside_the_vocabulary_are_refused(token):
     body = parse(CompletionRequest, json.dumps({"prompt": [1, token]}).encode())
-    assert isinstance(body.prompt, list)
+    [tokens] = body.prompt
+    assert isinstance(tokens, list)
     with pytest.raises(ApiError, match="0 … 99"):
-        admit(body, body.prompt, id="r", limits=LIMITS, defaults=DEFAULTS, vocab_size=100)
+        admit(body, tokens, id="r", limits=LIMITS, defaults=DEFAULTS, vocab_size=100)
 
 
 def test_defaults_come_from_the_model_directory(tmp_path):

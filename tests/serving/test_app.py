@@ -67,7 +67,13 @@ async def test_a_completion_is_the_text_of_its_tokens(tmp_path):
         assert answer["object"] == "text_completion"
         assert answer["model"] == "tiny"
         assert answer["choices"] == [
-            {"index": 0, "text": "hello é", "logprobs": None, "finish_reason": "stop"}
+            {
+                "index": 0,
+                "text": "hello é",
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
         ]
         num_tokens = len(tokens("hello é")) + 1
         assert answer["usage"]["completion_tokens"] == num_tokens
@@ -236,10 +242,6 @@ BAD = [
     (CHAT, {"messages": HI, "stream": "yes"}, 400, "stream", TYPE),
     (CHAT, {"messages": HI, "stream_options": {"include_usage": 1}}, 400,
      "stream_options.include_usage", TYPE),
-    (CHAT, {"messages": HI, "n": 2}, 400, "n", NOT_YET),
-    (CHAT, {"messages": HI, "logprobs": True}, 400, "logprobs", NOT_YET),
-    (CHAT, {"messages": HI, "logit_bias": {"1": 5}}, 400, "logit_bias", NOT_YET),
-    (CHAT, {"messages": HI, "presence_penalty": 0.5}, 400, "presence_penalty", NOT_YET),
     (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, 400,
      "response_format", NOT_YET),
     (CHAT, {"messages": HI, "tools": [TOOL], "tool_choice": "required"}, 400,
@@ -256,13 +258,10 @@ BAD = [
     (CHAT, user("x" * 10**6), 400, "messages", LONG),
     (COMPLETIONS, {}, 400, "prompt", MISSING),
     (COMPLETIONS, {"prompt": ""}, 400, "prompt", VALUE),
-    (COMPLETIONS, {"prompt": [[1], [2]]}, 400, "prompt", NOT_YET),
     (COMPLETIONS, {"prompt": [1, "a"]}, 400, "prompt", TYPE),
     (COMPLETIONS, {"prompt": [10**6]}, 400, "prompt", VALUE),
     (COMPLETIONS, {"prompt": "x" * 300}, 400, "prompt", LONG),
     (COMPLETIONS, {"prompt": "x" * 90, "max_tokens": 50}, 400, "prompt", LONG),
-    (COMPLETIONS, {"prompt": "Hi", "echo": True}, 400, "echo", NOT_YET),
-    (COMPLETIONS, {"prompt": "Hi", "best_of": 2}, 400, "best_of", NOT_YET),
     (COMPLETIONS, {"prompt": "Hi", "suffix": "!"}, 400, "suffix", NOT_YET),
     (COMPLETIONS, {"prompt": "Hi", "stop_token_ids": [-1]}, 400, "stop_token_ids", VALUE),
     ("/v1/embeddings", {"input": "Hi"}, 404, None, "unknown_url"),

@@ -56,7 +56,7 @@ def stop(pieces: list[Piece], stops: list[str], include: bool = False) -> tuple[
     out: list[Piece] = []
     for piece in pieces:
         out += matcher.push([piece])
-        if matcher.has_matched:
+        if matcher.matched is not None:
             return "".join(out), True
     return "".join(out + matcher.finish()), False
 

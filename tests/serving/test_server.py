@@ -49,6 +49,8 @@ class Dying:
         if self.lives < 0:
             raise RuntimeError("device lost")
         return self.runner.dispatch(phase, batch)
+    def control(self, controls):
+        self.runner.control(controls)
 
 def build(options, tokenizer, report, rate):
     if sys.argv[1] == "slow":
@@ -56,7 +58,7 @@ def build(options, tokenizer, report, rate):
     if sys.argv[1] == "0":
         raise CannotStartError("the checkpoint is truncated")
     engine = mock_engine(options, tokenizer, report, rate=rate)
-    return Engine(Dying(engine._runner, int(sys.argv[1])), mock_shapes(options), 8)
+    return Engine(Dying(engine._runner, int(sys.argv[1])), mock_shapes(options, tokenizer.size), 8)
 
 command.mock_engine = build
 main(sys.argv[2:])
@@ -102,7 +104,7 @@ def test_the_openai_client_works_unchanged(server):
             client.completions.create(model="other", prompt="Hi")
         assert missing.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError) as bad:
-            client.completions.create(**body("Hi", model="tiny"), n=3)
+            client.completions.create(**body("Hi", model="tiny"), n=0)
         assert bad.value.param == "n"
 
 

@@ -1,0 +1,135 @@
+"""All answers to one request as they are made: several prompts, several choices, the best of them.
+
+Knows neither HTTP nor JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Self
+
+from serving.answer import Answer, Finish, Part, Sampled, Usage
+from serving.parsers import Delta
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer, complete.
+
+    Attributes:
+      deltas, tokens: of all its parts.
+      finish: how it ended.
+    """
+
+    deltas: list[Delta]
+    tokens: list[Sampled]
+    finish: Finish
+
+
+class Reply:
+    """Iterate it once, or take its choices, inside a `with`.
+
+    Leaving the `with` early cancels what still runs.
+
+    Args:
+      id: the request's.
+      answers: of each prompt in turn, as many as there are candidates.
+      num_candidates, num_choices: per prompt; fewer choices are the best of the candidates.
+    """
+
+    def __init__(
+        self, id: str, answers: Sequence[Answer], *, num_candidates: int = 1, num_choices: int = 1
+    ) -> None:
+        self.id = id
+        self._answers = answers
+        self._num_candidates = num_candidates
+        self._num_choices = num_choices
+        self._exits = ExitStack()
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far, of all answers together."""
+        return sum((answer.usage for answer in self._answers), Usage(0))
+
+    def __enter__(self) -> Self:
+        for answer in self._answers:
+            self._exits.enter_context(answer)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._exits.__exit__(*exception)
+
+    def nudge(self) -> None:
+        """Makes the iteration yield now, with an empty part if nothing has come."""
+        self._answers[0].nudge()
+
+    async def parts(self) -> AsyncGenerator[tuple[int, Part]]:
+        """The parts of all answers as they come, each with the index of its answer.
+
+        Raises:
+          ApiError: 500, the engine failed.
+        """
+        if len(self._answers) == 1:
+            async for part in self._answers[0]:
+                yield 0, part
+            return
+        queue: asyncio.Queue[tuple[int, Part | Exception]] = asyncio.Queue()
+
+        async def pump(index: int, answer: Answer) -> None:
+            try:
+                async for part in answer:
+                    queue.put_nowait((index, part))
+            except Exception as error:
+                queue.put_nowait((index, error))
+
+        pumps = [asyncio.create_task(pump(*entry)) for entry in enumerate(self._answers)]
+        try:
+            unfinished = len(pumps)
+            while unfinished:
+                index, part = await queue.get()
+                if isinstance(part, Exception):
+                    raise part
+                unfinished -= part.finish is not None
+                yield index, part
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def choices(self) -> list[Choice]:
+        """The answers, complete.
+
+        Raises:
+          ApiError: 500, the engine failed.
+        """
+        deltas: list[list[Delta]] = [[] for _ in self._answers]
+        tokens: list[list[Sampled]] = [[] for _ in self._answers]
+        async for index, part in self.parts():
+            deltas[index] += part.deltas
+            tokens[index] += part.tokens
+        finishes = [answer.finish for answer in self._answers]
+        return [
+            Choice(deltas[index], tokens[index], finish)
+            for index in self._best()
+            if (finish := finishes[index]) is not None
+        ]
+
+    def _best(self) -> list[int]:
+        """The answers to give, per prompt the likeliest by the mean over its tokens."""
+        every = range(len(self._answers))
+        if self._num_choices == self._num_candidates:
+            return list(every)
+
+        def mean_logprob(index: int) -> float:
+            answer = self._answers[index]
+            return answer.logprob / max(1, answer.usage.completion_tokens)
+
+        groups = [every[i : i + self._num_candidates] for i in every[:: self._num_candidates]]
+        return [
+            index
+            for group in groups
+            for index in sorted(group, key=mean_logprob, reverse=True)[: self._num_choices]
+        ]
