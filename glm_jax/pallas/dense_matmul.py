@@ -1,0 +1,158 @@
+"""A linear layer on quantized tokens: FP8 x FP8, scaled, biased and rounded once to bfloat16.
+
+Knows neither quantization of tokens nor partial sums over devices.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
+
+from glm_jax.pallas import fp8_product
+from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.fp8_product import SCALE_SLOTS, STEP, TuningConfig, fitting_stages
+
+
+class _Place(NamedTuple):
+    row: jax.Array
+    token: jax.Array
+
+
+def default_config(chip: Chip, num_tokens: int, num_rows: int) -> TuningConfig:
+    """Small tiles while weights are all the traffic; square ones once the products are the work."""
+    rows = 128 if chip.architecture == "sm100" else 64
+    if num_tokens > 512:
+        stages = fitting_stages(128, 2 * rows)
+        return TuningConfig(tokens=128, rows=rows, warpgroups=2, stages=stages)
+    tokens = next((size for size in (16, 32, 64) if num_tokens <= size), 64)
+    # The projections have 1792 and 5120 rows: in tiles of 32 or 64 most SMs have some to read.
+    fill = 32 if num_rows < 64 * chip.num_cores // 2 else 64
+    return TuningConfig(tokens=tokens, rows=rows, stages=fitting_stages(tokens, rows), fill=fill)
+
+
+def matmul(
+    x: Float8e4m3fn[Array, "T K"],
+    x_scale: Float32[Array, "T 1"],
+    values: Float8e4m3fn[Array, "L N K"],
+    scale: Float32[Array, "L N"],
+    bias: BFloat16[Array, "L N"] | None,
+    layer: Int32[Array, ""],
+    *,
+    chip: Chip,
+    config: TuningConfig | None = None,
+    interpret: bool = False,
+) -> BFloat16[Array, "T N"]:
+    """bfloat16(x @ values[layer].T * x_scale * scale[layer] + bias[layer]), for any T.
+
+    Raises:
+      NotImplementedError: K is no multiple of 16 or N none of 64.
+    """
+    num_tokens, width = x.shape
+    _, num_rows, _ = values.shape
+    if width % 16 or num_rows % 64:
+        raise NotImplementedError(f"{values.shape=}: K must be a multiple of 16, N of 64")
+    config = config or default_config(chip, num_tokens, num_rows)
+    row_tiles = pl.cdiv(num_rows, config.tile_rows)
+    num_tiles = row_tiles * pl.cdiv(num_tokens, config.tokens)
+    num_ctas = min(num_tiles, chip.num_cores)
+    operands = [x, x_scale.reshape(-1), values, scale, layer.reshape(1)]
+    if bias is not None:
+        operands.append(bias)
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        x_ref, x_scale_ref, values_ref, scale_ref, layer_ref, *biases, out_ref = refs
+        layer_index = layer_ref[0]
+
+        def locate(tile: jax.Array) -> _Place:
+            # Row tiles vary fastest: CTAs side by side share their tokens, and weights stay in L2.
+            tiles = jnp.int32(row_tiles)
+            return _Place(
+                lax.rem(tile, tiles) * config.tile_rows, lax.div(tile, tiles) * config.tokens
+            )
+
+        def fetch(place: _Place, step: jax.Array, weights: Any, tokens: Any, barrier: Any) -> None:
+            columns = pl.ds(step * STEP, STEP)
+            rows = pl.ds(place.row, config.tile_rows)
+            plgpu.copy_gmem_to_smem(
+                values_ref.at[layer_index, rows, columns],
+                weights.at[0, pl.ds(0, config.tile_rows)],
+                barrier,
+            )
+            plgpu.copy_gmem_to_smem(
+                x_ref.at[pl.ds(place.token, config.tokens), columns], tokens, barrier
+            )
+
+        def fetch_scales(place: _Place, slot: jax.Array, barrier: Any) -> None:
+            rows = pl.ds(place.row, config.rows * config.warpgroups)
+            plgpu.copy_gmem_to_smem(
+                x_scale_ref.at[pl.ds(place.token, config.tokens)],
+                scratch["x_scales"].at[slot],
+                barrier,
+            )
+            plgpu.copy_gmem_to_smem(
+                scale_ref.at[layer_index, rows], scratch["row_scales"].at[slot], barrier
+            )
+            for bias_ref in biases:
+                plgpu.copy_gmem_to_smem(
+                    bias_ref.at[layer_index, rows], scratch["biases"].at[slot], barrier
+                )
+
+        def finish(
+            place: _Place, slot: jax.Array, warpgroup: jax.Array, products: list[jax.Array]
+        ) -> None:
+            shape = (config.rows, config.tokens)
+            mine = pl.ds(warpgroup * config.rows, config.rows)
+            x_scales = scratch["x_scales"][slot]
+            row_scales = scratch["row_scales"][slot, mine]
+            out = products[0] * lax.broadcast_in_dim(x_scales, shape, (1,))
+            out = out * lax.broadcast_in_dim(row_scales, shape, (0,))
+            if biases:
+                added = scratch["biases"][slot, mine].astype(jnp.float32)
+                out = out + lax.broadcast_in_dim(added, shape, (0,))
+            fp8_product.store(
+                config,
+                scratch["staged"].at[warpgroup],
+                out,
+                out_ref,
+                place.token,
+                place.row + warpgroup * config.rows,
+            )
+
+        streams = fp8_product.Streams(
+            num_tiles=num_tiles,
+            locate=locate,
+            num_steps=lambda place: pl.cdiv(width, STEP),
+            fetch=fetch,
+            fetch_scales=fetch_scales,
+            finish=finish,
+        )
+        fp8_product.stream(chip, config, num_ctas, streams, scratch)
+
+    scratch = fp8_product.scratch_types(
+        chip,
+        config,
+        halves=1,
+        num_copies=2,
+        num_scale_copies=2 + (bias is not None),
+    )
+    scratch["x_scales"] = plgpu.SMEM((SCALE_SLOTS, config.tokens), jnp.float32)
+    rows = config.rows * config.warpgroups
+    scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, rows), jnp.float32)
+    if bias is not None:
+        scratch["biases"] = plgpu.SMEM((SCALE_SLOTS, rows), jnp.bfloat16)
+    scratch["staged"] = fp8_product.staging(config)
+    kernel = fp8_product.launch(
+        body,
+        name="dense_matmul",
+        chip=chip,
+        config=config,
+        out_type=jax.ShapeDtypeStruct((num_tokens, num_rows), jnp.bfloat16),
+        scratch=scratch,
+        num_ctas=num_ctas,
+        interpret=interpret,
+    )
+    return kernel(*operands)

@@ -1,0 +1,430 @@
+"""The main loop of every FP8 product: weights stream through shared memory and meet a few tokens.
+
+Knows neither experts nor layers: its callers say which tiles there are, where a tile's operands lie,
+and what becomes of its products.
+
+The roles of the tensor core's two operands are swapped: weight rows are its M side, in tiles of 64 or
+128, and tokens its N side, so that a decode step of few tokens wastes nothing and prefill still fills
+the unit. A kernel is persistent: one CTA per SM takes tiles cta, cta + num_ctas, ..., and a ring of
+stages carries on from tile to tile, so that the next tile's weights are under way while this one's
+products are being stored.
+
+K is walked in steps of 128 from the front and never split, whatever the number of tokens, tiles or
+SMs: the bits of a product depend on its own two rows alone.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from glm_jax.pallas.chip import Chip
+
+FP8 = jnp.float8_e4m3fn
+# One row of the 128-byte swizzle, the widest that TMA and the tensor cores share.
+STEP = 128
+# Tiles whose scales may be under way: more than the ring's stages span where K is two steps short.
+SCALE_SLOTS = 4
+_ACC_SLOTS = 2
+# Of the 227 KiB a CTA may have, what is left when scales and barriers have theirs.
+_SHARED_MEMORY = 216 * 1024
+
+
+def _tiled(columns: int, dtype: Any) -> tuple[plgpu.Transform, ...]:
+    """The layout tensor cores and TMA share: rows by eight, swizzled as wide as the columns are."""
+    swizzle = columns * jnp.dtype(dtype).itemsize
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+
+
+@dataclass(frozen=True, slots=True)
+class TuningConfig:
+    """How a product is cut.
+
+    Attributes:
+      tokens: tokens per tile, N of an instruction.
+      rows: weight rows per warpgroup, M of an instruction.
+      warpgroups: how many warpgroups share a tile's tokens, each with its own weight rows.
+      stages: steps of 128 along K in flight.
+      fill: how many of a lone warpgroup's rows a tile really has; the others are never loaded nor
+        stored. Small products are cut this way rather than along K, to give every SM a share.
+    """
+
+    tokens: int
+    rows: int
+    warpgroups: int = 1
+    stages: int = 6
+    fill: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens not in (16, 32, 64, 128):
+            raise ValueError(f"tokens={self.tokens} is not 16, 32, 64 or 128")
+        if self.rows not in (64, 128):
+            raise ValueError(f"rows={self.rows} is not 64 or 128")
+        if self.warpgroups not in (1, 2):
+            raise ValueError(f"warpgroups={self.warpgroups} is not 1 or 2")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: a ring needs at least 2")
+        if self.fill not in (None, 32, 64) or (self.fill and self.warpgroups != 1):
+            raise ValueError(f"fill={self.fill} is not 32 or 64 rows of one warpgroup")
+
+    @property
+    def tile_rows(self) -> int:
+        """Weight rows of a tile."""
+        return self.fill or self.rows * self.warpgroups
+
+    @property
+    def store_rows(self) -> int:
+        """Weight rows that one warpgroup stores."""
+        return self.fill or self.rows
+
+
+def fitting_stages(tokens: int, rows: int, *, halves: int = 1) -> int:
+    """How many stages a tile of so many tokens and weight rows leaves room for, 16 at most."""
+    staged = tokens * rows * 2
+    return min(16, (_SHARED_MEMORY - staged) // ((halves * rows + tokens) * STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """What a caller says of its tiles; a place is whatever its own locate returns.
+
+    Attributes:
+      num_tiles: how many tiles there are, on the host or int32[].
+      locate: the place of a tile, from its index.
+      num_steps: steps along K at a place.
+      fetch: copies the weights and tokens of (place, step) to (weight ref, token ref), on barrier.
+      fetch_scales: copies the scales of a place to a slot, on barrier.
+      finish: takes (place, slot, warpgroup, products) where products holds float32[rows, tokens] for
+        each half, and stores what becomes of them.
+    """
+
+    num_tiles: jax.Array | int
+    locate: Callable[[jax.Array], Any]
+    num_steps: Callable[[Any], jax.Array | int]
+    fetch: Callable[[Any, jax.Array, Any, Any, Any], None]
+    fetch_scales: Callable[[Any, jax.Array, Any], None]
+    finish: Callable[[Any, jax.Array, jax.Array, list[jax.Array]], None]
+
+
+def scratch_types(
+    chip: Chip, config: TuningConfig, *, halves: int, num_copies: int, num_scale_copies: int
+) -> dict[str, Any]:
+    """The main loop's own memory and barriers.
+
+    Args:
+      halves: 1, or 2 where gate rows and up rows are multiplied side by side.
+      num_copies: copies that fetch issues.
+      num_scale_copies: copies that fetch_scales issues.
+    """
+    is_sm100 = chip.architecture == "sm100"
+    stages, warpgroups = config.stages, config.warpgroups
+    rows = config.rows * warpgroups
+    types = {
+        "weights": plgpu.SMEM((stages, halves, rows, STEP), FP8, transforms=_tiled(STEP, FP8)),
+        "tokens": plgpu.SMEM((stages, config.tokens, STEP), FP8, transforms=_tiled(STEP, FP8)),
+        "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=stages),
+        "empty": plgpu.Barrier(
+            num_arrivals=1 if is_sm100 else warpgroups,
+            num_barriers=stages,
+            orders_tensor_core=is_sm100,
+        ),
+        "scales_full": plgpu.Barrier(num_arrivals=num_scale_copies, num_barriers=SCALE_SLOTS),
+        "scales_empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=SCALE_SLOTS),
+    }
+    if is_sm100:
+        accumulator = plgpu.TMEM((config.rows, config.tokens), jnp.float32)
+        types["accumulators"] = [accumulator] * (_ACC_SLOTS * warpgroups * halves)
+        types["products_full"] = plgpu.Barrier(num_barriers=_ACC_SLOTS, orders_tensor_core=True)
+        types["products_empty"] = plgpu.Barrier(
+            num_arrivals=warpgroups, num_barriers=_ACC_SLOTS, orders_tensor_core=True
+        )
+    return types
+
+
+def staging(config: TuningConfig) -> Any:
+    """Where a warpgroup's bfloat16 results wait to be stored: [warpgroups, tokens, rows]."""
+    columns = min(config.store_rows, 64)
+    return plgpu.SMEM(
+        (config.warpgroups, config.tokens, config.rows),
+        jnp.bfloat16,
+        transforms=_tiled(columns, jnp.bfloat16),
+    )
+
+
+def store(
+    config: TuningConfig, staged: Any, values: jax.Array, out: Any, token: jax.Array, row: jax.Array
+) -> None:
+    """Sends float32[rows, tokens] to out[token..., row...] as bfloat16; what lies outside is dropped.
+
+    Args:
+      staged: one warpgroup's share of staging.
+      out: [T, N] in device memory.
+    """
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    staged.transpose((1, 0))[...] = values.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    rows = config.store_rows
+    # A part of the columns is contiguous in the tiled memory only eight tokens at a time.
+    group = config.tokens if rows == config.rows else 8
+    for first in range(0, config.tokens, group):
+        plgpu.copy_smem_to_gmem(
+            staged.at[pl.ds(first, group), pl.ds(0, rows)],
+            out.at[pl.ds(token + first, group), pl.ds(row, rows)],
+        )
+
+
+def launch(
+    body: Callable[..., None],
+    *,
+    name: str,
+    chip: Chip,
+    config: TuningConfig,
+    out_type: Any,
+    scratch: Mapping[str, Any],
+    num_ctas: int,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """A kernel with a warpgroup for each share of the weight rows, and one that feeds them."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=dict(scratch),
+        grid=(num_ctas,),
+        grid_names=("cta",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        kernel_name=name,
+    )
+
+
+def stream(
+    chip: Chip, config: TuningConfig, num_ctas: int, streams: Streams, scratch: Mapping[str, Any]
+) -> None:
+    """Runs the main loop inside a kernel body, over every tile of this CTA."""
+    warpgroup = lax.axis_index("warpgroup")
+    is_feeder = warpgroup == config.warpgroups
+    loop = _Loop(config, num_ctas, streams, scratch)
+    if chip.architecture == "sm90":
+        _stream_sm90(loop, warpgroup, is_feeder)
+    else:
+        _stream_sm100(loop, warpgroup, is_feeder)
+
+
+class _Loop:
+    """The walk over tiles and steps that all roles of a CTA share."""
+
+    def __init__(
+        self, config: TuningConfig, num_ctas: int, streams: Streams, scratch: Mapping[str, Any]
+    ) -> None:
+        self.config = config
+        self.num_ctas = num_ctas
+        self.streams = streams
+        self.scratch = scratch
+        self.halves = scratch["weights"].shape[1]
+
+    def over_tiles(self, visit: Callable[[jax.Array, Any, jax.Array], None]) -> None:
+        """Calls visit(number of the tile in this CTA, place, steps before it)."""
+        cta = lax.axis_index("cta")
+        num_tiles = jnp.int32(self.streams.num_tiles)
+        count = lax.div(num_tiles - cta + self.num_ctas - 1, jnp.int32(self.num_ctas))
+
+        def step(number: jax.Array, first_step: jax.Array) -> jax.Array:
+            place = self.streams.locate(cta + number * self.num_ctas)
+            visit(number, place, first_step)
+            return first_step + self.streams.num_steps(place)
+
+        lax.fori_loop(0, count, step, jnp.int32(0))
+
+    def stage(self, step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(self.config.stages))
+
+    def feed(self) -> None:
+        """Keeps every stage of the ring under way."""
+        full, empty = self.scratch["full"], self.scratch["empty"]
+        scales_full, scales_empty = self.scratch["scales_full"], self.scratch["scales_empty"]
+
+        def feed_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
+            slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
+
+            @pl.when(number >= SCALE_SLOTS)
+            def _():
+                plgpu.barrier_wait(scales_empty.at[slot])
+
+            self.streams.fetch_scales(place, slot, scales_full.at[slot])
+
+            def feed_step(index: jax.Array, _: None) -> None:
+                step = first_step + index
+                stage = self.stage(step)
+
+                @pl.when(step >= self.config.stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[stage])
+
+                weights = self.scratch["weights"].at[stage]
+                tokens = self.scratch["tokens"].at[stage]
+                self.streams.fetch(place, index, weights, tokens, full.at[stage])
+
+            lax.fori_loop(0, self.streams.num_steps(place), feed_step, None)
+
+        self.over_tiles(feed_tile)
+
+    def finish(
+        self, number: jax.Array, place: Any, warpgroup: jax.Array, products: list[jax.Array]
+    ) -> None:
+        slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
+        plgpu.barrier_wait(self.scratch["scales_full"].at[slot])
+        self.streams.finish(place, slot, warpgroup, products)
+        plgpu.barrier_arrive(self.scratch["scales_empty"].at[slot])
+
+
+def _take_registers(config: TuningConfig, count: int) -> None:
+    """Shares out registers where three warpgroups would have 168 each, too few for large tiles."""
+    if config.warpgroups == 2:
+        plgpu.set_max_registers(count, action="decrease" if count < 168 else "increase")
+
+
+def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> None:
+    """wgmma: each warpgroup issues its own products and keeps them in registers."""
+    config, scratch = loop.config, loop.scratch
+    weights, tokens = scratch["weights"], scratch["tokens"]
+    full, empty = scratch["full"], scratch["empty"]
+    rows = pl.ds(warpgroup * config.rows, config.rows)
+
+    @pl.when(is_feeder)
+    def _():
+        _take_registers(config, 40)
+        loop.feed()
+
+    @pl.when(jnp.logical_not(is_feeder))
+    def _():
+        _take_registers(config, 232)
+
+        def multiply_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
+            num_steps = loop.streams.num_steps(place)
+
+            def multiply(*accumulators: Any) -> list[jax.Array]:
+                def step(index: jax.Array, _: None) -> None:
+                    stage = loop.stage(first_step + index)
+                    plgpu.barrier_wait(full.at[stage])
+                    for half, accumulator in enumerate(accumulators):
+                        plgpu.wgmma(
+                            accumulator,
+                            weights.at[stage, half, rows],
+                            tokens.at[stage].transpose((1, 0)),
+                        )
+                    # All but this step's products are done: the stage before is free.
+                    plgpu.wgmma_wait(len(accumulators))
+
+                    @pl.when(index > 0)
+                    def _():
+                        plgpu.barrier_arrive(empty.at[loop.stage(first_step + index - 1)])
+
+                lax.fori_loop(0, num_steps, step, None)
+                products = [accumulator[...] for accumulator in accumulators]
+                plgpu.barrier_arrive(empty.at[loop.stage(first_step + num_steps - 1)])
+                return products
+
+            accumulator = plgpu.WGMMAAccumulatorRef((config.rows, config.tokens), jnp.float32)
+            products = pl.run_scoped(multiply, *[accumulator] * loop.halves)
+            loop.finish(number, place, warpgroup, products)
+
+        loop.over_tiles(multiply_tile)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _stream_sm100(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> None:
+    """tcgen05: one warp issues every product into tensor memory, the warpgroups only finish them."""
+    config, scratch = loop.config, loop.scratch
+    products_full, products_empty = scratch["products_full"], scratch["products_empty"]
+
+    def accumulators(slot: int, group: int) -> list[Any]:
+        first = (slot * config.warpgroups + group) * loop.halves
+        return scratch["accumulators"][first : first + loop.halves]
+
+    def multiply_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
+        for slot in range(_ACC_SLOTS):
+
+            @pl.when(lax.rem(number, jnp.int32(_ACC_SLOTS)) == slot)
+            def _(slot: int = slot):
+                @pl.when(number >= _ACC_SLOTS)
+                def _():
+                    plgpu.barrier_wait(products_empty.at[slot])
+
+                _multiply_sm100(loop, accumulators, slot, place, first_step)
+                plgpu.tcgen05_commit_arrive(products_full.at[slot])
+
+    def finish_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
+        del first_step
+        for slot in range(_ACC_SLOTS):
+            for group in range(config.warpgroups):
+                is_mine = lax.rem(number, jnp.int32(_ACC_SLOTS)) == slot
+                if config.warpgroups > 1:
+                    is_mine &= warpgroup == group
+
+                @pl.when(is_mine)
+                def _(slot: int = slot, group: int = group):
+                    plgpu.barrier_wait(products_full.at[slot])
+                    products = [plgpu.async_load_tmem(acc) for acc in accumulators(slot, group)]
+                    plgpu.wait_load_tmem()
+                    plgpu.barrier_arrive(products_empty.at[slot])
+                    loop.finish(number, place, warpgroup, products)
+
+    @pl.when(is_feeder)
+    def _():
+        _take_registers(config, 40)
+
+        @plgpu.warp_map
+        def _(warp: jax.Array):
+            @pl.when(warp == 0)
+            def _():
+                loop.feed()
+
+            @pl.when(warp == 1)
+            def _():
+                loop.over_tiles(multiply_tile)
+
+    @pl.when(jnp.logical_not(is_feeder))
+    def _():
+        _take_registers(config, 232)
+        loop.over_tiles(finish_tile)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _multiply_sm100(
+    loop: _Loop,
+    accumulators: Callable[[int, int], list[Any]],
+    slot: int,
+    place: Any,
+    first_step: jax.Array,
+) -> None:
+    """Issues the products of one tile; the tensor core itself frees each stage when it has read it."""
+    config, scratch = loop.config, loop.scratch
+    weights, tokens = scratch["weights"], scratch["tokens"]
+
+    def step(index: jax.Array, _: None) -> None:
+        stage = loop.stage(first_step + index)
+        plgpu.barrier_wait(scratch["full"].at[stage])
+        pending = [
+            (accumulator, weights.at[stage, half, pl.ds(group * config.rows, config.rows)])
+            for group in range(config.warpgroups)
+            for half, accumulator in enumerate(accumulators(slot, group))
+        ]
+        for number, (accumulator, operand) in enumerate(pending):
+            is_last = number == len(pending) - 1
+            plgpu.tcgen05_mma(
+                accumulator,
+                operand,
+                tokens.at[stage].transpose((1, 0)),
+                scratch["empty"].at[stage] if is_last else None,
+                accumulate=index > 0,
+            )
+
+    lax.fori_loop(0, loop.streams.num_steps(place), step, None)

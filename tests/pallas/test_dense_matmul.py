@@ -1,0 +1,133 @@
+"""The FP8 linear layer as a kernel, interpreted on a CPU, against the same product in float32."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.pallas.chip import Architecture, Chip
+from glm_jax.pallas.dense_matmul import default_config, matmul
+from glm_jax.pallas.fp8_product import FP8, TuningConfig
+
+ROWS: dict[Architecture, int] = {"sm90": 64, "sm100": 128}
+ARCHITECTURES: tuple[Architecture, ...] = ("sm90", "sm100")
+
+
+class Operands(NamedTuple):
+    x: jax.Array
+    x_scale: jax.Array
+    values: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+
+
+def random_operands(seed: int, num_tokens: int, width: int, num_rows: int) -> Operands:
+    keys = jax.random.split(jax.random.key(seed), 5)
+    return Operands(
+        jax.random.normal(keys[0], (num_tokens, width)).astype(FP8),
+        jax.random.uniform(keys[1], (num_tokens, 1), minval=0.5, maxval=2.0),
+        jax.random.normal(keys[2], (2, num_rows, width)).astype(FP8),
+        jax.random.uniform(keys[3], (2, num_rows), minval=0.5, maxval=2.0),
+        jax.random.normal(keys[4], (2, num_rows)).astype(jnp.bfloat16) * 8,
+    )
+
+
+def reference(operands: Operands, layer: int, *, has_bias: bool) -> np.ndarray:
+    x, x_scale, values, scale, bias = (np.asarray(operand, np.float32) for operand in operands)
+    out = (x * x_scale) @ (values[layer] * scale[layer][:, None]).T
+    return out + bias[layer] if has_bias else out
+
+
+def assert_close(out: jax.Array, expected: np.ndarray) -> None:
+    """To bfloat16's rounding, element by element, and to 1e-3 in what 16 elements average to."""
+    out_array = np.asarray(out, np.float32)
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(out_array, expected, rtol=2**-8, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("seed", "num_tokens", "width", "num_rows"),
+    [(0, 1, 192, 64), (1, 20, 384, 192), (2, 16, 128, 128)],
+)
+def test_default_tiles_meet_the_product_for_any_number_of_tokens(
+    architecture: Architecture, seed: int, num_tokens: int, width: int, num_rows: int
+) -> None:
+    chip = Chip(architecture, 3)
+    operands = random_operands(seed, num_tokens, width, num_rows)
+    for has_bias in (False, True):
+        out = matmul(
+            *operands[:4],
+            operands.bias if has_bias else None,
+            jnp.int32(seed % 2),
+            chip=chip,
+            interpret=True,
+        )
+        assert out.dtype == jnp.bfloat16
+        assert_close(out, reference(operands, seed % 2, has_bias=has_bias))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_warpgroups_share_a_tile_whose_rows_and_tokens_end_early(
+    architecture: Architecture,
+) -> None:
+    rows = ROWS[architecture]
+    operands = random_operands(3, 19, 320, 3 * 64)
+    config = TuningConfig(tokens=16, rows=rows, warpgroups=2, stages=2)
+    out = matmul(*operands, jnp.int32(1), chip=Chip(architecture, 2), config=config, interpret=True)
+    assert_close(out, reference(operands, 1, has_bias=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_token_has_the_same_bits_alone_and_in_any_tiling(architecture: Architecture) -> None:
+    chip = Chip(architecture, 3)
+    rows = ROWS[architecture]
+    operands = random_operands(4, 18, 256, 128)
+    layer = jnp.int32(0)
+    together = matmul(*operands, layer, chip=chip, interpret=True)
+    alone = matmul(
+        operands.x[17:], operands.x_scale[17:], *operands[2:], layer, chip=chip, interpret=True
+    )
+    np.testing.assert_array_equal(np.asarray(alone[0]), np.asarray(together[17]))
+    config = TuningConfig(tokens=32, rows=rows, fill=64, stages=3)
+    otherwise = matmul(*operands, layer, chip=chip, config=config, interpret=True)
+    np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(together))
+
+
+def test_neighbors_that_are_not_a_number_stay_where_they_are() -> None:
+    operands = random_operands(5, 17, 192, 64)
+    clean = matmul(*operands, jnp.int32(1), chip=Chip("sm90", 2), interpret=True)
+    poisoned = operands._replace(
+        x=operands.x.at[3].set(jnp.nan),
+        values=operands.values.at[0].set(jnp.nan),
+        scale=operands.scale.at[0].set(jnp.nan),
+    )
+    out = matmul(*poisoned, jnp.int32(1), chip=Chip("sm90", 2), interpret=True)
+    assert np.isnan(np.asarray(out[3], np.float32)).all()
+    others = np.delete(np.arange(17), 3)
+    np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(clean)[others])
+
+
+def test_unsupported_shapes_and_mistaken_tilings_are_refused() -> None:
+    operands = random_operands(6, 2, 24, 64)
+    with pytest.raises(NotImplementedError, match="K must be a multiple of 16"):
+        matmul(*operands, jnp.int32(0), chip=Chip("sm90", 2), interpret=True)
+    with pytest.raises(ValueError, match="tokens=24"):
+        TuningConfig(tokens=24, rows=64)
+    with pytest.raises(ValueError, match="rows=32"):
+        TuningConfig(tokens=16, rows=32)
+    with pytest.raises(ValueError, match="fill=32"):
+        TuningConfig(tokens=16, rows=64, warpgroups=2, fill=32)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("num_rows", [1792, 5120])
+def test_tiles_of_a_decode_step_give_a_third_of_the_sms_work(
+    architecture: Architecture, num_rows: int
+) -> None:
+    chip = Chip(architecture, 148)
+    for num_tokens in (1, 64):
+        config = default_config(chip, num_tokens, num_rows)
+        assert num_rows // config.tile_rows >= chip.num_cores // 3
