@@ -19,7 +19,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.model import Weights
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import sharding_for
-from glm_jax.steps import Slots, lower, step_specs
+from glm_jax.steps import Slots, lower, slot_shapes, step_specs
 
 Bucket = tuple[Phase, int]
 Programs = dict[Bucket, jax.stages.Compiled]
@@ -99,8 +99,9 @@ class Runner:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         zeros = make_zeros or lower_cache(config, shapes, mesh, dtype).compile()
         self._cache = KVCache(zeros(), zeros())
-        nothing = np.zeros(shapes.num_slots, np.int32)
-        self._slots = Slots(self._upload(nothing), self._upload(nothing))
+        nothing = [self._upload(np.zeros(shape, np.int32)) for shape in slot_shapes(shapes)]
+        self._slots = Slots(*nothing)
+        self.control(np.zeros((shapes.num_slots, shapes.control_columns), np.int32))
 
     def _upload(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._replicated)
@@ -117,14 +118,14 @@ class Runner:
           batch: int32[rows, shapes.columns(phase)], rows a bucket of the phase.
 
         Returns:
-          int32[2, rows], being computed: np.asarray waits for it. See shapes.OUTPUT_TOKENS.
+          int32[NUM_OUTPUTS, rows], being computed: np.asarray waits for it. See shapes.OUTPUT_TOKENS.
 
         Raises:
           KeyError: rows is not a bucket.
         """
         program = self._programs[phase, batch.shape[0]]
         self._cache, self._slots, output = program(
-            self._weights, self._cache, self._slots, self._upload(batch)
+            self._weights, self._cache, self._slots, self._controls, self._upload(batch)
         )
         output.copy_to_host_async()
         return output

@@ -1,9 +1,10 @@
 """From logits to the next token, on device, each row by its own parameters and its own seed.
 
-Knows no requests. A row's choice depends on its logits, parameters, seed and position alone: never
-on the rows beside it.
+Knows no requests. A row's choice depends on its logits, parameters, seed, position and history alone:
+never on the rows beside it. What no row of a batch asks for is not computed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,20 +32,142 @@ class SamplingRows(NamedTuple):
     position: Int32[Array, " B"]
 
 
+class Adjustments(NamedTuple):
+    """What changes the logits of a batch before a token is chosen, one entry a row.
+
+    Attributes:
+      frequency, presence: taken from a token's logit, per occurrence in the completion and once.
+      repetition: logarithm of what divides the logit of any token of prompt or completion.
+      prompt_length: position of the completion's first token.
+      num_biases, num_bans: how many of `tokens` have a bias, and how many after them are banned.
+      min_length: the position from which nothing is banned any more.
+      is_masked: 1 where `mask` holds.
+      tokens, biases, mask: see CONTROL_TOKENS, CONTROL_BIASES and CONTROL_MASK in shapes.py.
+    """
+
+    frequency: Float32[Array, " B"]
+    presence: Float32[Array, " B"]
+    repetition: Float32[Array, " B"]
+    prompt_length: Int32[Array, " B"]
+    num_biases: Int32[Array, " B"]
+    num_bans: Int32[Array, " B"]
+    min_length: Int32[Array, " B"]
+    is_masked: Int32[Array, " B"]
+    tokens: Int32[Array, "B biases"]
+    biases: Float32[Array, "B biases"]
+    mask: Int32[Array, "B words"]
+
+
+def adjust(
+    logits: Float32[Array, "B V"],
+    rows: Adjustments,
+    position: Int32[Array, " B"],
+    history: Callable[[], Int32[Array, "B S"]],
+) -> Float32[Array, "B V"]:
+    """The logits to choose from: penalties, then biases and bans, then the mask.
+
+    Args:
+      position: of the token to be chosen.
+      history: each row's tokens by position; what stands at `position` or later is ignored.
+    """
+    is_penalized = (rows.frequency != 0) | (rows.presence != 0) | (rows.repetition != 0)
+
+    def penalize(logits: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
+        return jnp.where(
+            is_penalized[:, None], _penalized(logits, rows, position, history()), logits
+        )
+
+    def bias(logits: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
+        return _biased(logits, rows, position)
+
+    def mask(logits: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
+        bits = (rows.mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None, :]) & 1
+        allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
+        return jnp.where(allowed | (rows.is_masked == 0)[:, None], logits, -jnp.inf)
+
+    logits = lax.cond(is_penalized.any(), penalize, lambda x: x, logits)
+    logits = lax.cond((rows.num_biases + rows.num_bans > 0).any(), bias, lambda x: x, logits)
+    if rows.mask.shape[1] == 0:  # compiled for requests that have none
+        return logits
+    return lax.cond((rows.is_masked > 0).any(), mask, lambda x: x, logits)
+
+
+def _penalized(
+    logits: Float32[Array, "B V"],
+    rows: Adjustments,
+    position: Int32[Array, " B"],
+    history: Int32[Array, "B S"],
+) -> Float32[Array, "B V"]:
+    places = jnp.arange(history.shape[1], dtype=jnp.int32)[None, :]
+    is_past = places < position[:, None]
+    is_completion = is_past & (places >= rows.prompt_length[:, None])
+    row = jnp.arange(len(logits), dtype=jnp.int32)[:, None]
+    token = jnp.where(is_past, history, logits.shape[1])  # out of range: dropped
+    nothing = jnp.zeros(logits.shape, jnp.int32)
+    is_seen = nothing.at[row, token].max(1, mode="drop") > 0
+    count = nothing.at[row, token].add(is_completion.astype(jnp.int32), mode="drop")
+    factor = jnp.exp(rows.repetition)[:, None]
+    repeated = jnp.where(logits > 0, logits / factor, logits * factor)
+    logits = jnp.where(is_seen, repeated, logits)
+    logits -= rows.frequency[:, None] * count.astype(jnp.float32)
+    return logits - jnp.where(count > 0, rows.presence[:, None], 0.0)
+
+
+def _biased(
+    logits: Float32[Array, "B V"], rows: Adjustments, position: Int32[Array, " B"]
+) -> Float32[Array, "B V"]:
+    index = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)[None, :]
+    is_bias = index < rows.num_biases[:, None]
+    is_ban = ~is_bias & (index < (rows.num_biases + rows.num_bans)[:, None])
+    is_ban &= (position < rows.min_length)[:, None]
+    token = jnp.where(is_bias | is_ban, rows.tokens, logits.shape[1])  # out of range: dropped
+    row = jnp.arange(len(logits), dtype=jnp.int32)[:, None]
+    return logits.at[row, token].add(jnp.where(is_ban, -jnp.inf, rows.biases), mode="drop")
+
+
+def top_logprobs(
+    logits: Float32[Array, "B V"], wanted: Int32[Array, " B"], number: int
+) -> tuple[Int32[Array, "{number} B"], Float32[Array, "{number} B"]]:
+    """The likeliest tokens under the unmodified distribution, the likeliest first, if any row wants some.
+
+    Args:
+      wanted: how many each row asks for.
+      number: how many all get.
+    """
+
+    def top() -> tuple[Int32[Array, "{number} B"], Float32[Array, "{number} B"]]:
+        values, tokens = lax.top_k(logits, number)
+        logprobs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return tokens.astype(jnp.int32).T, logprobs.T
+
+    shape = (number, len(logits))
+    return lax.cond(
+        (wanted > 0).any(),
+        top,
+        lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)),
+    )
+
+
 def sample(
-    logits: Float32[Array, "B V"], rows: SamplingRows
+    logits: Float32[Array, "B V"],
+    rows: SamplingRows,
+    adjusted: Float32[Array, "B V"] | None = None,
 ) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
     """The next token of each row, and its log-probability under the unmodified distribution.
+
+    Args:
+      adjusted: the logits to choose from, where they are not the model's own.
 
     Order: temperature, then min_p, then top_k, then top_p over what is left; candidates equal to the
     last one kept are kept too.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    choosable = logits if adjusted is None else adjusted
+    greedy = jnp.argmax(choosable, axis=-1).astype(jnp.int32)
     is_random = rows.temperature > 0
 
     def draw() -> Int32[Array, " B"]:
         # Measured from the best, so that the least temperature overflows downward only.
-        below = logits - logits.max(axis=-1, keepdims=True)
+        below = choosable - choosable.max(axis=-1, keepdims=True)
         kept = _filter(below / jnp.where(is_random, rows.temperature, 1.0)[:, None], rows)
         return jnp.argmax(kept + _gumbel(rows, logits.shape[-1]), axis=-1).astype(jnp.int32)
 

@@ -1,7 +1,8 @@
 """Prefill and decode, compiled: everything that runs on the device.
 
-Knows no requests: a step is a pure function of weights, cache, slots and one int32 array whose
-columns shapes.py names. The sampled token stays in `Slots` for the next step and is returned besides.
+Knows no requests: a step is a pure function of weights, cache, slots, controls and one int32 array
+whose columns shapes.py names. The sampled token stays in `Slots` for the next step and is returned
+besides.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from glm_jax.attention import attend_paged
 from glm_jax.cache import CACHE_AXES, KVCache, cache_spec
 from glm_jax.config import ModelConfig
 from glm_jax.model import Glm4Moe, Weights, abstract_model, abstract_weights, bind
-from glm_jax.sampling import SamplingRows, sample
+from glm_jax.sampling import Adjustments, SamplingRows, adjust, sample, top_logprobs
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import WeightSpec, partition_spec, sharding_for
 
@@ -38,19 +39,23 @@ class Slots(NamedTuple):
     Attributes:
       tokens: the last sampled token, whose keys and values are not in the cache yet.
       lengths: positions the sequence has in the cache.
+      history: which token stands at each position of the cache. By page, as keys and values are, so
+        that a sequence finds its whole past there too when it shares or recomputes a part of it.
     """
 
     tokens: Int32[Array, " slots"]
     lengths: Int32[Array, " slots"]
+    history: Int32[Array, "pages page_size"]
 
 
-StepResult = tuple[KVCache, Slots, Int32[Array, "2 B"]]
+StepResult = tuple[KVCache, Slots, Int32[Array, "outputs B"]]
 
 
 def prefill(
     model: Glm4Moe,
     cache: KVCache,
     slots: Slots,
+    controls: Int32[Array, "slots control_columns"],
     batch: Int32[Array, "B columns"],
     pages_per_sequence: int,
 ) -> StepResult:
@@ -61,18 +66,20 @@ def prefill(
     offsets = jnp.arange(tokens.shape[1])
     is_valid = offsets[None, :] < num_tokens[:, None]
     positions = jnp.where(is_valid, start[:, None] + offsets[None, :], -1)
+    slots = _remember(slots, table, positions, tokens)
     hidden, cache = _forward(model, tokens, positions, cache, table)
     last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
     lengths = start + num_tokens
     is_last = (batch[:, columns.IS_LAST] == 1) & (num_tokens > 0)
-    return _finish(model, cache, slots, batch, hidden, lengths, is_last)
+    return _finish(model, cache, slots, controls, batch, hidden, lengths, is_last, table)
 
 
 def decode(
     model: Glm4Moe,
     cache: KVCache,
     slots: Slots,
+    controls: Int32[Array, "slots control_columns"],
     batch: Int32[Array, "B columns"],
     pages_per_sequence: int,
 ) -> StepResult:
@@ -82,8 +89,24 @@ def decode(
     is_valid = batch[:, columns.NUM_TOKENS] > 0
     positions = jnp.where(is_valid, slots.lengths[slot], -1)
     tokens = slots.tokens[slot]
+    slots = _remember(slots, table, positions[:, None], tokens[:, None])
     hidden, cache = _forward(model, tokens[:, None], positions[:, None], cache, table)
-    return _finish(model, cache, slots, batch, hidden[:, 0], positions + 1, is_valid)
+    length = positions + 1
+    return _finish(model, cache, slots, controls, batch, hidden[:, 0], length, is_valid, table)
+
+
+def _remember(
+    slots: Slots,
+    table: Int32[Array, "B P"],
+    positions: Int32[Array, "B T"],
+    tokens: Int32[Array, "B T"],
+) -> Slots:
+    """Writes which tokens a step feeds; position -1 writes nothing."""
+    num_pages, page_size = slots.history.shape
+    page = jnp.take_along_axis(table, jnp.maximum(positions, 0) // page_size, axis=1)
+    page = jnp.where(positions >= 0, page, num_pages)
+    history = slots.history.at[page, positions % page_size].set(tokens, mode="drop")
+    return slots._replace(history=history)
 
 
 def _page_table(batch: Int32[Array, "B columns"], pages_per_sequence: int) -> Int32[Array, "B P"]:
@@ -107,21 +130,62 @@ def _finish(
     model: Glm4Moe,
     cache: KVCache,
     slots: Slots,
+    controls: Int32[Array, "slots control_columns"],
     batch: Int32[Array, "B columns"],
     hidden: Float[Array, "B D"],
     lengths: Int32[Array, " B"],
     is_kept: Array,
+    table: Int32[Array, "B P"],
 ) -> StepResult:
     """Samples a token for every row and keeps those of the rows that have one to keep."""
     with jax.named_scope("sample"):
-        tokens, logprobs = sample(model.logits(hidden), _sampling_rows(batch, lengths))
+        logits = model.logits(hidden)
+        rows = _sampling_rows(batch, lengths)
+
+        def history() -> Int32[Array, "B S"]:
+            return slots.history[table].reshape(len(table), -1)
+
+        adjusted = adjust(logits, _adjustments(batch, controls), lengths, history)
+        tokens, logprobs = sample(logits, rows, adjusted)
+        wanted = batch[:, columns.NUM_LOGPROBS]
+        top_tokens, top = top_logprobs(logits, wanted, columns.MAX_TOP_LOGPROBS)
     # Rows with nothing to keep name a slot out of range, which the scatter drops.
     slot = jnp.where(is_kept, batch[:, columns.SLOT], slots.tokens.shape[0])
     slots = Slots(
         slots.tokens.at[slot].set(tokens, mode="drop"),
         slots.lengths.at[slot].set(lengths, mode="drop"),
+        slots.history,
     )
-    return cache, slots, jnp.stack([tokens, lax.bitcast_convert_type(logprobs, jnp.int32)])
+    output = [tokens[None], _bits(logprobs)[None], top_tokens, _bits(top)]
+    return cache, slots, jnp.concatenate(output)
+
+
+def _bits(x: Float[Array, "..."]) -> Int32[Array, "..."]:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _adjustments(
+    batch: Int32[Array, "B columns"], controls: Int32[Array, "slots control_columns"]
+) -> Adjustments:
+    # Padding rows name the slot after the last; they get the last one's, and heed nothing of it.
+    own = controls[jnp.minimum(batch[:, columns.SLOT], len(controls) - 1)]
+
+    def floats(bits: Array) -> Array:
+        return lax.bitcast_convert_type(bits, jnp.float32)
+
+    return Adjustments(
+        frequency=floats(batch[:, columns.FREQUENCY_PENALTY]),
+        presence=floats(batch[:, columns.PRESENCE_PENALTY]),
+        repetition=floats(batch[:, columns.REPETITION_PENALTY]),
+        prompt_length=batch[:, columns.PROMPT_LENGTH],
+        num_biases=batch[:, columns.NUM_BIASES],
+        num_bans=batch[:, columns.NUM_BANS],
+        min_length=batch[:, columns.MIN_LENGTH],
+        is_masked=batch[:, columns.IS_MASKED],
+        tokens=own[:, columns.CONTROL_TOKENS],
+        biases=floats(own[:, columns.CONTROL_BIASES]),
+        mask=own[:, columns.CONTROL_MASK],
+    )
 
 
 def _sampling_rows(batch: Int32[Array, "B columns"], position: Int32[Array, " B"]) -> SamplingRows:
@@ -139,9 +203,14 @@ def _sampling_rows(batch: Int32[Array, "B columns"], position: Int32[Array, " B"
     )
 
 
-def _both[T: (KVCache, Slots)](kind: type[T], leaf: Any) -> T:
-    """A pair that holds, in place of its two arrays, what is to be said of each."""
-    return kind(leaf, leaf)
+def _each[T: (KVCache, Slots)](kind: type[T], leaf: Any) -> T:
+    """A tuple that holds, in place of its arrays, what is to be said of each."""
+    return kind(*(leaf for _ in kind._fields))
+
+
+def slot_shapes(shapes: StepShapes) -> list[tuple[int, ...]]:
+    """The shape of each array of Slots; all are int32."""
+    return [(shapes.num_slots,), (shapes.num_slots,), (shapes.num_pages, shapes.page_size)]
 
 
 class StepSpecs(NamedTuple):
@@ -168,21 +237,24 @@ def step_function(
     model = abstract_model(config, jnp.dtype(dtype))
     body = prefill if phase == "prefill" else decode
 
-    def step(weights: Weights, cache: KVCache, slots: Slots, batch: Array) -> StepResult:
-        return body(bind(model, weights), cache, slots, batch, shapes.pages_per_sequence)
+    def step(
+        weights: Weights, cache: KVCache, slots: Slots, controls: Array, batch: Array
+    ) -> StepResult:
+        bound = bind(model, weights)
+        return body(bound, cache, slots, controls, batch, shapes.pages_per_sequence)
 
     step.__name__ = phase
     replicated = PartitionSpec()
     weight_specs = {
         path: partition_spec(spec.axes) for path, spec in abstract_weights(config, dtype).items()
     }
-    cache_specs = _both(KVCache, partition_spec(CACHE_AXES))
-    slot_specs = _both(Slots, replicated)
+    cache_specs = _each(KVCache, partition_spec(CACHE_AXES))
+    slot_specs = _each(Slots, replicated)
     # One shard_map around the whole step: sums over devices are where the model says, nowhere else.
     sharded = jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(weight_specs, cache_specs, slot_specs, replicated),
+        in_specs=(weight_specs, cache_specs, slot_specs, replicated, replicated),
         out_specs=(cache_specs, slot_specs, replicated),
         check_vma=False,
     )
@@ -205,7 +277,8 @@ def lower(
     function = step_function(config, shapes, mesh, dtype, phase)
     return function.lower(
         {path: abstract(spec) for path, spec in specs.weights.items()},
-        _both(KVCache, abstract(specs.cache)),
-        _both(Slots, integers(shapes.num_slots)),
+        _each(KVCache, abstract(specs.cache)),
+        Slots(*(integers(*shape) for shape in slot_shapes(shapes))),  # type: ignore[arg-type]
+        integers(shapes.num_slots, shapes.control_columns),
         integers(rows, shapes.columns(phase)),
     )

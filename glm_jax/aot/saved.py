@@ -178,8 +178,8 @@ def load(
     }
     shapes = StepShapes(**fields)
     weights = dict.fromkeys(abstract_weights(config, dtype), 0)
-    cache, slots = KVCache(0, 0), Slots(0, 0)  # type: ignore[arg-type]
-    arguments = jax.tree.structure(((weights, cache, slots, 0), {}))
+    cache, slots = KVCache(0, 0), Slots(0, 0, 0)  # type: ignore[arg-type]
+    arguments = jax.tree.structure(((weights, cache, slots, 0, 0), {}))
     results = jax.tree.structure((cache, slots, 0))
     devices = list(mesh.devices.flat)
 
