@@ -1,39 +1,36 @@
-"""Grouped-query attention: projections, head norms, rotary, and a way to attend handed in.
+"""Grouped-query attention: projections, head norms, rotary, and what the queries may see.
 
-Knows neither pages nor devices: what the queries see is the caller's `attend`.
+Knows no devices: over pages or within the tokens at hand is the caller's choice.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from glm_jax import cache as kv_cache
 from glm_jax import ops
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
-from glm_jax.layers import Layer, Linear, RMSNorm, rotate
+from glm_jax.kernels import Kernels, Partials
+from glm_jax.layers import Layer, Linear, RMSNorm
+from glm_jax.ops import HeadNorms, Rows
+
+
+class Pages(NamedTuple):
+    """Attends over the cache, after this step's keys and values are stored there."""
+
+    table: Int32[Array, "B P"]
+
 
 # (layer, q [B, T, K, G, H], k [B, T, K, H], v, cache) -> (attended [B, T, K, G, H], cache)
-Attend = Callable[[Layer, Array, Array, Array, KVCache | None], tuple[Array, KVCache | None]]
+AttendHeads = Callable[[Layer, Array, Array, Array, KVCache | None], tuple[Array, KVCache | None]]
+Attend = Pages | AttendHeads
 
 
-def attend_paged(page_table: Int32[Array, "B P"], positions: Int32[Array, "B T"]) -> Attend:
-    """Writes this step's keys and values into the pages, then attends over all of them."""
-
-    def attend(
-        layer: Layer, q: Array, k: Array, v: Array, cache: KVCache | None
-    ) -> tuple[Array, KVCache | None]:
-        assert cache is not None, "attend_paged needs a cache"
-        cache = kv_cache.write(cache, layer, page_table, positions, k, v)
-        return ops.paged_attention(q, *cache, layer, page_table, positions), cache
-
-    return attend
-
-
-def attend_causal(visible: Bool[Array, "B T T"]) -> Attend:
+def attend_causal(visible: Bool[Array, "B T T"]) -> AttendHeads:
     """Attends within the tokens given, with no cache; visible[b, t, s]: t may see s."""
 
     def attend(
@@ -49,7 +46,13 @@ class Attention(nnx.Module):
     """Self-attention of every layer, its weights stacked."""
 
     def __init__(
-        self, config: ModelConfig, num_layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        num_layers: int,
+        dtype: jnp.dtype,
+        kernels: Kernels,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         width, kv_heads, head_dim = config.hidden_size, config.num_key_value_heads, config.head_dim
         groups = config.num_query_groups
@@ -71,31 +74,57 @@ class Attention(nnx.Module):
         norm = ((num_layers, head_dim), ("layers", "head_dim"), config.rms_norm_eps, dtype)
         self.q_norm = nnx.data(RMSNorm(*norm, rngs=rngs) if config.use_qk_norm else None)
         self.k_norm = nnx.data(RMSNorm(*norm, rngs=rngs) if config.use_qk_norm else None)
+        self.kernels = kernels
+        self.is_fp8 = config.is_fp8
         self.head_dim = head_dim
         self.query_groups = groups
-        self.rotary = (config.rotary_dim, config.rope_theta)
+        self.rotary = (config.rms_norm_eps, config.rotary_dim, config.rope_theta)
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        rows: Rows,
         positions: Int32[Array, "B T"],
         layer: Layer,
         cache: KVCache | None,
         attend: Attend,
-    ) -> tuple[Float32[Array, "R rows D"], KVCache | None]:
+    ) -> tuple[Partials, KVCache | None]:
         """Partial sums of the sub-layer's output, one per kv head of this device."""
-        num_rows, num_tokens, width = x.shape
+        bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[...]
         with jax.named_scope("qkv_proj"):
-            qkv = self.qkv_proj(x.reshape(-1, width), layer)
-        qkv = qkv.reshape(num_rows, num_tokens, -1, self.query_groups + 2, self.head_dim)
-        q, k, v = qkv[..., : self.query_groups, :], qkv[..., -2, :], qkv[..., -1, :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, layer), self.k_norm(k, layer)
-        q_heads = q.reshape(num_rows, num_tokens, -1, self.head_dim)
-        q = rotate(q_heads, positions, *self.rotary).reshape(q.shape)
-        k = rotate(k, positions, *self.rotary)
+            qkv = self.kernels.product(rows, self.qkv_proj.weights(), bias, layer)
+        qkv = qkv.reshape(*positions.shape, -1, self.query_groups + 2, self.head_dim)
         with jax.named_scope("attend"):
-            attended, cache = attend(layer, q, k, v, cache)
+            if isinstance(attend, Pages):
+                attended, cache = self._attend_pages(qkv, positions, layer, cache, attend)
+            else:
+                heads = ops.split_heads(qkv, self._norms(), positions, layer)
+                out, cache = attend(layer, *heads, cache)
+                attended = self._rows(out)
         with jax.named_scope("o_proj"):
-            flat = attended.reshape(num_rows * num_tokens, -1)
-            return self.o_proj.partials(flat, layer, self.query_groups * self.head_dim), cache
+            group_size = self.query_groups * self.head_dim
+            weight = self.o_proj.weights()
+            return self.kernels.partial_products(attended, weight, layer, group_size), cache
+
+    def _attend_pages(
+        self,
+        qkv: Float[Array, "B T K G2 H"],
+        positions: Int32[Array, "B T"],
+        layer: Layer,
+        cache: KVCache | None,
+        pages: Pages,
+    ) -> tuple[Rows, KVCache]:
+        assert cache is not None, "pages are those of a cache"
+        norms, table = self._norms(), pages.table
+        q, cache = self.kernels.write(qkv, norms, positions, table, layer, cache)
+        attended = self.kernels.attend(q, cache, layer, table, positions, is_fp8=self.is_fp8)
+        return attended, cache
+
+    def _rows(self, attended: Float[Array, "B T K G H"]) -> Rows:
+        kv_heads = attended.shape[2]
+        flat = attended.reshape(attended.shape[0] * attended.shape[1], -1)
+        return ops.as_rows(flat, is_fp8=self.is_fp8, num_groups=kv_heads)
+
+    def _norms(self) -> HeadNorms:
+        if self.q_norm is None or self.k_norm is None:
+            return HeadNorms(None, None, *self.rotary)
+        return HeadNorms(self.q_norm.weight[...], self.k_norm.weight[...], *self.rotary)

@@ -1,4 +1,4 @@
-"""RMSNorm, linear, embedding, rotary: the small parts, stacked over layers, with logical axes.
+"""RMSNorm, linear, embedding: the small parts, stacked over layers, with logical axes.
 
 Knows no mesh: parameters carry the names of their axes, arrays inside a step are this device's part.
 """
@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from glm_jax import ops, sharding
 from glm_jax.fp8 import FP8
+from glm_jax.kernels import Weight
+from glm_jax.ops import Layer
 from glm_jax.sharding import Axes
-
-Layer = Int32[Array, ""] | int
 
 
 def parameter(
@@ -25,7 +25,7 @@ def parameter(
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norms; rounds to the input's dtype before the weight, as the model does."""
+    """Root-mean-square norms: weight [layers, D], or [D] where there is only one."""
 
     def __init__(
         self, shape: tuple[int, ...], axes: Axes, eps: float, dtype: jnp.dtype, *, rngs: nnx.Rngs
@@ -33,15 +33,16 @@ class RMSNorm(nnx.Module):
         self.weight = parameter(nnx.initializers.ones, rngs, shape, dtype, axes)
         self.eps = eps
 
+    def stacked(self) -> Float[Array, "L D"]:
+        """The weights with their axis of layers, also where there is only one."""
+        weight = self.weight[...]
+        return weight if weight.ndim == 2 else weight[None]
+
     def __call__(self, x: Float[Array, "*rows D"], layer: Layer | None) -> Float[Array, "*rows D"]:
         """Norms the last dimension with the layer's weight; layer None where there is only one."""
-        weight = self.weight[...]
-        if layer is not None:
-            weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scale = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
-        return wide.astype(x.dtype) * scale
+        index = 0 if layer is None else layer
+        weight = jax.lax.dynamic_index_in_dim(self.stacked(), index, keepdims=False)
+        return ops.rms_norm(x, weight, self.eps)
 
 
 class Linear(nnx.Module):
@@ -69,20 +70,9 @@ class Linear(nnx.Module):
             parameter(zeros, rngs, shape[:-1], dtype, axes[:-1]) if use_bias else None
         )
 
-    def weights(self) -> tuple[Array, Array | None]:
+    def weights(self) -> Weight:
         """The values and their scale, None when they are not FP8."""
         return self.values[...], None if self.scale is None else self.scale[...]
-
-    def __call__(self, x: Float[Array, "T K"], layer: Layer) -> Float[Array, " T *N"]:
-        """x @ values[layer].T + bias[layer]; outputs are this device's part."""
-        bias = None if self.bias is None else self.bias[...]
-        return ops.matmul(x, *self.weights(), bias, layer)
-
-    def partials(
-        self, x: Float[Array, "T K"], layer: Layer, group_size: int
-    ) -> Float32[Array, "R T D"]:
-        """The row-parallel form: partial products over groups of the input, still to be summed."""
-        return ops.partial_matmul(x, *self.weights(), layer, group_size)
 
 
 class VocabTable(nnx.Module):
@@ -97,33 +87,16 @@ class VocabTable(nnx.Module):
 
     def embed(self, tokens: Int32[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """Each token's vector; exact, since one device has it and the others add zeros."""
+        return sharding.all_reduce(self.embed_here(tokens))
+
+    def embed_here(self, tokens: Int32[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        """The vectors of the tokens of this device's part, zeros for the others."""
         table = self.values[...]
         local = tokens - sharding.device_index() * table.shape[0]
         is_here = (local >= 0) & (local < table.shape[0])
         vectors = table[jnp.clip(local, 0, table.shape[0] - 1)]
-        return sharding.all_reduce(jnp.where(is_here[..., None], vectors, 0))
+        return jnp.where(is_here[..., None], vectors, 0)
 
     def logits(self, x: Float[Array, "T D"]) -> Float32[Array, "T V"]:
         """The product with every token's vector, joined over devices."""
         return sharding.all_gather(ops.vocab_logits(x, self.values[...]), axis=1)
-
-
-def rotate(
-    x: Float[Array, "*rows heads H"],
-    positions: Int32[Array, "*rows"],
-    rotary_dim: int,
-    theta: float,
-) -> Float[Array, "*rows heads H"]:
-    """Rotary embedding in half style on the first rotary_dim dimensions; the rest pass through.
-
-    Dimension i < rotary_dim / 2 pairs with i + rotary_dim / 2 and turns by
-    position * theta^(-2 i / rotary_dim). Sines are rounded to x's dtype, as the published model does.
-    """
-    half = rotary_dim // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    frequencies = frequencies.reshape((1,) * positions.ndim + (half,))
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    cos = jnp.cos(angles).astype(x.dtype)[..., None, :]
-    sin = jnp.sin(angles).astype(x.dtype)[..., None, :]
-    first, second, rest = jnp.split(x, [half, rotary_dim], axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from glm_jax import ops, sharding
 from glm_jax.config import ModelConfig
+from glm_jax.kernels import DEFAULT_KERNELS, Kernels, Partials, Weight
 from glm_jax.layers import Layer, Linear, parameter
+from glm_jax.ops import Rows
 
 
 class Routing(NamedTuple):
@@ -35,7 +35,14 @@ class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x)), stacked over layers, split over its width."""
 
     def __init__(
-        self, config: ModelConfig, num_layers: int, width: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        num_layers: int,
+        width: int,
+        dtype: jnp.dtype,
+        kernels: Kernels,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         self.gate_up_proj = Linear(
             (num_layers, 2, width, config.hidden_size),
@@ -52,18 +59,28 @@ class MLP(nnx.Module):
             rngs=rngs,
         )
         self.group_size = width // config.num_key_value_heads
+        self.kernels = kernels
 
-    def __call__(self, x: Float[Array, "T D"], layer: Layer) -> Float32[Array, "R T D"]:
+    def weights(self) -> tuple[Weight, Weight]:
+        """Of the gate_up and the down projection."""
+        return self.gate_up_proj.weights(), self.down_proj.weights()
+
+    def __call__(self, rows: Rows, layer: Layer) -> Partials:
         """Partial sums over groups of the width."""
-        hidden = ops.gated_silu(self.gate_up_proj(x, layer))
-        return self.down_proj.partials(hidden, layer, self.group_size)
+        return self.kernels.gated_mlp(rows, self.weights(), layer, self.group_size)
 
 
 class Router(nnx.Module):
     """Scores every expert for every token; replicated on all devices."""
 
     def __init__(
-        self, config: ModelConfig, num_layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        num_layers: int,
+        dtype: jnp.dtype,
+        kernels: Kernels,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         shape = (num_layers, config.n_routed_experts, config.hidden_size)
         init = nnx.initializers.normal(config.hidden_size**-0.5)
@@ -72,26 +89,30 @@ class Router(nnx.Module):
         self.e_score_correction_bias = parameter(
             zeros, rngs, shape[:-1], jnp.float32, ("layers", None)
         )
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
+        self.choice = {
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "norm_topk_prob": config.norm_topk_prob,
+            "routed_scaling_factor": config.routed_scaling_factor,
+        }
+        self.kernels = kernels
 
     def __call__(self, x: Float[Array, "T D"], layer: Layer) -> Routing:
         """Picks by score plus correction bias; weighs by score alone, renormalized and scaled."""
-        scores = jax.nn.sigmoid(ops.router_logits(x, self.weight[...], layer))
-        bias = lax.dynamic_index_in_dim(self.e_score_correction_bias[...], layer, keepdims=True)
-        _, chosen = lax.top_k(scores + bias, self.num_experts_per_tok)
-        weights = jnp.take_along_axis(scores, chosen, axis=1)
-        if self.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-        return Routing(chosen, weights * self.routed_scaling_factor, scores)
+        weight, bias = self.weight[...], self.e_score_correction_bias[...]
+        return Routing(*self.kernels.route(x, weight, bias, layer, **self.choice))
 
 
 class Experts(nnx.Module):
     """The routed experts, whole experts on each device."""
 
     def __init__(
-        self, config: ModelConfig, num_layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        num_layers: int,
+        dtype: jnp.dtype,
+        kernels: Kernels,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         num_experts, width = config.n_routed_experts, config.moe_intermediate_size
         self.gate_up_proj = Linear(
@@ -109,22 +130,20 @@ class Experts(nnx.Module):
             rngs=rngs,
         )
         self.group_size = num_experts // config.num_key_value_heads
+        self.kernels = kernels
 
-    def __call__(
-        self, x: Float[Array, "T D"], routing: Routing, layer: Layer
-    ) -> Float32[Array, "R T D"]:
-        """Partial sums over groups of experts; every device sees every token and adds its own."""
-        num_local = self.down_proj.values.shape[1]
-        local = sharding.device_index() * num_local + jnp.arange(num_local)
-        is_chosen = routing.experts[:, :, None] == local[None, None, :]
-        weights = jnp.where(is_chosen, routing.weights[:, :, None], 0.0).sum(1)
-        return ops.experts(
-            x,
-            weights,
-            *self.gate_up_proj.weights(),
-            *self.down_proj.weights(),
+    def __call__(self, rows: Rows, routing: Routing, shared: MLP, layer: Layer) -> Partials:
+        """Partial sums over groups of experts, the shared expert's part with each; every device sees
+        every token and adds its own."""
+        return self.kernels.experts(
+            rows,
+            routing.experts,
+            routing.weights,
+            (self.gate_up_proj.weights(), self.down_proj.weights()),
+            shared.weights(),
             layer,
-            self.group_size,
+            group_size=self.group_size,
+            shared_group_size=shared.group_size,
         )
 
 
@@ -132,21 +151,23 @@ class MoE(nnx.Module):
     """A mixture-of-experts MLP: routed experts plus the shared expert every token passes."""
 
     def __init__(
-        self, config: ModelConfig, num_layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        num_layers: int,
+        dtype: jnp.dtype,
+        kernels: Kernels = DEFAULT_KERNELS,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.gate = Router(config, num_layers, dtype, rngs=rngs)
-        self.experts = Experts(config, num_layers, dtype, rngs=rngs)
-        self.shared_experts = MLP(config, num_layers, config.shared_width, dtype, rngs=rngs)
+        arguments = (config, num_layers, dtype, kernels)
+        self.gate = Router(*arguments, rngs=rngs)
+        self.experts = Experts(*arguments, rngs=rngs)
+        width = config.shared_width
+        self.shared_experts = MLP(config, num_layers, width, dtype, kernels, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "T D"], layer: Layer
-    ) -> tuple[Float32[Array, "R T D"], Routing]:
+    def __call__(self, rows: Rows, layer: Layer) -> tuple[Partials, Routing]:
         """Partial sums, routed and shared together; the shared expert is not scaled."""
+        assert rows.plain is not None, "the router reads rows that are not quantized"
         with jax.named_scope("router"):
-            routing = self.gate(x, layer)
-        with jax.named_scope("experts"):
-            routed = self.experts(x, routing, layer)
-        with jax.named_scope("shared_experts"):
-            shared = self.shared_experts(x, layer)
-        assert routed.shape == shared.shape, (routed.shape, shared.shape)
-        return routed + shared, routing
+            routing = self.gate(rows.plain, layer)
+        return self.experts(rows, routing, self.shared_experts, layer), routing

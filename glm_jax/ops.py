@@ -4,16 +4,76 @@ Knows arrays only. Weights are stacked over layers and indexed here, so that a k
 place of an operation and index them in place.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float8e4m3fn, Float32, Int32
 
 from glm_jax.fp8 import FP8, quantize_rows
 
 # XLA's CPU products give a row the same bits whatever rows stand beside it, but only from 16 rows
 # up (jaxlib 0.12.0.1, all of K 16-1024, N 16-4096; tests/glm_jax/test_ops.py holds this).
 _STABLE_ROWS = 16
+
+Layer = Int32[Array, ""] | int
+
+
+class Rows(NamedTuple):
+    """Activations as products take them: quantized once, whatever number of weights they meet.
+
+    Attributes:
+      plain: None where whoever made them hands on the quantized ones only.
+      values, scale: for FP8 weights, None for others; each of R equal groups of columns has a scale.
+    """
+
+    plain: Float[Array, "T K"] | None
+    values: Float8e4m3fn[Array, "T K"] | None = None
+    scale: Float32[Array, "T R"] | None = None
+
+
+class NormedRows(NamedTuple):
+    """What stands between two sub-layers.
+
+    Attributes:
+      residual: the sum of everything so far.
+      rows: the same, normed for the sub-layer that follows.
+    """
+
+    residual: Float[Array, "T D"]
+    rows: Rows
+
+
+def as_rows(x: Float[Array, "T K"], *, is_fp8: bool, num_groups: int = 1) -> Rows:
+    """The rows as they meet weights that are FP8 or are not; each group of columns has its scale."""
+    if not is_fp8:
+        return Rows(x)
+    values, scale = quantize_rows(x.reshape(x.shape[0], num_groups, -1))
+    return Rows(x, values.reshape(x.shape), scale[..., 0])
+
+
+def rms_norm(
+    x: Float[Array, "*T D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*T D"]:
+    """Root-mean-square norm; rounds to x's dtype before the weight, as the published model does."""
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+def add_norm(
+    residual: Float[Array, "T D"],
+    added: Float[Array, "T D"] | None,
+    weight: Float[Array, "L D"],
+    layer: Layer,
+    *,
+    eps: float,
+    is_fp8: bool,
+) -> NormedRows:
+    """residual + added, normed with the layer's weight and made ready for the weights it meets."""
+    total = residual if added is None else residual + added
+    return NormedRows(total, as_rows(rms_norm(total, _layer(weight, layer), eps), is_fp8=is_fp8))
 
 
 def _dot(x: Float[Array, "T K"], values: Float[Array, "N K"]) -> Float32[Array, "T N"]:
@@ -43,10 +103,33 @@ def _batched_dot(
     return product[:, :num_rows]
 
 
-def _layer(
-    stacked: Float[Array, " L *rest"], layer: Int32[Array, ""] | int
-) -> Float[Array, "*rest"]:
+def _layer(stacked: Float[Array, " L *rest"], layer: Layer) -> Float[Array, "*rest"]:
     return lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+def product(
+    rows: Rows,
+    values: Float[Array, "L *N K"],
+    scale: Float32[Array, " L *N"] | None,
+    bias: Float[Array, " L *N"] | None,
+    layer: Layer,
+) -> Float[Array, " T *N"]:
+    """A linear layer: rows @ values[layer].T * scale[layer] + bias[layer], rounded once.
+
+    FP8 values (scale given) meet the quantized rows; plain values (scale None) the plain ones.
+    """
+    weight = _layer(values, layer)
+    outputs = weight.shape[:-1]
+    weight = weight.reshape(-1, weight.shape[-1])
+    assert rows.plain is not None
+    if scale is None:
+        out = _dot(rows.plain, weight)
+    else:
+        assert rows.values is not None and rows.scale is not None
+        out = _dot(rows.values, weight) * rows.scale * _layer(scale, layer).reshape(1, -1)
+    if bias is not None:
+        out = out + _layer(bias, layer).reshape(1, -1).astype(jnp.float32)
+    return out.astype(rows.plain.dtype).reshape(rows.plain.shape[0], *outputs)
 
 
 def matmul(
@@ -54,30 +137,17 @@ def matmul(
     values: Float[Array, "L *N K"],
     scale: Float32[Array, " L *N"] | None,
     bias: Float[Array, " L *N"] | None,
-    layer: Int32[Array, ""] | int,
+    layer: Layer,
 ) -> Float[Array, " T *N"]:
-    """A linear layer: x @ values[layer].T * scale[layer] + bias[layer], rounded once, to x's dtype.
-
-    FP8 values (scale given) meet activations quantized per row; plain values (scale None) meet x.
-    """
-    weight = _layer(values, layer)
-    outputs = weight.shape[:-1]
-    weight = weight.reshape(-1, weight.shape[-1])
-    if scale is None:
-        product = _dot(x, weight)
-    else:
-        quantized, row_scale = quantize_rows(x)
-        product = _dot(quantized, weight) * row_scale * _layer(scale, layer).reshape(1, -1)
-    if bias is not None:
-        product = product + _layer(bias, layer).reshape(1, -1).astype(jnp.float32)
-    return product.astype(x.dtype).reshape(x.shape[0], *outputs)
+    """product of rows that are not quantized yet."""
+    return product(as_rows(x, is_fp8=scale is not None), values, scale, bias, layer)
 
 
-def partial_matmul(
-    x: Float[Array, "T K"],
+def partial_products(
+    rows: Rows,
     values: Float[Array, "L D K"],
     scale: Float32[Array, "L D"] | None,
-    layer: Int32[Array, ""] | int,
+    layer: Layer,
     group_size: int,
 ) -> Float32[Array, "R T D"]:
     """A row-parallel linear layer, cut along K into R = K / group_size partial products.
@@ -85,20 +155,32 @@ def partial_matmul(
     Each group of the row is quantized by its own scale, so that the answer does not depend on how
     many groups a device holds. Sum them with sharding.sum_partials.
     """
-    num_rows, width = x.shape
-    groups = x.reshape(num_rows, width // group_size, group_size).swapaxes(0, 1)
     weight = _layer(values, layer)
     weight = weight.reshape(weight.shape[0], -1, group_size).swapaxes(0, 1)
 
-    def products(groups: Float[Array, "R T group"]) -> Float32[Array, "R T D"]:
+    def products(x: Float[Array, "T K"]) -> Float32[Array, "R T D"]:
+        groups = x.reshape(x.shape[0], -1, group_size).swapaxes(0, 1)
         # One by one: XLA's CPU gives a batch of several groups other bits than a group alone. And in
         # a loop, since a product written out for each group doubled the compilation of a step.
         return lax.map(lambda operands: _dot(*operands), (groups, weight))
 
     if scale is None:
-        return products(groups)
-    quantized, row_scale = quantize_rows(groups)
-    return products(quantized) * row_scale * _layer(scale, layer)[None, None]
+        assert rows.plain is not None
+        return products(rows.plain)
+    assert rows.values is not None and rows.scale is not None
+    return products(rows.values) * rows.scale.T[:, :, None] * _layer(scale, layer)[None, None]
+
+
+def partial_matmul(
+    x: Float[Array, "T K"],
+    values: Float[Array, "L D K"],
+    scale: Float32[Array, "L D"] | None,
+    layer: Layer,
+    group_size: int,
+) -> Float32[Array, "R T D"]:
+    """partial_products of rows that are not quantized yet."""
+    rows = as_rows(x, is_fp8=scale is not None, num_groups=x.shape[1] // group_size)
+    return partial_products(rows, values, scale, layer, group_size)
 
 
 def gated_silu(gate_up: Float[Array, "*T 2 F"]) -> Float[Array, "*T F"]:
@@ -108,19 +190,19 @@ def gated_silu(gate_up: Float[Array, "*T 2 F"]) -> Float[Array, "*T F"]:
 
 
 def experts(
-    x: Float[Array, "T D"],
+    rows: Rows,
     routing: Float32[Array, "T E"],
     gate_up_values: Float[Array, "L E 2 F D"],
     gate_up_scale: Float32[Array, "L E 2 F"] | None,
     down_values: Float[Array, "L E D F"],
     down_scale: Float32[Array, "L E D"] | None,
-    layer: Int32[Array, ""] | int,
+    layer: Layer,
     group_size: int,
 ) -> Float32[Array, "R T D"]:
     """The routed experts of this device, summed within each of R = E / group_size expert groups.
 
     Args:
-      x: every token, normed.
+      rows: every token, normed.
       routing: weight of each local expert for each token, 0 where it was not chosen.
       layer: index into the stacks, counted among expert layers.
       group_size: experts per partial sum.
@@ -128,23 +210,53 @@ def experts(
     The reference computes every expert for every token and lets zeros drop out: exact, and right for
     few experts; a kernel does the chosen ones only.
     """
-    hidden = gated_silu(matmul(x, gate_up_values, gate_up_scale, None, layer))
+    hidden = gated_silu(product(rows, gate_up_values, gate_up_scale, None, layer))
     hidden = hidden.swapaxes(0, 1)
     down = _layer(down_values, layer)
     if down_scale is None:
-        product = _batched_dot(hidden, down)
+        out = _batched_dot(hidden, down)
     else:
         quantized, row_scale = quantize_rows(hidden)
-        product = _batched_dot(quantized, down) * row_scale * _layer(down_scale, layer)[:, None, :]
+        out = _batched_dot(quantized, down) * row_scale * _layer(down_scale, layer)[:, None, :]
     # Unchosen experts are masked, not only weighted by zero: an overflow there must not spread.
     weights = routing.T[:, :, None]
-    product = jnp.where(weights > 0, product.astype(x.dtype).astype(jnp.float32) * weights, 0.0)
-    num_experts, num_rows, width = product.shape
-    return product.reshape(num_experts // group_size, group_size, num_rows, width).sum(1)
+    out = jnp.where(weights > 0, out.astype(hidden.dtype).astype(jnp.float32) * weights, 0.0)
+    num_experts, num_rows, width = out.shape
+    return out.reshape(num_experts // group_size, group_size, num_rows, width).sum(1)
+
+
+def local_routing(
+    experts: Int32[Array, "T k"], weights: Float32[Array, "T k"], first: Layer, num_local: int
+) -> Float32[Array, "T E"]:
+    """The weight of each of the experts first … first + num_local - 1 for each token, 0 if unchosen."""
+    is_chosen = experts[:, :, None] == (first + jnp.arange(num_local))[None, None, :]
+    return jnp.where(is_chosen, weights[:, :, None], 0.0).sum(1)
+
+
+def route(
+    x: Float[Array, "T D"],
+    weight: Float[Array, "L E D"],
+    bias: Float32[Array, "L E"],
+    layer: Layer,
+    *,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"], Float32[Array, "T E"]]:
+    """Each token's experts by falling score plus bias, their weights, and every expert's score.
+
+    Picks by score plus correction bias; weighs by score alone, renormalized and scaled.
+    """
+    scores = jax.nn.sigmoid(router_logits(x, weight, layer))
+    _, chosen = lax.top_k(scores + _layer(bias, layer)[None], num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, chosen, axis=1)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return chosen, weights * routed_scaling_factor, scores
 
 
 def router_logits(
-    x: Float[Array, "T D"], weight: Float[Array, "L E D"], layer: Int32[Array, ""] | int
+    x: Float[Array, "T D"], weight: Float[Array, "L E D"], layer: Layer
 ) -> Float32[Array, "T E"]:
     """The router's product in float32 at full precision, as the published model computes it."""
     return _dot(x.astype(jnp.float32), _layer(weight, layer).astype(jnp.float32))
@@ -155,11 +267,62 @@ def vocab_logits(x: Float[Array, "T D"], table: Float[Array, "V D"]) -> Float32[
     return _dot(x, table)
 
 
+def rotate(
+    x: Float[Array, "*rows heads H"],
+    positions: Int32[Array, "*rows"],
+    rotary_dim: int,
+    theta: float,
+) -> Float[Array, "*rows heads H"]:
+    """Rotary embedding in half style on the first rotary_dim dimensions; the rest pass through.
+
+    Dimension i < rotary_dim / 2 pairs with i + rotary_dim / 2 and turns by
+    position * theta^(-2 i / rotary_dim). Sines are rounded to x's dtype, as the published model does.
+    """
+    half = rotary_dim // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = frequencies.reshape((1,) * positions.ndim + (half,))
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    cos = jnp.cos(angles).astype(x.dtype)[..., None, :]
+    sin = jnp.sin(angles).astype(x.dtype)[..., None, :]
+    first, second, rest = jnp.split(x, [half, rotary_dim], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+class HeadNorms(NamedTuple):
+    """What turns a layer's projected heads into queries and keys.
+
+    Attributes:
+      q_norm, k_norm: weights of the norms, None where the model has none.
+    """
+
+    q_norm: Float[Array, "L H"] | None
+    k_norm: Float[Array, "L H"] | None
+    eps: float
+    rotary_dim: int
+    theta: float
+
+
+def split_heads(
+    qkv: Float[Array, "B T K G2 H"],
+    norms: HeadNorms,
+    positions: Int32[Array, "B T"],
+    layer: Layer,
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries and keys, normed and rotated, and values, of G query heads, a key and a value a head."""
+    q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+    if norms.q_norm is not None and norms.k_norm is not None:
+        q = rms_norm(q, _layer(norms.q_norm, layer), norms.eps)
+        k = rms_norm(k, _layer(norms.k_norm, layer), norms.eps)
+    rotary = (norms.rotary_dim, norms.theta)
+    q_heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    return rotate(q_heads, positions, *rotary).reshape(q.shape), rotate(k, positions, *rotary), v
+
+
 def paged_attention(
     q: Float[Array, "B T K G H"],
     k_pages: Float[Array, "L pages K page_size H"],
     v_pages: Float[Array, "L pages K page_size H"],
-    layer: Int32[Array, ""] | int,
+    layer: Layer,
     page_table: Int32[Array, "B P"],
     positions: Int32[Array, "B T"],
 ) -> Float[Array, "B T K G H"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 # All devices form one axis: attention is split over kv heads and the experts over whole experts, so
 # every device holds every token and one all-reduce per sub-layer is all the traffic there is.
@@ -110,16 +110,32 @@ def all_gather(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     return lax.all_gather(x, MESH_AXIS, axis=axis, tiled=True)
 
 
-def sum_partials(partials: Float32[Array, "R T D"], dtype: jnp.dtype) -> Float[Array, "T D"]:
+def sum_partials(partials: Float[Array, "R T D"], dtype: jnp.dtype) -> Float[Array, "T D"]:
     """Sums partial products over this device's R and then over all devices.
 
     A row-parallel product is cut into num_key_value_heads partial products whatever the mesh, each
     rounded to dtype before the sum. So one device and eight add up the very same numbers, and with
     one partial per device (the deployed layout) the wire carries dtype and loses nothing.
     """
+    rounded = round_partials(partials, dtype)
+    if rounded.shape[0] == 1:
+        return all_reduce(rounded[0])
+    return all_reduce(rounded.sum(0)).astype(dtype)
+
+
+def round_partials(partials: Float[Array, "R T D"], dtype: jnp.dtype) -> Float[Array, "R T D"]:
+    """Each partial rounded to dtype: a single one in dtype, several in float32, to be added up."""
+    if partials.dtype == dtype and partials.shape[0] == 1:
+        return partials
     info = jnp.finfo(dtype)
     # reduce_precision, unlike a pair of converts, may not be optimized away.
     rounded = lax.reduce_precision(partials, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-    if partials.shape[0] == 1:
-        return all_reduce(rounded[0].astype(dtype))
-    return all_reduce(rounded.sum(0)).astype(dtype)
+    return rounded.astype(dtype) if partials.shape[0] == 1 else rounded
+
+
+def as_partials(x: Float[Array, "T D"], num_partials: int) -> Float[Array, "R T D"]:
+    """What is whole already, as so many rounded partials: x first, then zeros."""
+    if num_partials == 1:
+        return x[None]
+    padding = ((0, num_partials - 1), (0, 0), (0, 0))
+    return jnp.pad(x[None].astype(jnp.float32), padding)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from glm_jax import shapes as columns
-from glm_jax.attention import attend_paged
+from glm_jax.attention import Pages
 from glm_jax.cache import CACHE_AXES, KVCache, cache_spec
 from glm_jax.config import ModelConfig
 from glm_jax.model import Glm4Moe, Weights, abstract_model, abstract_weights, bind
@@ -67,6 +67,7 @@ def prefill(
     is_valid = offsets[None, :] < num_tokens[:, None]
     positions = jnp.where(is_valid, start[:, None] + offsets[None, :], -1)
     slots = _remember(slots, table, positions, tokens)
+    slots = _remember(slots, table, positions, tokens)
     hidden, cache = _forward(model, tokens, positions, cache, table)
     last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
@@ -89,6 +90,7 @@ def decode(
     is_valid = batch[:, columns.NUM_TOKENS] > 0
     positions = jnp.where(is_valid, slots.lengths[slot], -1)
     tokens = slots.tokens[slot]
+    slots = _remember(slots, table, positions[:, None], tokens[:, None])
     slots = _remember(slots, table, positions[:, None], tokens[:, None])
     hidden, cache = _forward(model, tokens[:, None], positions[:, None], cache, table)
     length = positions + 1
@@ -120,8 +122,7 @@ def _forward(
     cache: KVCache,
     table: Int32[Array, "B P"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    attend = attend_paged(table, positions)
-    hidden, cache_after, _ = model(tokens, positions, cache, attend)
+    hidden, cache_after, _ = model(tokens, positions, cache, Pages(table))
     assert cache_after is not None
     return hidden, cache_after
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from glm_jax import ops
 from glm_jax.attention import Attend
 from glm_jax.config import ModelConfig
 from glm_jax.layers import Linear, RMSNorm
@@ -47,11 +48,13 @@ class Draft(nnx.Module):
           hidden: the decoder's states, after its last norm.
         """
         joined = jnp.concatenate([self.enorm(embedded_next, None), self.hnorm(hidden, None)], -1)
-        x = self.eh_proj(joined.reshape(-1, joined.shape[-1]), 0).reshape(hidden.shape)
-        x, _ = self.layers.attention_block(x, positions, 0, None, attend)
-        x, routing = self.layers.mlp_block(x, 0, is_dense=False)
-        assert routing is not None
-        return self.norm(x, None), routing
+        flat = joined.reshape(-1, joined.shape[-1])
+        x = ops.matmul(flat, *self.eh_proj.weights(), None, 0)
+        normed, _ = self.layers.attention_block(self.layers.enter(x, 0), positions, 0, None, attend)
+        partials, routing = self.layers.mlp_block(normed, 0, is_dense=False)
+        normed = self.layers.add(partials, normed.residual, self.norm, 0)
+        assert routing is not None and normed.rows.plain is not None
+        return normed.rows.plain.reshape(hidden.shape), routing
 
 
 def one_layer(config: ModelConfig) -> ModelConfig:

@@ -7,11 +7,12 @@ for every token: a quarter of the work here, and only room for so many tokens pe
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
 
 from glm_jax import ops
+from glm_jax.kernels import Partials
 from glm_jax.layers import Layer
-from glm_jax.moe import Experts, Routing
+from glm_jax.moe import MLP, Experts, Routing
+from glm_jax.ops import Rows
 
 
 class GroupedExperts(Experts):
@@ -31,10 +32,10 @@ class GroupedExperts(Experts):
         self.group_size = experts.group_size
         self.capacity_factor = capacity_factor
 
-    def __call__(
-        self, x: Float[Array, "T D"], routing: Routing, layer: Layer
-    ) -> Float32[Array, "R T D"]:
-        """What all experts add for every token, as the first partial sum; the others are zeros."""
+    def __call__(self, rows: Rows, routing: Routing, shared: MLP, layer: Layer) -> Partials:
+        """What all experts add for every token, as the first partial sum; and the shared expert's."""
+        x = rows.plain
+        assert x is not None, "training knows no quantized rows"
         num_tokens, num_chosen = routing.experts.shape
         gate_up = jax.lax.dynamic_index_in_dim(self.gate_up_proj.values[...], layer, keepdims=False)
         down = jax.lax.dynamic_index_in_dim(self.down_proj.values[...], layer, keepdims=False)
@@ -56,4 +57,4 @@ class GroupedExperts(Experts):
         product = product.astype(jnp.float32) * weight[..., None]
         # As many partial sums as the shared expert's, to which they are added one by one.
         out = jnp.zeros((num_experts // self.group_size, *x.shape), jnp.float32)
-        return out.at[0, held].add(product, mode="drop")
+        return out.at[0, held].add(product, mode="drop") + shared(rows, layer)

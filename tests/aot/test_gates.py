@@ -18,8 +18,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glm_jax import model as model_module
-from glm_jax import ops
+from glm_jax import ops, sharding
 from glm_jax import steps as steps_module
 from glm_jax.aot import gates
 from glm_jax.aot.findings import Findings, find
@@ -126,18 +125,18 @@ def test_a_sum_in_float32_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_float32(partials: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return all_reduce(partials.sum(0)).astype(dtype)
 
-    monkeypatch.setattr(model_module, "sum_partials", in_float32)
+    monkeypatch.setattr(sharding, "sum_partials", in_float32)
     assert gates.BF16_SUMS in tiny_gates()
 
 
 @pytest.mark.slow
 def test_a_third_sum_in_a_layer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = model_module.sum_partials
+    once = sharding.sum_partials
 
     def twice(partials: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return all_reduce(jnp.tanh(once(partials, dtype)))
 
-    monkeypatch.setattr(model_module, "sum_partials", twice)
+    monkeypatch.setattr(sharding, "sum_partials", twice)
     assert gates.TWO_SUMS in tiny_gates()
 
 

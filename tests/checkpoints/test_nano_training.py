@@ -151,7 +151,8 @@ def test_grouped_experts_add_what_the_reference_adds(
     x = jax.random.normal(jax.random.key(1), (40, tiny.hidden_size))
 
     def outputs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return moe(x, 1)[0].sum(0), ours_too(x, 1)[0].sum(0)
+        rows = ops.as_rows(x, is_fp8=False)
+        return moe(rows, 1)[0].sum(0), ours_too(rows, 1)[0].sum(0)
 
     reference, ours = _on_one_device(outputs, x)
     np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-6)
@@ -165,12 +166,16 @@ def test_choices_past_an_experts_room_are_dropped_and_the_others_kept(tiny: Mode
 
     def outputs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         routing = moe.gate(x, 0)
-        return moe.experts(x, routing, 0).sum(0), grouped(x, routing, 0).sum(0)
+        rows, shared = ops.as_rows(x, is_fp8=False), moe.shared_experts
+        alone = shared(rows, 0).sum(0)
+        both = (experts(rows, routing, shared, 0).sum(0) for experts in (moe.experts, grouped))
+        reference, ours = (sums - alone for sums in both)
+        return reference, ours
 
     # Every token chooses experts 0 and 1, which have room for half of them.
     reference, ours = _on_one_device(outputs, x)
     np.testing.assert_allclose(ours[:20], reference[:20], rtol=1e-5, atol=1e-6)
-    assert not np.asarray(ours[20:]).any()
+    np.testing.assert_allclose(ours[20:], 0, atol=1e-6)
 
 
 def test_attention_in_blocks_is_attention_within_each_sample() -> None:

@@ -26,7 +26,7 @@ from glm_jax.forward import forward_function
 from glm_jax.model import abstract_model, abstract_weights, bind
 from glm_jax.runner import Runner, compile_steps
 from glm_jax.shapes import StepShapes
-from glm_jax.sharding import make_mesh, partition_spec
+from glm_jax.sharding import make_mesh, partition_spec, sum_partials
 from glm_jax.steps import COMPILER_OPTIONS
 from tests.goldens.cases import CASES, Case
 from tests.goldens.random_checkpoint import token_ids, write_checkpoint
@@ -142,8 +142,10 @@ def layer_by_layer(
         layers = bind(abstract, weights).layers
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         visible = positions[:, :, None] >= positions[:, None, :]
-        x, _ = layers.attention_block(x, positions, layer, None, attend_causal(visible))
-        return layers.mlp_block(x, layer, is_dense)
+        normed = layers.enter(x.reshape(-1, x.shape[-1]), layer)
+        normed, _ = layers.attention_block(normed, positions, layer, None, attend_causal(visible))
+        partials, routing = layers.mlp_block(normed, layer, is_dense)
+        return (normed.residual + sum_partials(partials, x.dtype)).reshape(x.shape), routing
 
     def compiled(is_dense: bool) -> Callable[..., Any]:
         sharded = jax.shard_map(

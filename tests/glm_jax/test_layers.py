@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from glm_jax.layers import Linear, RMSNorm, rotate
+from glm_jax import ops
+from glm_jax.layers import Linear, RMSNorm
 from glm_jax.model import abstract_weights
 from tests.glm_jax.tiny import BF16, F32, bits, compiled, make_arrays, make_config, on_mesh, wide
 
@@ -74,7 +75,7 @@ def turned(x: np.ndarray, positions: np.ndarray, rotary_dim: int, theta: float) 
 
 
 def rotation(rotary_dim: int, theta: float) -> Any:
-    return compiled(lambda x, positions: rotate(x, positions, rotary_dim, theta))
+    return compiled(lambda x, positions: ops.rotate(x, positions, rotary_dim, theta))
 
 
 @pytest.mark.parametrize("rotary_dim", [8, 16])

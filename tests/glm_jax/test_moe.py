@@ -9,6 +9,7 @@ import pytest
 from glm_jax.config import ModelConfig
 from glm_jax.model import abstract_weights
 from glm_jax.moe import Routing
+from glm_jax.ops import as_rows
 from glm_jax.sharding import sum_partials
 from tests.glm_jax.tiny import BF16, F32, bits, make_arrays, make_config, on_mesh, wide
 
@@ -78,12 +79,13 @@ def test_scores_that_vanish_give_no_nan() -> None:
 
 
 def moe_layer(model: Any, x: jax.Array) -> jax.Array:
-    partials, _ = model.layers.moe(x, 1)
+    partials, _ = model.layers.moe(as_rows(x, is_fp8=model.layers.is_fp8), 1)
     return sum_partials(partials, x.dtype)
 
 
 def dense_layer(model: Any, x: jax.Array) -> jax.Array:
-    return sum_partials(model.layers.dense_mlp(x, 0), x.dtype)
+    rows = as_rows(x, is_fp8=model.layers.is_fp8)
+    return sum_partials(model.layers.dense_mlp(rows, 0), x.dtype)
 
 
 def gated(gate_up: np.ndarray, down: np.ndarray, x: np.ndarray) -> np.ndarray:

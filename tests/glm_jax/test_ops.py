@@ -174,7 +174,14 @@ class Experts:
 
 
 NUM_EXPERTS, WIDTH, INNER, GROUP = 6, 32, 48, 3
-run_experts = compiled(ops.experts, group_size=GROUP)
+
+
+def sums_of_experts(x: jax.Array, *arguments: Any) -> jax.Array:
+    is_fp8 = arguments[2] is not None  # the scale of gate_up
+    return ops.experts(ops.as_rows(x, is_fp8=is_fp8), *arguments, group_size=GROUP)
+
+
+run_experts = compiled(sums_of_experts)
 
 
 def make_experts(kind: str) -> Experts:
@@ -255,15 +262,8 @@ def test_a_tokens_experts_have_the_same_bits_in_any_company(kind: str) -> None:
     # The routing travels beside its token, so that both are cut and turned alike.
     both = np.concatenate([rows_of(kind, 64, WIDTH), routing.astype(dtype_of(kind))], axis=1)
     run = compiled(
-        lambda both: ops.experts(
-            both[:, :WIDTH],
-            both[:, WIDTH:].astype(jnp.float32),
-            experts.gate_up.values,
-            experts.gate_up.scale,
-            experts.down.values,
-            experts.down.scale,
-            ONE,
-            group_size=GROUP,
+        lambda both: sums_of_experts(
+            both[:, :WIDTH], both[:, WIDTH:].astype(jnp.float32), *experts.arguments(), ONE
         )
     )
     assert_same_in_any_company(run, both, axis=1)
