@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from glm_jax.config import ModelConfig
+from glm_jax.fp8 import FP8, FP8_MAX
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import WeightSpec
 
@@ -65,7 +66,15 @@ def write(
     # Out of range on purpose where there is nothing to store: the scatter drops it.
     page = jnp.where(positions >= 0, page, num_pages)
     offset = positions % page_size
+    k, v = (_as_stored(x, cache.k.dtype) for x in (k, v))
     return KVCache(
-        cache.k.at[layer, page, :, offset].set(k.astype(cache.k.dtype), mode="drop"),
-        cache.v.at[layer, page, :, offset].set(v.astype(cache.v.dtype), mode="drop"),
+        cache.k.at[layer, page, :, offset].set(k, mode="drop"),
+        cache.v.at[layer, page, :, offset].set(v, mode="drop"),
     )
+
+
+def _as_stored(x: Float[Array, "*any"], dtype: jnp.dtype) -> Float[Array, "*any"]:
+    """In the cache's dtype; FP8 has no scale here, and clamps what it cannot hold."""
+    if dtype == FP8:
+        return jnp.clip(x.astype(jnp.float32), -FP8_MAX, FP8_MAX).astype(FP8)
+    return x.astype(dtype)

@@ -19,7 +19,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.model import Weights
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import sharding_for
-from glm_jax.steps import Slots, lower, slot_shapes, step_specs
+from glm_jax.steps import DEFAULT_OPTIONS, Slots, StepOptions, lower, slot_shapes, step_specs
 
 Bucket = tuple[Phase, int]
 Programs = dict[Bucket, jax.stages.Compiled]
@@ -36,6 +36,7 @@ def compile_steps(
     shapes: StepShapes,
     mesh: Mesh,
     dtype: np.dtype,
+    options: StepOptions = DEFAULT_OPTIONS,
     *,
     on_compiled: Callable[[Bucket, float], object] = lambda bucket, seconds: None,
     num_workers: int = 4,
@@ -49,7 +50,7 @@ def compile_steps(
 
     def build(bucket: Bucket) -> tuple[jax.stages.Compiled, float]:
         start = time.perf_counter()
-        program = lower(config, shapes, mesh, dtype, *bucket).compile()
+        program = lower(config, shapes, mesh, dtype, *bucket, options).compile()
         return program, time.perf_counter() - start
 
     programs: Programs = {}
@@ -62,10 +63,14 @@ def compile_steps(
 
 
 def lower_cache(
-    config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype
+    config: ModelConfig,
+    shapes: StepShapes,
+    mesh: Mesh,
+    dtype: np.dtype,
+    options: StepOptions = DEFAULT_OPTIONS,
 ) -> jax.stages.Lowered:
     """Traces the program that makes the empty cache where it lives."""
-    spec = step_specs(config, shapes, dtype).cache
+    spec = step_specs(config, shapes, dtype, options).cache
     sharding = sharding_for(spec.axes, mesh)
     zeros = partial(jnp.zeros, spec.shape, spec.dtype)
     return jax.jit(zeros, out_shardings=sharding).lower()
@@ -78,6 +83,7 @@ class Runner:
       weights: by dotted path, placed on the mesh.
       programs: every bucket of shapes, from compile_steps.
       make_zeros: the program of lower_cache, compiled; compiled here when not given.
+      options: those the programs were compiled with.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class Runner:
         weights: Weights,
         programs: Programs,
         make_zeros: Callable[[], jax.Array] | None = None,
+        options: StepOptions = DEFAULT_OPTIONS,
     ) -> None:
         missing = set(buckets(shapes)) - programs.keys()
         if missing:
@@ -97,7 +104,7 @@ class Runner:
         self._weights = weights
         self._programs = programs
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        zeros = make_zeros or lower_cache(config, shapes, mesh, dtype).compile()
+        zeros = make_zeros or lower_cache(config, shapes, mesh, dtype, options).compile()
         self._cache = KVCache(zeros(), zeros())
         nothing = [self._upload(np.zeros(shape, np.int32)) for shape in slot_shapes(shapes)]
         self._slots = Slots(*nothing)

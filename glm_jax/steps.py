@@ -5,6 +5,7 @@ whose columns shapes.py names. The sampled token stays in `Slots` for the next s
 besides.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from glm_jax import shapes as columns
 from glm_jax.attention import Pages
 from glm_jax.cache import CACHE_AXES, KVCache, cache_spec
 from glm_jax.config import ModelConfig
+from glm_jax.kernels import DEFAULT_KERNELS, Kernels
 from glm_jax.model import Glm4Moe, Weights, abstract_model, abstract_weights, bind
 from glm_jax.sampling import Adjustments, SamplingRows, adjust, sample, top_logprobs
 from glm_jax.shapes import Phase, StepShapes
@@ -31,6 +33,22 @@ COMPILER_OPTIONS = {
     # change a row's bits with the rows beside it (jaxlib 0.12.0.1, prefill of 2 rows against 16).
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """What neither the model nor the shapes decide about a step.
+
+    Attributes:
+      kv_dtype: of keys and values in the cache; None for that of the activations.
+      kernels: how the heavy operations run.
+    """
+
+    kv_dtype: np.dtype | None = None
+    kernels: Kernels = DEFAULT_KERNELS
+
+
+DEFAULT_OPTIONS = StepOptions()
 
 
 class Slots(NamedTuple):
@@ -67,7 +85,6 @@ def prefill(
     is_valid = offsets[None, :] < num_tokens[:, None]
     positions = jnp.where(is_valid, start[:, None] + offsets[None, :], -1)
     slots = _remember(slots, table, positions, tokens)
-    slots = _remember(slots, table, positions, tokens)
     hidden, cache = _forward(model, tokens, positions, cache, table)
     last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
@@ -90,7 +107,6 @@ def decode(
     is_valid = batch[:, columns.NUM_TOKENS] > 0
     positions = jnp.where(is_valid, slots.lengths[slot], -1)
     tokens = slots.tokens[slot]
-    slots = _remember(slots, table, positions[:, None], tokens[:, None])
     slots = _remember(slots, table, positions[:, None], tokens[:, None])
     hidden, cache = _forward(model, tokens[:, None], positions[:, None], cache, table)
     length = positions + 1
@@ -226,16 +242,27 @@ class StepSpecs(NamedTuple):
     cache: WeightSpec
 
 
-def step_specs(config: ModelConfig, shapes: StepShapes, dtype: np.dtype) -> StepSpecs:
+def step_specs(
+    config: ModelConfig,
+    shapes: StepShapes,
+    dtype: np.dtype,
+    options: StepOptions = DEFAULT_OPTIONS,
+) -> StepSpecs:
     """The arrays of every step of this model at these shapes."""
-    return StepSpecs(abstract_weights(config, dtype), cache_spec(config, shapes, dtype))
+    kept = dtype if options.kv_dtype is None else options.kv_dtype
+    return StepSpecs(abstract_weights(config, dtype), cache_spec(config, shapes, kept))
 
 
 def step_function(
-    config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype, phase: Phase
+    config: ModelConfig,
+    shapes: StepShapes,
+    mesh: Mesh,
+    dtype: np.dtype,
+    phase: Phase,
+    options: StepOptions = DEFAULT_OPTIONS,
 ) -> jax.stages.Wrapped:
     """The jitted step of a phase: cache and slots are donated, weights stay."""
-    model = abstract_model(config, jnp.dtype(dtype))
+    model = abstract_model(config, jnp.dtype(dtype), options.kernels)
     body = prefill if phase == "prefill" else decode
 
     def step(
@@ -263,10 +290,16 @@ def step_function(
 
 
 def lower(
-    config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype, phase: Phase, rows: int
+    config: ModelConfig,
+    shapes: StepShapes,
+    mesh: Mesh,
+    dtype: np.dtype,
+    phase: Phase,
+    rows: int,
+    options: StepOptions = DEFAULT_OPTIONS,
 ) -> jax.stages.Lowered:
     """Traces one step bucket from shapes alone; no weights are needed."""
-    specs = step_specs(config, shapes, dtype)
+    specs = step_specs(config, shapes, dtype, options)
 
     def abstract(spec: WeightSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding_for(spec.axes, mesh))
@@ -275,7 +308,7 @@ def lower(
         sharding = NamedSharding(mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
 
-    function = step_function(config, shapes, mesh, dtype, phase)
+    function = step_function(config, shapes, mesh, dtype, phase, options)
     return function.lower(
         {path: abstract(spec) for path, spec in specs.weights.items()},
         _each(KVCache, abstract(specs.cache)),
