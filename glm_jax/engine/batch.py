@@ -115,7 +115,8 @@ class Packer:
             is_masked = constraint.binds(sequence.num_dispatched - 1)
             self._rows[slot, IS_MASKED] = is_masked
             if is_masked and not sequence.is_prefilling:
-                self._controls[slot, CONTROL_MASK] = constraint.mask()
+                mask, words = constraint.mask(), self._controls[slot, CONTROL_MASK]
+                words[: mask.size], words[mask.size :] = mask, 0
                 self._has_new_controls = True
         return slot
 

@@ -97,7 +97,7 @@ class Constraint(Protocol):
         ...
 
     def mask(self) -> NDArray[np.int32]:
-        """Bits of the tokens that may come next: int32[ceil(vocab_size / 32)]."""
+        """Bits of the tokens that may come next: int32[words]; tokens beyond the last are not."""
         ...
 
 
