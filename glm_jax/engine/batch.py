@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_jax.engine.scheduler import Plan
+from glm_jax.engine.plan import Plan
 from glm_jax.engine.sequence import Sequence
 from glm_jax.shapes import (
     CONTROL_BIASES,
@@ -90,9 +90,9 @@ class Packer:
             batch[chunk.row : last, NUM_TOKENS] = tile
             batch[last, NUM_TOKENS] = end - batch[last, START]
             batch[last, IS_LAST] = chunk.is_last
-            prompt = chunk.sequence.prompt
-            tokens[chunk.row : last] = prompt[chunk.start : batch[last, START]].reshape(-1, tile)
-            tokens[last, : batch[last, NUM_TOKENS]] = prompt[batch[last, START] : end]
+            known = chunk.sequence.tokens
+            tokens[chunk.row : last] = known[chunk.start : batch[last, START]].reshape(-1, tile)
+            tokens[last, : batch[last, NUM_TOKENS]] = known[batch[last, START] : end]
         return batch
 
     def _padding_slots(self, plan: Plan) -> NDArray[np.intp]:
@@ -112,9 +112,9 @@ class Packer:
             self._num_pages[slot] = len(pages)
         constraint = sequence.request.constraint
         if constraint is not None:
-            is_masked = constraint.binds(sequence.num_dispatched - 1)
+            is_masked = not sequence.is_prefilling and constraint.binds(sequence.num_dispatched - 1)
             self._rows[slot, IS_MASKED] = is_masked
-            if is_masked and not sequence.is_prefilling:
+            if is_masked:
                 mask, words = constraint.mask(), self._controls[slot, CONTROL_MASK]
                 words[: mask.size], words[mask.size :] = mask, 0
                 self._has_new_controls = True
@@ -132,7 +132,7 @@ class Packer:
         halves = np.array([sampling.seed & 0xFFFFFFFF, sampling.seed >> 32], np.uint32)
         row[[SEED_LOW, SEED_HIGH]] = halves.view(np.int32)
         row[NUM_LOGPROBS] = sampling.num_logprobs
-        row[PROMPT_LENGTH] = sequence.prompt.size
+        row[PROMPT_LENGTH] = sequence.num_prompt
         penalties = np.array(
             [
                 sampling.frequency_penalty,
@@ -156,6 +156,6 @@ class Packer:
         tokens = [token for token, _ in sampling.logit_bias] + banned
         controls[CONTROL_TOKENS][: len(tokens)] = tokens
         controls[CONTROL_BIASES][: biases.size] = biases.view(np.int32)
-        row[MIN_LENGTH] = sequence.prompt.size + sampling.min_tokens
+        row[MIN_LENGTH] = sequence.num_prompt + sampling.min_tokens
         row[[NUM_BIASES, NUM_BANS]] = biases.size, len(banned)
         self._has_new_controls = True

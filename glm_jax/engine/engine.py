@@ -4,9 +4,10 @@ Knows neither HTTP nor text nor JAX: a runner computes steps, a callback takes t
 
 The life of a turn, on the engine's own thread:
 
-1. Drain the inbox: queue what was submitted, end what was cancelled. Blocks only when there is
-   neither a sequence nor a step in flight.
-2. Schedule: admit into free slots and decide step n, prefill or decode. Pack it into one array.
+1. Drain the inbox: queue what was submitted, end what was cancelled or is overdue. Blocks only
+   when there is neither a sequence nor a step in flight.
+2. Schedule: admit into free slots and decide step n, prefill or decode; where pages run out,
+   preempt. Pack it into one array.
 3. Dispatch step n. The device gets it while it still computes step n-1; the tokens that step n
    feeds are already there, in the device's slots, and never visit the host on their way.
 4. Commit step n-1: wait for its tokens, append each to its sequence, free the pages and the slot
@@ -17,11 +18,28 @@ that is cancelled meanwhile, can have one more token in flight. Commit drops it.
 remembers the sequences it samples for, not their slots; so it cannot be taken for a token of the
 next sequence in the slot. Pages and slots are reused at once: the device runs steps in order, so
 what the surplus token still writes, it writes before the next owner does.
+
+A preempted sequence keeps what it has delivered, and a token of it in flight is committed all the
+same. When its turn comes it prefills prompt and completion, less what the cache still holds, and
+samples the next token: its stream has a pause and no seam.
+
+What is promised: tokens and log-probabilities of a request are a function of the model, the
+prompt and the sampling parameters (with a seed), bit by bit, and of nothing else: not of the
+requests beside it, their order, arrivals, cancellations or priorities; not of the pages, slot and
+bucket it got; not of chunks, preemptions and cache hits. The engine's part of it is that every
+row names the right tokens, pages and parameters, and that a row's draws depend on its seed and
+position alone. The device's part is that a row's bits depend on that row alone, and that keys and
+values of a token are the same whether prefill or decode wrote them: so it is for the references
+on one kind of CPU, on one device or several. Kernels of a GPU hold the first by fixed splits and
+fixed orders of summation; where their prefill and their decode sum in different orders, what
+follows a preemption, or a hit on pages that decode wrote, may differ in the last bits.
+Between kinds of hardware, or versions of the compiler, no bits are promised.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +48,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_jax.engine.batch import Packer
+from glm_jax.engine.plan import Plan
 from glm_jax.engine.request import (
     EngineDeadError,
     EngineDrainingError,
@@ -38,7 +57,7 @@ from glm_jax.engine.request import (
     Request,
     TokenEvent,
 )
-from glm_jax.engine.scheduler import Plan, Scheduler
+from glm_jax.engine.scheduler import Scheduler
 from glm_jax.engine.sequence import Sequence
 from glm_jax.shapes import (
     OUTPUT_LOGPROBS,
@@ -87,20 +106,31 @@ class Engine:
       runner: computes the steps.
       shapes: the runner's shapes.
       max_queue: requests that may wait beyond those that fill the slots.
+      integrity_interval: turns from one check of the account of slots and pages to the next; 0:
+        never. An account that does not add up is the engine's death.
 
     Raises:
-      ValueError: max_queue is negative.
+      ValueError: max_queue or integrity_interval is negative.
     """
 
-    def __init__(self, runner: Runner, shapes: StepShapes, max_queue: int) -> None:
-        if max_queue < 0:
-            raise ValueError(f"max_queue must not be negative, got {max_queue}")
+    def __init__(
+        self, runner: Runner, shapes: StepShapes, max_queue: int, *, integrity_interval: int = 0
+    ) -> None:
+        if max_queue < 0 or integrity_interval < 0:
+            raise ValueError(f"{max_queue=} and {integrity_interval=} must not be negative")
         self._runner = runner
-        self._num_pages = shapes.num_pages
+        self._shapes = shapes
         self._max_live = shapes.num_slots + max_queue
         self._scheduler = Scheduler(shapes)
         self._packer = Packer(shapes)
         self._num_steps: dict[Phase, int] = {"prefill": 0, "decode": 0}
+        self._num_tokens: dict[Phase, int] = {"prefill": 0, "decode": 0}
+        self._num_padding: dict[Phase, int] = {"prefill": 0, "decode": 0}
+        self._num_timeouts = 0
+        self._integrity_interval = integrity_interval
+        self._num_turns = 0
+        self._num_integrity_checks = 0
+        self._integrity_seconds = 0.0
         # Guards everything below; held for moments only, never while the device is waited for.
         self._inbox = threading.Condition()
         self._arrivals: list[Sequence] = []
@@ -156,16 +186,28 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot; any thread."""
-        scheduler = self._scheduler
+        scheduler, pool = self._scheduler, self._scheduler.pool
         with self._inbox:
             return EngineStats(
                 num_waiting=len(self._arrivals) + scheduler.num_waiting,
                 num_running=scheduler.num_running,
-                num_pages_used=scheduler.num_pages_used,
-                num_pages=self._num_pages,
+                num_pages_used=pool.num_used,
+                num_pages=pool.num_pages,
                 num_prefill_steps=self._num_steps["prefill"],
                 num_decode_steps=self._num_steps["decode"],
                 is_alive=self._cause_of_death is None,
+                num_pages_resting=pool.num_resting,
+                num_evicted=pool.num_evicted,
+                num_preemptions=scheduler.num_preemptions,
+                num_timeouts=self._num_timeouts,
+                num_admitted_tokens=scheduler.num_admitted_tokens,
+                num_cached_tokens=scheduler.num_cached_tokens,
+                num_prefill_tokens=self._num_tokens["prefill"],
+                num_decode_tokens=self._num_tokens["decode"],
+                num_prefill_padding=self._num_padding["prefill"],
+                num_decode_padding=self._num_padding["decode"],
+                num_integrity_checks=self._num_integrity_checks,
+                integrity_seconds=self._integrity_seconds,
             )
 
     def check_integrity(self) -> None:
@@ -195,12 +237,16 @@ class Engine:
 
     def _turn(self, in_flight: Dispatched | None, deliver: Deliver) -> Dispatched | None:
         events = self._drain_inbox(block=in_flight is None and self._scheduler.is_idle)
+        events += self._end_overdue()
         plan = self._scheduler.schedule()
         dispatched = self._dispatch(plan) if plan is not None else None
         if in_flight is not None:
             events += self._commit(in_flight)
         if events:
             self._hand_over(events, deliver)
+        self._num_turns += 1
+        if self._integrity_interval and self._num_turns % self._integrity_interval == 0:
+            self._check_on_duty()
         return dispatched
 
     def _drain_inbox(self, *, block: bool) -> list[TokenEvent]:
@@ -218,14 +264,38 @@ class Engine:
                 events.append(TokenEvent(sequence.request.id, None, finish_reason="cancelled"))
         return events
 
+    def _end_overdue(self) -> list[TokenEvent]:
+        overdue = self._scheduler.overdue(time.monotonic())
+        for sequence in overdue:
+            self._scheduler.finish(sequence, "timeout")
+        self._num_timeouts += len(overdue)
+        why = "no slot or pages came free for it before its deadline"
+        return [
+            TokenEvent(sequence.request.id, None, finish_reason="timeout", error=why)
+            for sequence in overdue
+        ]
+
+    def _check_on_duty(self) -> None:
+        start = time.perf_counter()
+        self._scheduler.check_integrity()
+        self._num_integrity_checks += 1
+        self._integrity_seconds += time.perf_counter() - start
+
     def _dispatch(self, plan: Plan) -> Dispatched:
         batch = self._packer.pack(plan)
         controls = self._packer.new_controls()
         if controls is not None:
             self._runner.control(controls)
         output = self._runner.dispatch(plan.phase, batch)
-        self._num_steps[plan.phase] += 1
+        self._count(plan, batch.shape[0])
         return Dispatched(output, plan.samples)
+
+    def _count(self, plan: Plan, num_rows: int) -> None:
+        tokens_per_row = self._shapes.prefill_tile if plan.phase == "prefill" else 1
+        num_tokens = plan.num_tokens
+        self._num_steps[plan.phase] += 1
+        self._num_tokens[plan.phase] += num_tokens
+        self._num_padding[plan.phase] += num_rows * tokens_per_row - num_tokens
 
     def _commit(self, step: Dispatched) -> list[TokenEvent]:
         # Also without samples: waiting here keeps the host from running further ahead.
@@ -245,6 +315,7 @@ class Engine:
                     logprobs[row],
                     finish_reason,
                     top_logprobs=_top_logprobs(output, row, number) if number else (),
+                    num_cached_tokens=sequence.num_cached or 0,
                 )
             )
         return events

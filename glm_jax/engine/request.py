@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from glm_jax.shapes import MAX_BANS, MAX_LOGIT_BIASES, MAX_TOP_LOGPROBS
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +78,13 @@ class SamplingParams:
         """Whether tokens are biased or banned."""
         return bool(self.logit_bias or (self.min_tokens and self.stop_token_ids))
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether the device must have seen every token: penalties look at those before."""
+        return bool(
+            self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0
+        )
+
 
 class Constraint(Protocol):
     """Which tokens a completion may go on with: a grammar, a budget. Of one request only.
@@ -110,12 +117,19 @@ class Request:
       prompt: token ids, at least one; whether the vocabulary has them is the caller's to check.
       sampling: how to choose tokens and when to stop.
       constraint: which tokens may be chosen; None: any.
+      priority: the lower goes first, and may take the place of one that is higher.
+      cache_salt: pages are shared among requests of the same salt only.
+      deadline: time.monotonic() until which it must have begun; None: it waits for as long as it
+        takes. A request that has not begun by then ends with "timeout".
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     constraint: Constraint | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -130,11 +144,12 @@ class TokenEvent:
 
     Attributes:
       request_id: whose token this is.
-      token: the token id; None when the request ends without one (cancelled, error).
+      token: the token id; None when the request ends without one (cancelled, timeout, error).
       logprob: log-probability of the token under the model's own distribution (temperature 1,
         nothing filtered).
       finish_reason: None while more is to come.
-      error: what went wrong, when finish_reason is "error".
+      error: what went wrong, when finish_reason is "timeout" or "error".
+      num_cached_tokens: prompt tokens that were not computed but found in the cache.
       top_logprobs: the likeliest tokens and their log-probabilities, the likeliest first; as many
         as the request wants.
     """
@@ -145,6 +160,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +174,16 @@ class EngineStats:
       num_pages: pages in the pool.
       num_prefill_steps, num_decode_steps: steps dispatched since the start.
       is_alive: False after the engine died; it then accepts nothing.
+      num_pages_resting: pages nobody owns that hold a prefix for whoever comes with it.
+      num_evicted: of these, those whose place was taken, since the start.
+      num_preemptions: sequences that lost slot and pages for the sake of others.
+      num_timeouts: requests that had not begun by their deadline.
+      num_admitted_tokens: tokens of admitted sequences, each time they were admitted.
+      num_cached_tokens: of them, those found in the cache.
+      num_prefill_tokens, num_decode_tokens: tokens fed to steps.
+      num_prefill_padding, num_decode_padding: tokens that steps computed beside them for nothing.
+      num_integrity_checks: times that the account of slots and pages was checked.
+      integrity_seconds: what the checks took.
     """
 
     num_waiting: int
@@ -167,6 +193,18 @@ class EngineStats:
     num_prefill_steps: int
     num_decode_steps: int
     is_alive: bool
+    num_pages_resting: int = 0
+    num_evicted: int = 0
+    num_preemptions: int = 0
+    num_timeouts: int = 0
+    num_admitted_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_prefill_padding: int = 0
+    num_decode_padding: int = 0
+    num_integrity_checks: int = 0
+    integrity_seconds: float = 0.0
 
 
 class QueueFullError(Exception):

@@ -2,79 +2,62 @@
 
 Knows neither arrays nor threads: it turns sequences into plans and accounts for slots and pages.
 
-The policy: admission is first come, first served, and strict: nobody overtakes a request that
-does not fit yet. Admission reserves the pages of the longest possible outcome, so an admitted
-sequence never runs out; pages are allocated when a step first reaches them. Prefill comes before
-decode, in chunks that fit one step, but never twice in a row while a sequence could decode.
+The policy:
+
+* Rank is priority, then arrival. Admission is strict: nobody overtakes a sequence of lower rank
+  number that does not fit yet. Admission takes the pages of the tokens that are known, and leaves
+  one free page to each sequence that runs.
+* Leading pages that the cache already holds are shared in place of being computed. At least the
+  last known token is always computed: the next one is sampled after it.
+* Decode takes pages one by one. When there is none, the running sequence of the highest rank
+  number is preempted, and waits again; a waiting sequence preempts those that run at a worse
+  priority. So the first by rank always gets on, and with it, in the end, everybody.
+* Prefill comes before decode, in chunks that fit one step, but never twice in a row while a
+  sequence could decode.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+import math
+from bisect import insort
 
 import numpy as np
 
 from glm_jax.engine.pages import PagePool
+from glm_jax.engine.plan import Chunk, Plan
+from glm_jax.engine.prefix import extend_keys
 from glm_jax.engine.request import FinishReason, Request
 from glm_jax.engine.sequence import Sequence
-from glm_jax.shapes import Phase, StepShapes
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The part of one prompt that a prefill step covers.
-
-    Attributes:
-      sequence: whose prompt.
-      row: the first of its rows in the step.
-      num_rows: rows it fills; all but the last are full.
-      start: position of its first token, a multiple of prefill_tile.
-      num_tokens: prompt tokens it covers.
-    """
-
-    sequence: Sequence
-    row: int
-    num_rows: int
-    start: int
-    num_tokens: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it ends its prompt, so that a token is sampled after it."""
-        return self.start + self.num_tokens == self.sequence.prompt.size
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the scheduler decided for one step. Valid until the next call to the scheduler.
-
-    Attributes:
-      phase: which compiled step runs.
-      num_rows: rows the step needs, padding excluded.
-      samples: (row, sequence) of every token the step samples, in row order.
-      chunks: the prompts' parts, in row order; empty for decode, where `samples` says it all.
-    """
-
-    phase: Phase
-    num_rows: int
-    samples: tuple[tuple[int, Sequence], ...]
-    chunks: tuple[Chunk, ...] = ()
+from glm_jax.engine.waiting import Waiting, by_rank
+from glm_jax.shapes import StepShapes
 
 
 class Scheduler:
     """Holds every unfinished sequence and decides, step by step, which of them run.
 
     All methods but `sequence_for` belong to one thread; the counts may be read from any.
+
+    Attributes:
+      pool: the account of pages.
+      num_preemptions: sequences that lost slot and pages, each time counted.
+      num_admitted_tokens: tokens of admitted sequences, those found in the cache included.
+      num_cached_tokens: of them, those found in the cache.
     """
 
     def __init__(self, shapes: StepShapes) -> None:
+        self.pool = PagePool(shapes.num_pages)
+        self.num_preemptions = 0
+        self.num_admitted_tokens = 0
+        self.num_cached_tokens = 0
         self._shapes = shapes
-        self._pool = PagePool(shapes.num_pages)
         self._free_slots = list(reversed(range(shapes.num_slots)))
-        self._waiting: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}  # by slot, in order of admission
+        self._waiting = Waiting()
+        self._running: list[Sequence] = []  # in order of rank
+        self._num_arrivals = 0
         self._is_decode_next = False
+        # Shared pages end where a tile ends, so that rows cover the same positions with and without.
+        pages_per_unit = math.lcm(shapes.page_size, shapes.prefill_tile) // shapes.page_size
+        self._pages_per_unit = pages_per_unit
 
     @property
     def num_waiting(self) -> int:
@@ -85,11 +68,6 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold a slot."""
         return len(self._running)
-
-    @property
-    def num_pages_used(self) -> int:
-        """Pages allocated to sequences."""
-        return self._pool.num_used
 
     @property
     def is_idle(self) -> bool:
@@ -118,33 +96,47 @@ class Scheduler:
                 f"{max_pages} cache pages of {shapes.page_size} tokens, but there are only "
                 f"{shapes.num_pages}; shorten the prompt or lower max_new_tokens"
             )
-        return Sequence(
-            request=request,
-            prompt=np.array(request.prompt, np.int32),
-            max_new_tokens=max_new_tokens,
-            max_pages=max_pages,
+        tokens = np.zeros(num_prompt + max_new_tokens, np.int32)
+        tokens[:num_prompt] = request.prompt
+        sequence = Sequence(
+            request=request, max_new_tokens=max_new_tokens, max_pages=max_pages, tokens=tokens
         )
+        self._extend_keys(sequence)
+        return sequence
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of the queue."""
-        self._waiting.append(sequence)
+        """Takes a new sequence in; it waits behind those of its priority."""
+        sequence.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self._waiting.add(sequence)
+
+    def overdue(self, now: float) -> list[Sequence]:
+        """Sequences that were not admitted by their deadlines, in seconds of time.monotonic()."""
+        return self._waiting.overdue(now)
 
     def schedule(self) -> Plan | None:
         """Decides the next step, and counts it as dispatched; None when nothing can run now."""
         self._admit()
-        prefilling = [s for s in self._running.values() if s.is_prefilling]
-        decoding = [s for s in self._running.values() if s.can_decode]
-        if prefilling and not (decoding and self._is_decode_next):
-            self._is_decode_next = True
-            return self._plan_prefill(prefilling)
-        if decoding:
+        decoding = [s for s in self._running if s.can_decode]
+        is_prefilling = any(s.is_prefilling for s in self._running)
+        plan = None
+        if decoding and (self._is_decode_next or not is_prefilling):
             self._is_decode_next = False
-            return self._plan_decode(decoding)
-        return None
+            plan = self._plan_decode(decoding)
+        # Decode may have preempted all that decodes, and some that prefilled.
+        if plan is None:
+            plan = self._plan_prefill([s for s in self._running if s.is_prefilling])
+        return plan
 
     def commit(self, sequence: Sequence, token: int) -> FinishReason | None:
-        """Takes in a sampled token of an unfinished sequence; returns why it was the last."""
+        """Takes in a sampled token of an unfinished sequence; returns why it was the last.
+
+        The sequence may have been preempted after the step that sampled it.
+        """
         finish_reason = sequence.append(token)
+        if sequence.num_tokens % self._shapes.page_size == 0:
+            self._extend_keys(sequence)
+        self._publish(sequence)
         if finish_reason is not None:
             self.finish(sequence, finish_reason)
         return finish_reason
@@ -157,43 +149,96 @@ class Scheduler:
         sequence.finish_reason = reason
         if sequence.slot is None:
             self._waiting.remove(sequence)
-            return
-        del self._running[sequence.slot]
-        self._free_slots.append(sequence.slot)
-        self._pool.release(sequence.pages, sequence.max_pages - len(sequence.pages))
-        sequence.slot = None
-        sequence.pages = []
+        else:
+            self._vacate(sequence)
 
     def check_integrity(self) -> None:
-        """Checks that slots, pages and promises add up.
+        """Checks that slots, pages and progress add up.
 
         Raises:
           AssertionError: they do not.
         """
-        running = self._running
-        self._pool.check_integrity(s.pages for s in running.values())
-        promised = sum(s.max_pages - len(s.pages) for s in running.values())
-        assert promised == self._pool.num_reserved, (promised, self._pool.num_reserved)
-        slots = sorted([*running, *self._free_slots])
-        assert slots == list(range(self._shapes.num_slots)), (list(running), self._free_slots)
-        for slot, sequence in running.items():
-            assert sequence.slot == slot, (sequence.slot, slot)
-            assert len(sequence.pages) == self._num_pages(sequence.length), sequence
+        running, shapes = self._running, self._shapes
+        self.pool.check_integrity([s.pages for s in running])
+        slots = sorted([*(s.slot for s in running if s.slot is not None), *self._free_slots])
+        assert slots == list(range(shapes.num_slots)), (running, self._free_slots)
+        assert running == sorted(running, key=by_rank), running
+        for sequence in running:
+            assert sequence.slot is not None, sequence
+            target = sequence.num_to_prefill if sequence.is_prefilling else sequence.length
+            assert len(sequence.pages) == self._num_pages(target), sequence
+            assert len(sequence.pages) <= sequence.max_pages, sequence
+            assert sequence.num_published <= len(sequence.keys), sequence
+            assert sequence.num_published * shapes.page_size <= sequence.length, sequence
             assert sequence.finish_reason is None, sequence
-        for sequence in self._waiting:
+        waiting = list(self._waiting)
+        assert waiting == sorted(waiting, key=by_rank), waiting
+        for sequence in waiting:
             assert sequence.slot is None and not sequence.pages, sequence
+            assert sequence.finish_reason is None, sequence
 
     def _admit(self) -> None:
-        while self._waiting and self._free_slots:
-            sequence = self._waiting[0]
-            if not self._pool.can_reserve(sequence.max_pages):
+        while (sequence := self._waiting.first) is not None:
+            # A token in flight of a preempted sequence is read before it starts anew.
+            if sequence.num_in_flight:
                 return
-            self._waiting.popleft()
-            self._pool.reserve(sequence.max_pages)
-            sequence.slot = self._free_slots.pop()
-            self._running[sequence.slot] = sequence
+            while not (shared := self._room_for(sequence)):
+                victim = self._running[-1] if self._running else None
+                if victim is None or victim.request.priority <= sequence.request.priority:
+                    return
+                self._preempt(victim)
+            self._waiting.remove(sequence)
+            self._enter(sequence, shared[0])
 
-    def _plan_prefill(self, prefilling: list[Sequence]) -> Plan:
+    def _room_for(self, sequence: Sequence) -> tuple[list[int]] | None:
+        """The shared pages to start from, if there are a slot and pages for the rest."""
+        if not self._free_slots:
+            return None
+        shared = self._shared_pages(sequence)
+        num_missing = self._num_pages(sequence.num_tokens) - len(shared)
+        if num_missing + len(self._running) > self.pool.num_free_without(shared):
+            return None
+        return (shared,)
+
+    def _shared_pages(self, sequence: Sequence) -> list[int]:
+        if sequence.request.sampling.needs_history:
+            return []  # only what is prefilled leaves its tokens on the device
+        page_size, unit = self._shapes.page_size, self._pages_per_unit
+        pages = self.pool.match(sequence.keys[: (sequence.num_tokens - 1) // page_size])
+        return pages[: len(pages) // unit * unit]
+
+    def _enter(self, sequence: Sequence, shared: list[int]) -> None:
+        num_tokens, num_shared = sequence.num_tokens, len(shared)
+        num_cached = num_shared * self._shapes.page_size
+        self.pool.acquire(shared)
+        sequence.pages = shared + self.pool.allocate(self._num_pages(num_tokens) - num_shared)
+        sequence.slot = self._free_slots.pop()
+        sequence.num_published = num_shared
+        sequence.num_to_prefill, sequence.num_prefilled = num_tokens, num_cached
+        if sequence.num_cached is None:
+            sequence.num_cached = num_cached
+        self.num_admitted_tokens += num_tokens
+        self.num_cached_tokens += num_cached
+        insort(self._running, sequence, key=by_rank)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes slot and pages away; the sequence will compute its known tokens again."""
+        self.num_preemptions += 1
+        self._vacate(sequence)
+        self._waiting.add(sequence)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None, sequence
+        self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        # The end first: a page is of no use without those before it.
+        self.pool.release(reversed(sequence.pages))
+        sequence.leave()
+
+    def _plan_prefill(self, prefilling: list[Sequence]) -> Plan | None:
+        if not prefilling:
+            return None
+        self._is_decode_next = True
         tile = self._shapes.prefill_tile
         rows_left = self._shapes.prefill_budget // tile
         row = 0
@@ -202,28 +247,58 @@ class Scheduler:
             if not rows_left:
                 break
             start = sequence.num_prefilled
-            num_tokens = min(sequence.prompt.size - start, rows_left * tile)
+            num_tokens = min(sequence.num_to_prefill - start, rows_left * tile)
             num_rows = -(-num_tokens // tile)
-            chunks.append(Chunk(sequence, row, num_rows, start, num_tokens))
+            sequence.num_prefilled += num_tokens
+            is_last = not sequence.is_prefilling
+            chunks.append(Chunk(sequence, row, num_rows, start, num_tokens, is_last))
             row += num_rows
             rows_left -= num_rows
-            sequence.num_prefilled += num_tokens
-            sequence.num_dispatched = int(not sequence.is_prefilling)
-            self._grow(sequence)
+            sequence.num_dispatched += is_last
+            self._publish(sequence)
         samples = tuple((c.row + c.num_rows - 1, c.sequence) for c in chunks if c.is_last)
         return Plan("prefill", row, samples, tuple(chunks))
 
-    def _plan_decode(self, decoding: list[Sequence]) -> Plan:
+    def _plan_decode(self, decoding: list[Sequence]) -> Plan | None:
+        """One token more for those that keep their slots: the first by rank get pages first."""
+        page_size = self._shapes.page_size
         for sequence in decoding:
+            if sequence.slot is None:
+                continue
+            if sequence.length == len(sequence.pages) * page_size and not self._grow(sequence):
+                continue
             sequence.num_dispatched += 1
-            self._grow(sequence)
-        return Plan("decode", len(decoding), tuple(enumerate(decoding)))
+        rows = [sequence for sequence in decoding if sequence.slot is not None]
+        return Plan("decode", len(rows), tuple(enumerate(rows))) if rows else None
 
-    def _grow(self, sequence: Sequence) -> None:
-        """Allocates what the positions dispatched so far need."""
-        num_missing = self._num_pages(sequence.length) - len(sequence.pages)
-        if num_missing:
-            sequence.pages += self._pool.allocate(num_missing)
+    def _grow(self, sequence: Sequence) -> bool:
+        """Gives a sequence its next page, taken from the last by rank; False if that is itself."""
+        while not self.pool.num_free:
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.pages += self.pool.allocate(1)
+        return True
+
+    def _extend_keys(self, sequence: Sequence) -> None:
+        extend_keys(
+            sequence.keys,
+            sequence.request.cache_salt,
+            sequence.tokens,
+            sequence.num_tokens,
+            self._shapes.page_size,
+        )
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Shares the pages that dispatched steps have filled with known tokens."""
+        if sequence.slot is None:
+            return
+        num_full = min(len(sequence.keys), sequence.length // self._shapes.page_size)
+        while sequence.num_published < num_full:
+            index = sequence.num_published
+            self.pool.publish(sequence.pages[index], sequence.keys[index])
+            sequence.num_published += 1
 
     def _num_pages(self, num_positions: int) -> int:
         return -(-num_positions // self._shapes.page_size)

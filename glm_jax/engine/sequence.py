@@ -20,40 +20,77 @@ class Sequence:
     The host runs ahead of what it has read, so progress is counted twice: what has been
     dispatched (`num_prefilled`, `num_dispatched`), and what has been read (`completion`).
 
+    A preempted sequence gives up slot and pages and keeps its completion. Once admitted again it
+    prefills prompt and completion together, and goes on with the next token.
+
     Attributes:
       request: what the client asked.
-      prompt: int32[prompt tokens].
       max_new_tokens: completion tokens at most, after capping to the longest sequence.
       max_pages: pages that the longest possible outcome fills.
+      tokens: int32[prompt and longest completion]; its first num_tokens are known.
+      keys: of the pages that known tokens fill, as `glm_jax.engine.prefix` makes them.
+      arrival: its place in the order of submission.
       slot: the row of device state it holds; None while waiting and once finished.
       pages: page ids in order of position. A released sequence gets a new list, so the identity
         of the list names one stay in one slot.
-      num_prefilled: prompt tokens in dispatched prefill steps.
+      num_published: leading pages that are shared under their keys.
+      num_to_prefill: tokens to prefill before it decodes, in this stay.
+      num_prefilled: of them, those in dispatched prefill steps or found in the cache.
+      num_cached: prompt tokens that its first admission found in the cache.
       num_dispatched: completion tokens that dispatched steps sample.
       completion: tokens read and delivered.
       finish_reason: None while more is to come.
     """
 
     request: Request
-    prompt: NDArray[np.int32]
     max_new_tokens: int
     max_pages: int
+    tokens: NDArray[np.int32]
+    keys: list[bytes] = field(default_factory=list)
+    arrival: int = 0
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
+    num_published: int = 0
+    num_to_prefill: int = 0
     num_prefilled: int = 0
+    num_cached: int | None = None
     num_dispatched: int = 0
     completion: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the lower."""
+        return self.request.priority, self.arrival
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known to the host, of prompt and completion."""
+        return self.num_prompt + len(self.completion)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Completion tokens that are sampled but not read."""
+        return self.num_dispatched - len(self.completion)
+
+    @property
     def is_prefilling(self) -> bool:
-        """Whether prompt tokens remain to be dispatched."""
-        return self.num_prefilled < self.prompt.size
+        """Whether tokens remain to be prefilled."""
+        return self.num_prefilled < self.num_to_prefill
 
     @property
     def can_decode(self) -> bool:
         """Whether one more decode step can bring a token that will be kept."""
-        return 0 < self.num_dispatched < self.max_new_tokens and not self.is_behind
+        return (
+            0 < self.num_dispatched < self.max_new_tokens
+            and not self.is_prefilling
+            and not self.is_behind
+        )
 
     @property
     def is_behind(self) -> bool:
@@ -71,10 +108,13 @@ class Sequence:
 
         The newest token is not among them: the next decode step writes it, at this position.
         """
-        return self.num_prefilled + max(self.num_dispatched - 1, 0)
+        if self.num_prefilled < self.num_to_prefill:
+            return self.num_prefilled
+        return self.num_prompt + self.num_dispatched - 1
 
     def append(self, token: int) -> FinishReason | None:
         """Takes the next completion token in; returns why it is the last one, if it is."""
+        self.tokens[self.num_tokens] = token
         self.completion.append(token)
         if self.request.constraint is not None:
             self.request.constraint.accept(token)
@@ -83,3 +123,9 @@ class Sequence:
         if len(self.completion) == self.max_new_tokens:
             return "length"
         return None
+
+    def leave(self) -> None:
+        """Forgets slot and pages, and what was computed with them."""
+        self.slot = None
+        self.pages = []
+        self.num_published = self.num_prefilled = self.num_to_prefill = 0

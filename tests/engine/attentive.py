@@ -1,7 +1,8 @@
 """A runner whose tokens depend on everything its row may see: the oracle of the engine's tests.
 
-Knows no model: a token is a sum over the cached tokens of its sequence and its sampling columns,
-so a page given away too early, a stale table or a column in the wrong row changes it.
+Knows no model: what it caches of a token is a hash of it and of all before it, as keys and values
+are; the next token is a sum over these and the sampling columns. So a page given away too early,
+shared by what only looks alike, a stale table or a column in the wrong row changes it.
 """
 
 from __future__ import annotations
@@ -39,27 +40,42 @@ def columns_of(sampling: SamplingParams) -> tuple[int, ...]:
     return (*map(int, floats.view(np.int32)), sampling.top_k, int(seed[0]), int(seed[1]))
 
 
-def token_after(tokens: list[int], sampling_columns: tuple[int, ...]) -> int:
-    """The token that follows `tokens`."""
-    weighted = sum((2 * i + 3) * token for i, token in enumerate((*sampling_columns, *tokens)))
-    return (weighted * 2654435761 % 2**32 >> 8) % VOCAB_SIZE
+def cached_after(state: int, token: int) -> int:
+    """What the cache holds of a token that follows what left `state`."""
+    return (state * 0x9E3779B97F4A7C15 + token + 1) % 2**61
+
+
+def answer_after(states: list[int], sampling_columns: tuple[int, ...]) -> tuple[int, float]:
+    """The token that follows what the cache holds, and its log-probability."""
+    weighted = sum((2 * i + 3) * number for i, number in enumerate((*sampling_columns, *states)))
+    mixed = weighted * 2654435761 % 2**32
+    return (mixed >> 8) % VOCAB_SIZE, -(mixed % 4096) / 256
+
+
+def expected_answers(request: Request, shapes: StepShapes) -> list[tuple[int, float]]:
+    """Tokens and log-probabilities of a request that has the device to itself."""
+    states: list[int] = []
+    for token in request.prompt:
+        states.append(cached_after(states[-1] if states else 0, token))
+    sampling = request.sampling
+    columns = columns_of(sampling)
+    limit = min(sampling.max_new_tokens, shapes.max_seq_len - len(request.prompt))
+    answers: list[tuple[int, float]] = []
+    while len(answers) < limit:
+        answers.append(answer_after(states, columns))
+        states.append(cached_after(states[-1], answers[-1][0]))
+        if answers[-1][0] in sampling.stop_token_ids:
+            break
+    return answers
 
 
 def expected_tokens(request: Request, shapes: StepShapes) -> list[int]:
     """The completion of a request that has the device to itself."""
-    tokens = list(request.prompt)
-    sampling = request.sampling
-    columns = columns_of(sampling)
-    limit = min(len(tokens) + sampling.max_new_tokens, shapes.max_seq_len)
-    while len(tokens) < limit:
-        tokens.append(token_after(tokens, columns))
-        if tokens[-1] in sampling.stop_token_ids:
-            break
-    return tokens[len(request.prompt) :]
+    return [token for token, _ in expected_answers(request, shapes)]
 
 
 class AttentiveRunner:
-    """Keeps a paged cache of tokens, and calls `before_step` with the step's number first."""
+    """Keeps a paged cache, and calls `before_step` with the step's number first."""
 
     def __init__(
         self, shapes: StepShapes, before_step: Callable[[int], None] = lambda step: None
@@ -68,7 +84,7 @@ class AttentiveRunner:
         self.phases: list[Phase] = []
         self.batches: list[NDArray[np.int32]] = []
         self._before_step = before_step
-        self._cache = np.full((shapes.num_pages, shapes.page_size), -1)
+        self._cache = np.full((shapes.num_pages, shapes.page_size), -1, np.int64)
         self._last_tokens = np.full(shapes.num_slots, -1)
         self._lengths = np.full(shapes.num_slots, -1)
 
@@ -76,7 +92,7 @@ class AttentiveRunner:
         raise AssertionError("no request of these tests has controls")
 
     def dispatch(self, phase: Phase, batch: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Runs a step: all rows are written before any row looks."""
+        """Runs a step: every row is written, in order, before any row is sampled."""
         self._before_step(len(self.phases))
         self.phases.append(phase)
         self.batches.append(batch)
@@ -103,17 +119,19 @@ class AttentiveRunner:
             assert start % self.shapes.prefill_tile == 0
             tokens = row[-self.shapes.prefill_tile :][: row[NUM_TOKENS]].tolist()
         assert tokens
+        state = int(self._cache[self._place(row, start - 1)]) if start else 0
         for position, token in enumerate(tokens, start):
-            self._cache[self._place(row, position)] = token
+            state = cached_after(state, token)
+            self._cache[self._place(row, position)] = state
         return start + len(tokens) if phase == "decode" or row[IS_LAST] else None
 
     def _sample(self, row: NDArray[np.int32], length: int) -> tuple[int, int]:
-        tokens = [int(self._cache[self._place(row, position)]) for position in range(length)]
+        states = [int(self._cache[self._place(row, position)]) for position in range(length)]
         columns = (TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED_LOW, SEED_HIGH)
-        token = token_after(tokens, tuple(int(row[column]) for column in columns))
+        token, logprob = answer_after(states, tuple(int(row[column]) for column in columns))
         self._last_tokens[row[SLOT]] = token
         self._lengths[row[SLOT]] = length
-        return token, int(np.float32(-length).view(np.int32))
+        return token, int(np.float32(logprob).view(np.int32))
 
     def _place(self, row: NDArray[np.int32], position: int) -> tuple[int, int]:
         page, offset = divmod(position, self.shapes.page_size)
@@ -125,6 +143,8 @@ class Events:
 
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[float]] = {}
+        self.num_cached: dict[str, int] = {}
         self.last: dict[str, TokenEvent] = {}
         self.order: list[TokenEvent] = []
         self.deliveries: list[list[TokenEvent]] = []
@@ -137,8 +157,15 @@ class Events:
             self.order.append(event)
             if event.token is not None:
                 self.tokens.setdefault(event.request_id, []).append(event.token)
+                self.logprobs.setdefault(event.request_id, []).append(event.logprob)
+                self.num_cached[event.request_id] = event.num_cached_tokens
             if event.finish_reason is not None:
                 self.last[event.request_id] = event
+
+    def answers(self, request_id: str) -> list[tuple[int, float]]:
+        """The tokens and log-probabilities of a request."""
+        tokens, logprobs = self.tokens.get(request_id, []), self.logprobs.get(request_id, [])
+        return list(zip(tokens, logprobs, strict=True))
 
     def reason(self, request_id: str) -> str | None:
         """Why the request ended."""

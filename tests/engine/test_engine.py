@@ -2,130 +2,27 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.request import (
-    Request,
     TokenEvent,
 )
-from glm_jax.shapes import SLOT, StepShapes
+from glm_jax.shapes import SLOT
 from tests.engine.attentive import (
-    VOCAB_SIZE,
     AttentiveRunner,
-    Events,
     assert_clean,
     engine_for,
+    expected_answers,
     expected_tokens,
     request,
     run_to_end,
     small_shapes,
 )
 
-# --- Every interleaving gives what a lone run gives ---------------------------------------------
-
-
-@dataclass(frozen=True)
-class Visit:
-    """A request that arrives before some step and may be cancelled some steps later."""
-
-    at_step: int
-    request: Request
-    cancel_after: int | None
-
-
-@st.composite
-def visits(draw: st.DrawFn) -> list[Visit]:
-    number = draw(st.integers(1, 12))
-    return [
-        Visit(
-            at_step=draw(st.integers(0, 40)),
-            request=request(
-                f"request {i}",
-                draw(st.integers(1, 31)),
-                draw(st.integers(1, 40)),
-                stop=draw(st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=8)),
-            ),
-            cancel_after=draw(st.none() | st.integers(0, 12)),
-        )
-        for i in range(number)
-    ]
-
-
-any_shapes = st.builds(
-    small_shapes,
-    num_slots=st.integers(1, 4),
-    num_pages=st.integers(8, 20),
-    page_size=st.sampled_from([4, 5, 8]),
-    prefill_tile=st.sampled_from([2, 4, 8]),
-    max_prefill_rows=st.integers(1, 5),
-)
-
-
-class Interleaving:
-    """Plays visits against an engine: each action when its step comes, or sooner when it idles."""
-
-    def __init__(self, shapes: StepShapes, visits: list[Visit]) -> None:
-        self.engine, _ = engine_for(shapes, lambda step, _: self._act(step))
-        self.events = Events()
-        actions: list[tuple[int, Callable[[], None]]] = []
-        for visit in visits:
-            actions.append((visit.at_step, lambda v=visit: self.engine.submit(v.request)))
-            if visit.cancel_after is not None:
-                at = visit.at_step + visit.cancel_after
-                actions.append((at, lambda v=visit: self.engine.cancel(v.request.id)))
-        self._actions = deque(sorted(actions, key=lambda action: action[0]))
-
-    def play(self) -> Events:
-        self._feed_if_idle()
-        self.engine.run(self._deliver)
-        return self.events
-
-    def _act(self, step: int) -> None:
-        while self._actions and self._actions[0][0] <= step:
-            self._actions.popleft()[1]()
-
-    def _deliver(self, events: list[TokenEvent]) -> None:
-        self.events(events)
-        self.engine.check_integrity()
-        self._feed_if_idle()
-
-    def _feed_if_idle(self) -> None:
-        while self._actions and not self._num_live():
-            self._act(self._actions[0][0])
-        if not self._actions:
-            self.engine.stop()
-
-    def _num_live(self) -> int:
-        stats = self.engine.stats()
-        return stats.num_waiting + stats.num_running
-
-
-@settings(max_examples=150, deadline=None)
-@given(any_shapes, visits())
-def test_every_interleaving_gives_each_request_the_tokens_of_a_lone_run(
-    shapes: StepShapes, visits: list[Visit]
-):
-    game = Interleaving(shapes, visits)
-    events = game.play()
-    for visit in visits:
-        id = visit.request.id
-        tokens = events.tokens.get(id, [])
-        expected = expected_tokens(visit.request, shapes)
-        if events.reason(id) == "cancelled":
-            assert visit.cancel_after is not None
-            assert tokens == expected[: len(tokens)] and len(tokens) < len(expected)
-        else:
-            assert tokens == expected
-            stopped = tokens[-1] in visit.request.sampling.stop_token_ids
-            assert events.reason(id) == ("stop" if stopped else "length")
-    assert_clean(game.engine)
+# --- Tokens and steps -----------------------------------------------------------------------
 
 
 def test_a_lone_run_is_what_the_oracle_says():
@@ -137,7 +34,7 @@ def test_a_lone_run_is_what_the_oracle_says():
     assert events.tokens["a"] == expected_tokens(asked, shapes)
     assert len(events.tokens["a"]) == shapes.max_seq_len - 13
     assert events.reason("a") == "length"
-    assert [event.logprob for event in events.order[:3]] == [-13.0, -14.0, -15.0]
+    assert events.answers("a") == expected_answers(asked, shapes)
 
 
 def test_the_stop_token_is_delivered_and_is_the_last():

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from glm_jax.engine.scheduler import Plan, Scheduler
+from glm_jax.engine.plan import Plan
+from glm_jax.engine.scheduler import Scheduler
 from glm_jax.engine.sequence import Sequence
 from glm_jax.shapes import StepShapes
 from tests.engine.attentive import request, small_shapes
@@ -105,14 +106,14 @@ def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_pages():
     assert large.slot is not None and small.slot is not None
 
 
-def test_pages_are_allocated_only_when_a_step_reaches_them():
+def test_a_prompt_gets_its_pages_at_once_and_a_completion_one_by_one():
     scheduler, [sequence] = with_requests(small_shapes(), (10, 8))
     num_pages = []
     while scheduler.schedule() is not None:
         scheduler.check_integrity()
-        num_pages.append(scheduler.num_pages_used)
+        num_pages.append(scheduler.pool.num_used)
     # Two chunks of 8 and 2 tokens; then one position more per decode step, up to 17.
-    assert num_pages == [2, 3, 3, 3, 4, 4, 4, 4, 5]
+    assert num_pages == [3, 3, 3, 3, 4, 4, 4, 4, 5]
     assert sequence.max_pages == 5
 
 
@@ -121,7 +122,7 @@ def test_no_step_is_dispatched_past_the_last_token_by_length():
     assert [scheduled(scheduler).phase for _ in range(3)] == ["prefill", "decode", "decode"]
     assert scheduler.schedule() is None
     assert [scheduler.commit(sequence, 1) for _ in range(3)] == [None, None, "length"]
-    assert scheduler.is_idle and scheduler.num_pages_used == 0
+    assert scheduler.is_idle and scheduler.pool.num_used == 0
 
 
 def test_a_completion_is_capped_to_the_longest_sequence():
