@@ -293,7 +293,7 @@ def test_a_step_takes_few_arrays_however_many_layers() -> None:
         len(jax.tree.leaves(lower(config, SHAPES, make_mesh(1), BFLOAT16, "decode", 1).in_avals))
         for config in (FP8, deep)
     ]
-    assert counts[0] == counts[1] <= 32
+    assert counts[0] == counts[1] <= 34
 
 
 def test_a_batch_of_another_size_is_refused_not_compiled(one_device: Runner) -> None:
