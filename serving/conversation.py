@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
 from serving import errors
@@ -96,3 +96,42 @@ class Tool(Wire):
     @classmethod
     def _keep_declaration(cls, value: Any) -> Any:
         return {**value, "declaration": value} if isinstance(value, dict) else value
+
+
+class NamedFunction(Wire):
+    name: str
+
+
+class NamedTool(Wire):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class AllowedTools(Wire):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1)]
+
+
+class ToolChoice(Wire):
+    """The tools that may be called, or must be."""
+
+    type: Literal["function", "allowed_tools"] = "function"
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> ToolChoice:
+        if (self.function if self.type == "function" else self.allowed_tools) is None:
+            raise PydanticCustomError("invalid_value", "must name a tool")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        if self.allowed_tools is not None:
+            return [tool.function.name for tool in self.allowed_tools.tools]
+        assert self.function is not None
+        return [self.function.name]
+
+    @property
+    def is_required(self) -> bool:
+        return self.allowed_tools is None or self.allowed_tools.mode == "required"

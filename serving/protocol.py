@@ -22,7 +22,8 @@ from pydantic_core import PydanticCustomError
 
 from glm_jax.shapes import MAX_LOGIT_BIASES, MAX_TOP_LOGPROBS
 from serving import errors, wire
-from serving.conversation import Message, Tool
+from serving.conversation import Message, Tool, ToolChoice
+from serving.output_rules import RuledRequest
 from serving.wire import Refused, Wire
 
 MAX_STOP_STRINGS = 16
@@ -33,30 +34,19 @@ MAX_PROMPTS = 64
 _REFUSED: Refused = {
     "allowed_token_ids": (),
     "bad_words": ([],),
-    "ebnf": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "json_schema": (),
     "length_penalty": (1,),
     "logprob_token_ids": (),
     "max_new_tokens": (),
     "min_new_tokens": (0,),
     "prompt_logprobs": (),
-    "regex": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "stop_regex": (),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
-REFUSED_COMPLETION = _REFUSED | {
-    "suffix": ("",),
-}
+REFUSED_COMPLETION = _REFUSED | {"suffix": ("",)}
 REFUSED_CHAT = _REFUSED | {
     "audio": (),
     "chat_template": (),
@@ -66,7 +56,6 @@ REFUSED_CHAT = _REFUSED | {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "tool_choice": ("auto", "none"),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -97,7 +86,7 @@ class StreamOptions(Wire):
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(Wire):
+class GenerationRequest(RuledRequest):
     """What both endpoints take."""
 
     model: str | None = None
@@ -228,7 +217,7 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -252,6 +241,7 @@ class ChatRequest(GenerationRequest):
             raise errors.invalid(
                 "top_logprobs", "Invalid 'top_logprobs': set logprobs to true too."
             )
+        self._check_tool_choice()
         if self.continue_final_message:
             if self.add_generation_prompt:
                 message = "Invalid 'add_generation_prompt': a message is continued, not begun."
@@ -260,6 +250,16 @@ class ChatRequest(GenerationRequest):
                 message = "Invalid 'continue_final_message': the last message is no assistant's."
                 raise errors.invalid("continue_final_message", message)
         return self
+
+    def _check_tool_choice(self) -> None:
+        names = {tool.function.name for tool in self.tools or []}
+        if isinstance(self.tool_choice, ToolChoice):
+            for name in self.tool_choice.names:
+                if name not in names:
+                    message = f"Invalid 'tool_choice': no tool is named '{name}'."
+                    raise errors.invalid("tool_choice", message)
+        elif self.tool_choice == "required" and not names:
+            raise errors.invalid("tool_choice", "Invalid 'tool_choice': there are no tools.")
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -276,7 +276,20 @@ class ChatRequest(GenerationRequest):
         """The tools the model may use; none with tool_choice "none"."""
         if self.tool_choice == "none":
             return []
-        return [tool.declaration for tool in self.tools or []]
+        names = self.tool_choice.names if isinstance(self.tool_choice, ToolChoice) else None
+        return [
+            tool.declaration
+            for tool in self.tools or []
+            if names is None or tool.function.name in names
+        ]
+
+    @property
+    def required_tools(self) -> list[str]:
+        """The tools of which the model must call some; none where it may do without."""
+        choice = self.tool_choice
+        if choice == "required" or (isinstance(choice, ToolChoice) and choice.is_required):
+            return [tool["function"]["name"] for tool in self.offered_tools]
+        return []
 
     @property
     def enable_thinking(self) -> bool | None:

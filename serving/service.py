@@ -26,6 +26,7 @@ from serving.bridge import Bridge, EngineStartingError, Stream
 from serving.chat import ChatTemplate, Prompt
 from serving.detokenizer import Detokenizer, StopStrings
 from serving.formats import Format
+from serving.grammars import Grammars
 from serving.metrics import Metrics
 from serving.parsers import ChatParser, Parser, TextParser
 from serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
@@ -45,10 +46,15 @@ class Opening:
     Attributes:
       tokens: the prompt.
       make_parser: how the answer is taken apart.
+      grammar: what it is held to after its reasoning.
+      starts_in_reasoning, reasoning_budget: whether it begins so, and for how many tokens at most.
     """
 
     tokens: tuple[int, ...]
     make_parser: Callable[[], Parser]
+    grammar: str | None = None
+    starts_in_reasoning: bool = False
+    reasoning_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +63,7 @@ class Service:
 
     Attributes:
       bridge: to the engine.
-      tokenizer, template: the model's.
+      tokenizer, template, grammars: the model's.
       model_names: what clients may call the model; the first is its own name.
       limits, defaults: for requests.
       metrics: told of every request that is taken.
@@ -67,6 +73,7 @@ class Service:
     bridge: Bridge
     tokenizer: ModelTokenizer
     template: ChatTemplate
+    grammars: Grammars
     model_names: tuple[str, ...]
     limits: Limits
     defaults: GenerationDefaults
@@ -95,7 +102,8 @@ class Service:
         """
         head = self._head("cmpl", body)
         prompts = [await self._encode(prompt, body) for prompt in body.prompt]
-        openings = [Opening(tuple(tokens), TextParser) for tokens in prompts]
+        grammar = await self._grammar(body, None)
+        openings = [Opening(tuple(tokens), TextParser, grammar) for tokens in prompts]
         reply = self._open(head.id, body, openings, endpoint, arrived)
         echoes = []
         if body.echo:
@@ -135,15 +143,32 @@ class Service:
 
     async def _converse(self, id: str, body: ChatRequest, endpoint: str, arrived: float) -> Reply:
         prompt = await self.prompt(body)
-        tools = body.offered_tools
+        tools = Tools(body.offered_tools) if body.offered_tools else None
         parser = partial(
             ChatParser,
-            Tools(tools) if tools else None,
+            tools,
             starts_in_reasoning=prompt.starts_in_reasoning,
             is_continued=prompt.is_continued,
             max_calls=1 if body.parallel_tool_calls is False else None,
         )
-        return self._open(id, body, [Opening(prompt.tokens, parser)], endpoint, arrived)
+        opening = Opening(
+            prompt.tokens,
+            parser,
+            await self._grammar(body, tools),
+            starts_in_reasoning=prompt.starts_in_reasoning,
+            reasoning_budget=body.thinking_token_budget,
+        )
+        return self._open(id, body, [opening], endpoint, arrived)
+
+    async def _grammar(self, body: GenerationRequest, tools: Tools | None) -> str | None:
+        rule = body.rule
+        required = body.required_tools if isinstance(body, ChatRequest) else []
+        if rule is None and not required:
+            return None
+        has_one_call = isinstance(body, ChatRequest) and body.parallel_tool_calls is False
+        return await asyncio.to_thread(
+            self.grammars.grammar, rule, tools, required=required, has_one_call=has_one_call
+        )
 
     async def _encode(self, prompt: str | list[int], body: CompletionRequest) -> Sequence[int]:
         if not isinstance(prompt, str):
@@ -182,6 +207,11 @@ class Service:
                 defaults=self.defaults,
                 vocab_size=self.tokenizer.size,
                 candidate=candidate,
+                constraint=self.grammars.constraint(
+                    opening.grammar,
+                    starts_in_reasoning=opening.starts_in_reasoning,
+                    budget=opening.reasoning_budget,
+                ),
             )
             for number, opening in enumerate(openings)
             for candidate in range(body.num_candidates)

@@ -9,7 +9,7 @@ tells which.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 _JSON_TYPES = {
@@ -36,6 +36,24 @@ class Tools:
 
     def __contains__(self, name: str) -> bool:
         return name in self._schemas
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._schemas)
+
+    def arguments(self, name: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
+        """Each argument of a tool: its name, a schema that stands alone, whether it must be given."""
+        root = self._schemas[name]
+        properties, required = root.get("properties"), root.get("required")
+        definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        for key, schema in properties.items() if isinstance(properties, Mapping) else ():
+            alone = {**schema, **definitions} if isinstance(schema, Mapping) else {}
+            yield key, alone, isinstance(required, list) and key in required
+
+    def may_be_string(self, name: str, key: str) -> bool:
+        """Whether an argument can be a string, as one that its schema says nothing of can."""
+        types = self._types(name, key)
+        return not types or "string" in types
 
     def is_string(self, name: str, key: str) -> bool:
         """Whether an argument can only be a string, so that its text needs no interpretation."""

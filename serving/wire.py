@@ -17,7 +17,7 @@ from serving import errors
 Refused = dict[str, tuple[Any, ...]]
 
 # The branches of a union are parts of pydantic's path, not of the client's.
-_BRANCHES = frozenset({"str", "list[int]", "bool", "int", "float", "dict", "list"})
+_BRANCHES = frozenset({"str", "list[int]", "ToolChoice", "literal['auto','none','required']"})
 
 
 class Wire(BaseModel):

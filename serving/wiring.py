@@ -17,6 +17,7 @@ from serving.admission import GenerationDefaults, Limits
 from serving.app import create_app
 from serving.bridge import Bridge
 from serving.chat import ChatTemplate
+from serving.grammars import Grammars
 from serving.metrics import Metrics
 from serving.server import Address, ListenError, serve
 from serving.service import Service
@@ -86,6 +87,7 @@ async def run(options: Options, build_engine: BuildEngine) -> int:
 def _service(options: Options) -> Service:
     tokenizer = ModelTokenizer.from_directory(options.model_dir)
     bridge = Bridge()
+    defaults = GenerationDefaults.from_directory(options.model_dir)
     return Service(
         bridge=bridge,
         tokenizer=tokenizer,
@@ -96,7 +98,8 @@ def _service(options: Options) -> Service:
             max_prompt_tokens=options.max_prompt_tokens,
             max_new_tokens=options.max_new_tokens,
         ),
-        defaults=GenerationDefaults.from_directory(options.model_dir),
+        grammars=Grammars(tokenizer, defaults.stop_token_ids),
+        defaults=defaults,
         metrics=Metrics(bridge.stats),
     )
 

@@ -1,4 +1,4 @@
-"""An engine that says what a test wrote, token by token, and a service around it.
+"""An engine that says what a test wrote, as far as it may, and a service around it.
 
 Knows no model and no scheduler: one thread, one token per request and turn.
 """
@@ -7,9 +7,12 @@ import asyncio
 import itertools
 import queue
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+
+import numpy as np
 
 from glm_jax.engine.request import (
     EngineDeadError,
@@ -23,6 +26,7 @@ from glm_jax.engine.request import (
 from serving.admission import GenerationDefaults, Limits
 from serving.bridge import Bridge, Deliver
 from serving.chat import ChatTemplate
+from serving.grammars import Grammars
 from serving.metrics import Metrics
 from serving.service import Service
 from serving.tokenizer import ModelTokenizer
@@ -58,6 +62,7 @@ class ScriptedEngine:
         self._failure: Exception | None = None
         self._is_stopping = False
         self._is_alive = True
+        self._num_tokens: Counter[str] = Counter()  # of requests with a constraint
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
 
@@ -113,11 +118,19 @@ class ScriptedEngine:
         if token is None:
             self._running.pop(request.id, None)
             return TokenEvent(request.id, _FILLER, finish_reason="length")
+        constraint = request.constraint
+        if constraint is not None:
+            allowed = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")
+            if constraint.binds(self._num_tokens[request.id]) and not allowed[token]:
+                token = int(allowed.argmax())
+            self._num_tokens[request.id] += 1
+            constraint.accept(token)
         reason: FinishReason | None = None
         if token in request.sampling.stop_token_ids:
             reason = "stop"
             self._running.pop(request.id, None)
-        return TokenEvent(request.id, token, finish_reason=reason)
+        top = ((token, -0.5), (_FILLER, -1.5))[: request.sampling.num_logprobs]
+        return TokenEvent(request.id, token, -0.5, reason, top_logprobs=top)
 
 
 @asynccontextmanager
@@ -127,13 +140,15 @@ async def scripted_service(
     """A service on this engine, its thread running."""
     bridge = Bridge()
     write_model_dir(model_dir)
+    defaults = GenerationDefaults.from_directory(model_dir)
     service = Service(
         bridge=bridge,
         tokenizer=TOKENIZER,
         template=ChatTemplate.from_directory(model_dir, TOKENIZER),
         model_names=("tiny", "alias/of-tiny"),
         limits=limits,
-        defaults=GenerationDefaults.from_directory(model_dir),
+        grammars=Grammars(TOKENIZER, defaults.stop_token_ids),
+        defaults=defaults,
         metrics=Metrics(bridge.stats),
     )
     bridge.start(lambda: engine)

@@ -43,8 +43,7 @@ safety_identifier service_tier store user""".split()
 def test_every_field_of_the_openai_client_is_honored_refused_or_known_to_be_harmless():
     for name in CHAT_FIELDS:
         kinds = [name in ChatRequest.model_fields, name in REFUSED_CHAT, name in HARMLESS]
-        # tool_choice is both: two of its values are honored.
-        assert sum(kinds) == 1 or name == "tool_choice", name
+        assert sum(kinds) == 1, name
 
 
 @pytest.mark.parametrize("name", HARMLESS + ["no_such_field"])

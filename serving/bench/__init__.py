@@ -1,0 +1,1 @@
+"""Measuring servers: load over HTTP, the start, the front end's ceiling, the engine alone."""
