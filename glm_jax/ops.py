@@ -330,13 +330,17 @@ def paged_attention(
 
     A query at position -1 attends to nothing and gets zeros. Pages are visited in order with a
     running softmax in float32, as many as the longest row needs; for a shorter row the further ones
-    add exact zeros, so an answer does not depend on the lengths beside it.
+    add exact zeros, so an answer depends neither on the lengths beside it nor on T.
     """
     num_rows, num_tokens, kv_heads, query_groups, head_dim = q.shape
     page_size = k_pages.shape[3]
     queries = q.transpose(0, 2, 1, 3, 4).reshape(num_rows * kv_heads, -1, head_dim)
     # [B, T] -> [B * K, T * G], the layout of the scores' rows.
     last_visible = jnp.repeat(jnp.repeat(positions, query_groups, axis=1), kv_heads, axis=0)
+    # Whole vectors of queries: XLA's CPU computes what is left over one by one, with other bits.
+    padding = -(num_tokens * query_groups) % _STABLE_ROWS
+    queries = jnp.pad(queries, ((0, 0), (0, padding), (0, 0)))
+    last_visible = jnp.pad(last_visible, ((0, 0), (0, padding)), constant_values=-1)
 
     def visit(index: Int32[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         largest, total, out = carry
@@ -353,7 +357,9 @@ def paged_attention(
         shift = jnp.where(jnp.isfinite(new_largest), new_largest, 0.0)
         shares = jnp.exp(scores - shift[..., None])
         fade = jnp.exp(largest - shift)
-        added = _batched_dot(shares.astype(q.dtype), values.swapaxes(1, 2))
+        # A transposition that became part of the product would make its bits depend on T.
+        values = lax.optimization_barrier(values.swapaxes(1, 2))
+        added = _batched_dot(shares.astype(q.dtype), values)
         return new_largest, total * fade + shares.sum(-1), out * fade[..., None] + added
 
     shape = queries.shape[:2]
@@ -364,7 +370,7 @@ def paged_attention(
     )
     num_pages = jnp.max(positions) // page_size + 1
     _, total, out = lax.fori_loop(0, num_pages, visit, start)
-    out = out / jnp.where(total > 0, total, 1.0)[..., None]
+    out = (out / jnp.where(total > 0, total, 1.0)[..., None])[:, : num_tokens * query_groups]
     out = out.reshape(num_rows, kv_heads, num_tokens, query_groups, head_dim)
     return out.swapaxes(1, 2).astype(q.dtype)
 

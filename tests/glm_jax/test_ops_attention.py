@@ -178,3 +178,25 @@ def test_attention_without_a_cache_keeps_packed_sequences_apart() -> None:
     for part in (slice(0, 3), slice(3, 7)):
         alone = attend_causally(q[:, part], k[:, part], v[:, part], visible[None, part, part])
         np.testing.assert_allclose(packed[:, part], alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("page_size, kv_heads, groups", [(16, 8, 12), (16, 1, 3), (8, 8, 2)])
+def test_a_query_gets_the_same_bits_in_a_prefill_and_in_a_decode(
+    page_size: int, kv_heads: int, groups: int
+) -> None:
+    rng = np.random.default_rng(4)
+    pages = [rng.normal(size=(1, 12, kv_heads, page_size, 32)).astype(np.float32) for _ in range(2)]
+    table = np.arange(12, dtype=np.int32).reshape(4, 3)
+    queries = rng.normal(size=(1, 16, kv_heads, groups, 32)).astype(np.float32)
+    positions = np.arange(3 * page_size - 16, 3 * page_size, dtype=np.int32)[None]
+    at_once = attend(queries, *pages, 0, table[:1], positions)
+    quarters = [slice(start, start + 4) for start in range(0, 16, 4)]
+    in_quarters = [attend(queries[:, q], *pages, 0, table[:1], positions[:, q]) for q in quarters]
+    np.testing.assert_array_equal(bits(np.concatenate(in_quarters, axis=1)), bits(at_once))
+    for num_rows in (1, 4):
+        for index in range(16):
+            alone = np.zeros((num_rows, 1, kv_heads, groups, 32), np.float32)
+            places = np.full((num_rows, 1), -1, np.int32)
+            alone[0, 0], places[0] = queries[0, index], positions[0, index]
+            decoded = attend(alone, *pages, 0, table[:num_rows], places)
+            np.testing.assert_array_equal(bits(decoded[0, 0]), bits(at_once[0, index]))
