@@ -1,0 +1,316 @@
+"""The router: every expert's score for every token, and the few experts that each token goes to.
+
+Knows neither the experts nor the devices that hold them. Two kernels: the products of tokens and
+experts, cut along D in chunks of a fixed size; and, per token, their sum in order of the chunks, the
+sigmoid, and the ranking. So a token's bits depend on the token alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float32, Int32
+
+from glm_jax.pallas.chip import Chip
+
+# One row of the 128-byte swizzle, the widest that TMA and the tensor cores share.
+_STEP = 64
+_STEPS_PER_CHUNK = 4
+_CHUNK = _STEP * _STEPS_PER_CHUNK
+_WARPGROUP = 128
+# Of a [64, n] array a warpgroup's thread holds two rows; the ranking compares in pieces of as many
+# columns, so that a piece stays in registers.
+_ROW_TILE = 64
+_RANKED_COLUMNS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TuningConfig:
+    """How the products are cut; none of it changes a bit of them.
+
+    Attributes:
+      experts: experts per tile, N of an instruction.
+      is_split: whether each chunk of D is a CTA's own. Decode has too few tokens to give every SM
+        work otherwise; prefill would write and read every chunk's products.
+      stages: steps of 64 along D in flight.
+    """
+
+    experts: int
+    is_split: bool
+    stages: int
+
+    def __post_init__(self) -> None:
+        if self.experts % 16 or not 16 <= self.experts <= 256:
+            raise ValueError(f"experts={self.experts} is no multiple of 16 up to 256")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: a ring needs at least 2")
+
+
+def default_config(num_tokens: int, num_experts: int) -> TuningConfig:
+    """Split until the chunks' products outgrow what the L2 cache holds beside everything else."""
+    if num_tokens <= 512:
+        half = -(-num_experts // 32) * 16
+        return TuningConfig(min(half, 256), is_split=True, stages=_STEPS_PER_CHUNK)
+    return TuningConfig(min(-(-num_experts // 16) * 16, 256), is_split=False, stages=4)
+
+
+def route(
+    x: BFloat16[Array, "T D"],
+    weight: BFloat16[Array, "L E D"],
+    bias: Float32[Array, "L E"],
+    layer: Int32[Array, ""],
+    *,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    chip: Chip,
+    config: TuningConfig | None = None,
+    interpret: bool = False,
+) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
+    """Each token's experts, by falling sigmoid(logit) + bias[layer], and their weights.
+
+    Equal scores go to the lower index first. Weights come of the scores without bias, divided by
+    their sum if norm_topk_prob, times routed_scaling_factor. A token whose logits are not numbers
+    gets experts within range and weights that are not numbers.
+
+    Raises:
+      NotImplementedError: D is no multiple of 256, E none of 8, or k is over 64.
+    """
+    num_tokens, width = x.shape
+    num_experts = weight.shape[1]
+    if width % _CHUNK or num_experts % 8 or not 1 <= num_experts_per_tok <= 64:
+        raise NotImplementedError(
+            f"{weight.shape=}, {num_experts_per_tok=}: D must be a multiple of {_CHUNK}, "
+            "E of 8, k at most 64"
+        )
+    if num_experts_per_tok > num_experts:
+        raise ValueError(f"{num_experts_per_tok=} of {num_experts=}")
+    config = config or default_config(num_tokens, num_experts)
+    products = _multiply(x, weight, layer, chip, config, interpret)
+    return _pick(
+        products,
+        bias,
+        layer,
+        num_experts_per_tok,
+        norm_topk_prob,
+        routed_scaling_factor,
+        interpret,
+    )
+
+
+def _multiply(
+    x: BFloat16[Array, "T D"],
+    weight: BFloat16[Array, "L E D"],
+    layer: Int32[Array, ""],
+    chip: Chip,
+    config: TuningConfig,
+    interpret: bool,
+) -> Float32[Array, "S T padded_E"]:
+    """Sums of products, of each chunk of D or of all in order; what lies past E is undefined."""
+    num_tokens, width = x.shape
+    num_experts = weight.shape[1]
+    is_sm100 = chip.architecture == "sm100"
+    rows = 128 if is_sm100 else 64
+    num_chunks = width // _CHUNK
+    chunks_per_cta = 1 if config.is_split else num_chunks
+    num_steps = chunks_per_cta * _STEPS_PER_CHUNK
+    stages = min(config.stages, num_steps)
+
+    def router_products(x_ref: Any, weight_ref: Any, layer_ref: Any, out_ref: Any, **scratch: Any):
+        token = lax.axis_index("tokens") * rows
+        expert = lax.axis_index("experts") * config.experts
+        part = lax.axis_index("part")
+        layer_index = layer_ref[0]
+        full = scratch["full"]
+
+        def fetch(step: jax.Array | int) -> None:
+            stage = lax.rem(jnp.int32(step), jnp.int32(stages))
+            columns = pl.ds((part * num_steps + step) * _STEP, _STEP)
+            plgpu.copy_gmem_to_smem(
+                x_ref.at[pl.ds(token, rows), columns], scratch["tokens"].at[stage], full.at[stage]
+            )
+            plgpu.copy_gmem_to_smem(
+                weight_ref.at[layer_index, pl.ds(expert, config.experts), columns],
+                scratch["weights"].at[stage],
+                full.at[stage],
+            )
+
+        def refill(step: jax.Array) -> None:
+            @pl.when(step + stages < num_steps)
+            def _():
+                fetch(step + stages)
+
+        def sum_chunk(chunk: jax.Array, total: jax.Array) -> jax.Array:
+            steps = [chunk * _STEPS_PER_CHUNK + index for index in range(_STEPS_PER_CHUNK)]
+            multiply = _multiply_sm100 if is_sm100 else _multiply_sm90
+            return total + multiply(steps, stages, refill, scratch)
+
+        for step in range(stages):
+            fetch(step)
+        layout = plgpu.Layout.TCGEN05 if is_sm100 else plgpu.Layout.WGMMA
+        zeros = plgpu.layout_cast(jnp.zeros((rows, config.experts), jnp.float32), layout)
+        scratch["staged"][...] = lax.fori_loop(0, chunks_per_cta, sum_chunk, zeros)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            scratch["staged"],
+            out_ref.at[part, pl.ds(token, rows), pl.ds(expert, config.experts)],
+        )
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = {
+        "tokens": _tiled((stages, rows, _STEP), jnp.bfloat16, _STEP),
+        "weights": _tiled((stages, config.experts, _STEP), jnp.bfloat16, _STEP),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "staged": _tiled((rows, config.experts), jnp.float32, 16),
+    }
+    if is_sm100:
+        scratch["sums"] = plgpu.TMEM((rows, config.experts), jnp.float32)
+        scratch["done"] = plgpu.Barrier(orders_tensor_core=True)
+    num_parts = num_chunks // chunks_per_cta
+    padded = -(-num_experts // _WARPGROUP) * _WARPGROUP
+    return plgpu.kernel(
+        router_products,
+        out_type=jax.ShapeDtypeStruct((num_parts, num_tokens, padded), jnp.float32),
+        scratch_types=scratch,
+        grid=(pl.cdiv(num_tokens, rows), pl.cdiv(num_experts, config.experts), num_parts),
+        grid_names=("tokens", "experts", "part"),
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        kernel_name="router_products",
+    )(x, weight, layer.reshape(1))
+
+
+def _tiled(shape: tuple[int, ...], dtype: Any, columns: int) -> Any:
+    """Shared memory as TMA and the tensor cores like it: tiles of 8 rows, swizzled."""
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(  # pyright: ignore[reportAbstractUsage]
+        columns * jnp.dtype(dtype).itemsize
+    )
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def _multiply_sm90(
+    steps: list[jax.Array], stages: int, refill: Callable[[jax.Array], None], scratch: Any
+) -> jax.Array:
+    """One chunk's products by wgmma, in registers."""
+
+    def multiply(sums: Any) -> jax.Array:
+        for step in steps:
+            stage = lax.rem(step, jnp.int32(stages))
+            plgpu.barrier_wait(scratch["full"].at[stage])
+            weights = scratch["weights"].at[stage].transpose((1, 0))
+            plgpu.wgmma(sums, scratch["tokens"].at[stage], weights)
+            plgpu.wgmma_wait(0)
+            refill(step)
+        return sums[...]
+
+    shape = (scratch["tokens"].shape[1], scratch["weights"].shape[1])
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def _multiply_sm100(
+    steps: list[jax.Array], stages: int, refill: Callable[[jax.Array], None], scratch: Any
+) -> jax.Array:
+    """One chunk's products by tcgen05, through tensor memory."""
+    sums, done = scratch["sums"], scratch["done"]
+    for index, step in enumerate(steps):
+        stage = lax.rem(step, jnp.int32(stages))
+        plgpu.barrier_wait(scratch["full"].at[stage])
+        weights = scratch["weights"].at[stage].transpose((1, 0))
+        plgpu.tcgen05_mma(sums, scratch["tokens"].at[stage], weights, done, accumulate=index > 0)
+        plgpu.barrier_wait(done)
+        refill(step)
+    products = plgpu.async_load_tmem(sums)
+    plgpu.wait_load_tmem()
+    return products
+
+
+def _pick(
+    products: Float32[Array, "S T padded_E"],
+    bias: Float32[Array, "L E"],
+    layer: Int32[Array, ""],
+    num_picks: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    interpret: bool,
+) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
+    """Sums, scores and ranks, one token to a warpgroup."""
+    num_parts, num_tokens, padded = products.shape
+    num_experts = bias.shape[1]
+    num_rows = -(-num_experts // _ROW_TILE) * _ROW_TILE
+    padded_picks = -(-num_picks // 8) * 8
+
+    def router_picks(*refs: Any) -> None:
+        products_ref, bias_ref, layer_ref, experts_ref, weights_ref, *scratch = refs
+        keys, scores, biases, picked, shares, biases_full = scratch
+        token = lax.axis_index("token")
+        layer_index = layer_ref[0]
+        plgpu.copy_gmem_to_smem(
+            bias_ref.at[layer_index], biases.at[pl.ds(0, num_experts)], biases_full
+        )
+        strided = plgpu.Layout.WG_STRIDED((padded,), vec_size=1)
+        logits = plgpu.layout_cast(products_ref[0, token], strided)
+        for part in range(1, num_parts):
+            logits = logits + plgpu.layout_cast(products_ref[part, token], strided)
+        score = 1 / (1 + jnp.exp(-logits))
+        scores[...] = score
+        plgpu.barrier_wait(biases_full)
+        keys[...] = score + plgpu.layout_cast(biases[...], strided)
+        plgpu.commit_smem()
+
+        rows = plgpu.Layout.WGMMA.reduce(1)
+        columns = plgpu.Layout.WGMMA.reduce(0)
+        rank = plgpu.layout_cast(jnp.zeros((num_rows,), jnp.int32), rows)
+        key = plgpu.layout_cast(keys[pl.ds(0, num_rows)], rows)
+        for first in range(0, num_experts, _RANKED_COLUMNS):
+            count = min(_RANKED_COLUMNS, num_experts - first)
+            shape = (num_rows, count)
+            mine = lax.broadcast_in_dim(key, shape, (0,))
+            piece = plgpu.layout_cast(keys[pl.ds(first, count)], columns)
+            others = lax.broadcast_in_dim(piece, shape, (1,))
+            is_earlier = first + lax.broadcasted_iota(jnp.int32, shape, 1) < lax.broadcasted_iota(
+                jnp.int32, shape, 0
+            )
+            is_before = (others > mine) | ((others == mine) & is_earlier)
+            rank += jnp.sum(jnp.where(is_before, 1, 0), axis=1)
+        shape = (num_rows, padded_picks)
+        expert = lax.broadcasted_iota(jnp.int32, shape, 0)
+        is_pick = lax.broadcast_in_dim(rank, shape, (0,)) == lax.broadcasted_iota(
+            jnp.int32, shape, 1
+        )
+        is_pick &= expert < num_experts
+        picked[...] = jnp.max(jnp.where(is_pick, expert, 0), axis=0)
+        score = plgpu.layout_cast(scores[pl.ds(0, num_rows)], rows)
+        score = lax.broadcast_in_dim(score, shape, (0,))
+        weights = jnp.sum(jnp.where(is_pick, score, 0.0), axis=0)
+        if norm_topk_prob:
+            is_asked = lax.broadcasted_iota(jnp.int32, (padded_picks,), 0) < num_picks
+            weights = weights / (jnp.sum(jnp.where(is_asked, weights, 0.0)) + 1e-20)
+        shares[...] = weights * routed_scaling_factor
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(picked, experts_ref.at[token])
+        plgpu.copy_smem_to_gmem(shares, weights_ref.at[token])
+        plgpu.wait_smem_to_gmem(0)
+
+    experts, weights = plgpu.kernel(
+        router_picks,
+        out_type=[
+            jax.ShapeDtypeStruct((num_tokens, padded_picks), jnp.int32),
+            jax.ShapeDtypeStruct((num_tokens, padded_picks), jnp.float32),
+        ],
+        scratch_types=[
+            *[plgpu.SMEM((padded,), jnp.float32)] * 3,
+            plgpu.SMEM((padded_picks,), jnp.int32),
+            plgpu.SMEM((padded_picks,), jnp.float32),
+            plgpu.Barrier(),
+        ],
+        grid=(num_tokens,),
+        grid_names=("token",),
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        kernel_name="router_picks",
+    )(products, bias, layer.reshape(1))
+    return experts[:, :num_picks], weights[:, :num_picks]
