@@ -49,12 +49,14 @@ def matmul(
     """bfloat16(x @ values[layer].T * x_scale * scale[layer] + bias[layer]), for any T.
 
     Raises:
-      NotImplementedError: K is no multiple of 16 or N none of 64.
+      NotImplementedError: K or N is no multiple of 64.
     """
     num_tokens, width = x.shape
     _, num_rows, _ = values.shape
-    if width % 16 or num_rows % 64:
-        raise NotImplementedError(f"{values.shape=}: K must be a multiple of 16, N of 64")
+    if width % 64 or num_rows % 64:
+        raise NotImplementedError(f"{values.shape=}: K and N must be multiples of 64")
+    if padding := fp8_product.padding(num_tokens):
+        x, x_scale = (jnp.pad(operand, ((0, padding), (0, 0))) for operand in (x, x_scale))
     config = config or default_config(chip, num_tokens, num_rows)
     row_tiles = pl.cdiv(num_rows, config.tile_rows)
     num_tiles = row_tiles * pl.cdiv(num_tokens, config.tokens)
@@ -113,14 +115,10 @@ def matmul(
             if biases:
                 added = scratch["biases"][slot, mine].astype(jnp.float32)
                 out = out + lax.broadcast_in_dim(added, shape, (0,))
-            fp8_product.store(
-                config,
-                scratch["staged"].at[warpgroup],
-                out,
-                out_ref,
-                place.token,
-                place.row + warpgroup * config.rows,
-            )
+            staged = scratch["staged"].at[warpgroup]
+            fp8_product.stage(staged, out)
+            row = place.row + warpgroup * config.rows
+            fp8_product.send(config, staged, out_ref, place.token, row)
 
         streams = fp8_product.Streams(
             num_tiles=num_tiles,
@@ -135,6 +133,7 @@ def matmul(
     scratch = fp8_product.scratch_types(
         chip,
         config,
+        [width],
         halves=1,
         num_copies=2,
         num_scale_copies=2 + (bias is not None),
@@ -150,9 +149,9 @@ def matmul(
         name="dense_matmul",
         chip=chip,
         config=config,
-        out_type=jax.ShapeDtypeStruct((num_tokens, num_rows), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((num_tokens + padding, num_rows), jnp.bfloat16),
         scratch=scratch,
         num_ctas=num_ctas,
         interpret=interpret,
     )
-    return kernel(*operands)
+    return kernel(*operands)[:num_tokens]

@@ -13,7 +13,7 @@ K is walked in steps of 128 from the front and never split, whatever the number 
 SMs: the bits of a product depend on its own two rows alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from glm_jax.pallas.chip import Chip
 
 FP8 = jnp.float8_e4m3fn
-# One row of the 128-byte swizzle, the widest that TMA and the tensor cores share.
+# Columns of a stage: as wide as the widest swizzle that TMA and the tensor cores share.
 STEP = 128
 # Tiles whose scales may be under way: more than the ring's stages span where K is two steps short.
 SCALE_SLOTS = 4
@@ -84,6 +84,11 @@ class TuningConfig:
         return self.fill or self.rows
 
 
+def padding(num_tokens: int) -> int:
+    """Tokens to add so that TMA, which counts them by eights, can address the last ones."""
+    return -num_tokens % 8 if num_tokens > 8 else 0
+
+
 def fitting_stages(tokens: int, rows: int, *, halves: int = 1) -> int:
     """How many stages a tile of so many tokens and weight rows leaves room for, 16 at most."""
     staged = tokens * rows * 2
@@ -113,11 +118,18 @@ class Streams:
 
 
 def scratch_types(
-    chip: Chip, config: TuningConfig, *, halves: int, num_copies: int, num_scale_copies: int
+    chip: Chip,
+    config: TuningConfig,
+    widths: Sequence[int],
+    *,
+    halves: int,
+    num_copies: int,
+    num_scale_copies: int,
 ) -> dict[str, Any]:
     """The main loop's own memory and barriers.
 
     Args:
+      widths: every K that is walked.
       halves: 1, or 2 where gate rows and up rows are multiplied side by side.
       num_copies: copies that fetch issues.
       num_scale_copies: copies that fetch_scales issues.
@@ -125,9 +137,11 @@ def scratch_types(
     is_sm100 = chip.architecture == "sm100"
     stages, warpgroups = config.stages, config.warpgroups
     rows = config.rows * warpgroups
+    # TMA cuts what is in device memory along the swizzle, so each K must be a multiple of it.
+    transforms = _tiled(STEP if all(width % STEP == 0 for width in widths) else STEP // 2, FP8)
     types = {
-        "weights": plgpu.SMEM((stages, halves, rows, STEP), FP8, transforms=_tiled(STEP, FP8)),
-        "tokens": plgpu.SMEM((stages, config.tokens, STEP), FP8, transforms=_tiled(STEP, FP8)),
+        "weights": plgpu.SMEM((stages, halves, rows, STEP), FP8, transforms=transforms),
+        "tokens": plgpu.SMEM((stages, config.tokens, STEP), FP8, transforms=transforms),
         "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=stages),
         "empty": plgpu.Barrier(
             num_arrivals=1 if is_sm100 else warpgroups,
@@ -157,18 +171,15 @@ def staging(config: TuningConfig) -> Any:
     )
 
 
-def store(
-    config: TuningConfig, staged: Any, values: jax.Array, out: Any, token: jax.Array, row: jax.Array
-) -> None:
-    """Sends float32[rows, tokens] to out[token..., row...] as bfloat16; what lies outside is dropped.
-
-    Args:
-      staged: one warpgroup's share of staging.
-      out: [T, N] in device memory.
-    """
+def stage(staged: Any, values: jax.Array) -> None:
+    """Rounds float32[rows, tokens] to bfloat16 in a warpgroup's share of staging."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     staged.transpose((1, 0))[...] = values.astype(jnp.bfloat16)
     plgpu.commit_smem()
+
+
+def send(config: TuningConfig, staged: Any, out: Any, token: jax.Array, row: jax.Array) -> None:
+    """Stores what was staged to out[token..., row...]; what lies outside of it is dropped."""
     rows = config.store_rows
     # A part of the columns is contiguous in the tiled memory only eight tokens at a time.
     group = config.tokens if rows == config.rows else 8

@@ -1,0 +1,278 @@
+"""FP8 products of many experts in one kernel, and of the expert that every token passes.
+
+Knows neither activations nor what the two products of an expert mean. Tiles of the shared expert come
+first, then the tiles of experts in use; an expert without tokens costs nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
+
+from glm_jax.pallas import fp8_product
+from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.dispatch import Dispatch
+from glm_jax.pallas.fp8_product import SCALE_SLOTS, STEP, TuningConfig
+
+
+class Weights(NamedTuple):
+    """What an expert's rows are multiplied with; H is 2 where gate and up stand side by side."""
+
+    values: Float8e4m3fn[Array, "L E H N K"]
+    scale: Float32[Array, "L E H N"]
+
+
+class Tokens(NamedTuple):
+    """Quantized tokens and the scale of each."""
+
+    values: Float8e4m3fn[Array, "T K"]
+    scale: Float32[Array, "T 1"]
+
+
+class _Place(NamedTuple):
+    is_shared: jax.Array
+    expert: jax.Array
+    row: jax.Array
+    token: jax.Array
+
+
+class _Side(NamedTuple):
+    """The refs of one kind of tile, routed or shared."""
+
+    tokens: Any
+    token_scales: Any
+    values: Any
+    scales: Any
+    out: Any
+    num_experts: int
+
+
+def product(
+    name: str,
+    rows: Tokens,
+    weights: Weights,
+    shared: tuple[Tokens, Weights] | None,
+    dispatch: Dispatch,
+    layer: Int32[Array, ""],
+    combine_halves: Callable[[list[jax.Array]], jax.Array],
+    *,
+    chip: Chip,
+    config: TuningConfig,
+    interpret: bool,
+) -> tuple[BFloat16[Array, "R N"], BFloat16[Array, "T S"] | None]:
+    """Each row times its expert's weights, scaled; each token times the shared expert's.
+
+    Args:
+      rows: in the order of dispatch.
+      shared: every token, and weights as of a single expert; or None.
+      combine_halves: makes one float32[rows, tokens] of the scaled products of each half.
+
+    Raises:
+      ValueError: the tile of dispatch is not the tokens of config.
+      NotImplementedError: K or N is no multiple of 64.
+    """
+    if dispatch.tile != config.tokens:
+        raise ValueError(f"dispatch is in tiles of {dispatch.tile} rows, {config.tokens=}")
+    num_tokens = shared[0].values.shape[0] if shared else 0
+    if shared and (padding := fp8_product.padding(num_tokens)):
+        padded = [jnp.pad(operand, ((0, padding), (0, 0))) for operand in shared[0]]
+        shared = Tokens(*padded), shared[1]
+    sides = [(rows, weights)] if shared is None else [(rows, weights), shared]
+    for _, side_weights in sides:
+        if side_weights.values.shape[-1] % 64 or side_weights.values.shape[-2] % 64:
+            raise NotImplementedError(f"{side_weights.values.shape=}: N and K are multiples of 64")
+    row_tiles = [pl.cdiv(side.values.shape[-2], config.tile_rows) for _, side in sides]
+    num_shared = row_tiles[1] * pl.cdiv(shared[0].values.shape[0], config.tokens) if shared else 0
+    num_ctas = min(dispatch.tile_experts.shape[0] * row_tiles[0] + num_shared, chip.num_cores)
+    halves = weights.values.shape[2]
+    operands = [
+        operand
+        for tokens, side in sides
+        for operand in (tokens.values, tokens.scale.reshape(-1), *_flat(side))
+    ]
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        layer_ref, tile_experts_ref, num_tiles_ref, *others = refs
+        inputs, outs = others[: 4 * len(sides)], others[4 * len(sides) :]
+        side_refs = [
+            _Side(*inputs[4 * index : 4 * index + 4], out, side.values.shape[1])
+            for index, (out, (_, side)) in enumerate(zip(outs, sides, strict=True))
+        ]
+        walk = _Walk(config, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
+        loads = _Loads(config, side_refs, layer_ref[0], scratch)
+
+        def finish(
+            place: _Place, slot: jax.Array, warpgroup: jax.Array, products: list[jax.Array]
+        ) -> None:
+            scaled = _scaled(config, scratch, slot, warpgroup, products)
+            row = place.row + warpgroup * config.rows
+            staged = scratch["staged"].at[warpgroup]
+            fp8_product.stage(staged, combine_halves(scaled))
+            for is_shared, side in enumerate(side_refs):
+
+                @pl.when(place.is_shared == bool(is_shared))
+                def _(side: _Side = side):
+                    fp8_product.send(config, staged, side.out, place.token, row)
+
+        num_steps = [pl.cdiv(side.values.shape[-1], STEP) for _, side in sides]
+        streams = fp8_product.Streams(
+            num_tiles=walk.num_tiles(),
+            locate=walk.locate,
+            num_steps=lambda place: (
+                num_steps[0]
+                if num_steps[-1] == num_steps[0]
+                else jnp.where(place.is_shared, num_steps[1], num_steps[0])
+            ),
+            fetch=loads.fetch,
+            fetch_scales=loads.fetch_scales,
+            finish=finish,
+        )
+        fp8_product.stream(chip, config, num_ctas, streams, scratch)
+
+    scratch = fp8_product.scratch_types(
+        chip,
+        config,
+        [side.values.shape[-1] for _, side in sides],
+        halves=halves,
+        num_copies=halves + 1,
+        num_scale_copies=halves + 1,
+    )
+    all_rows = config.rows * config.warpgroups
+    scratch["token_scales"] = plgpu.SMEM((SCALE_SLOTS, config.tokens), jnp.float32)
+    scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, halves, all_rows), jnp.float32)
+    scratch["staged"] = fp8_product.staging(config)
+    out_types = [
+        jax.ShapeDtypeStruct((tokens.values.shape[0], side.values.shape[-2]), jnp.bfloat16)
+        for tokens, side in sides
+    ]
+    kernel = fp8_product.launch(
+        body,
+        name=name,
+        chip=chip,
+        config=config,
+        out_type=out_types,
+        scratch=scratch,
+        num_ctas=num_ctas,
+        interpret=interpret,
+    )
+    outs = kernel(layer.reshape(1), dispatch.tile_experts, dispatch.num_tiles, *operands)
+    return outs[0], outs[1][:num_tokens] if shared else None
+
+
+def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
+    """Layers, experts and halves as one axis: a view, since TMA takes few dimensions."""
+    return (
+        weights.values.reshape(-1, *weights.values.shape[-2:]),
+        weights.scale.reshape(-1, weights.scale.shape[-1]),
+    )
+
+
+class _Walk:
+    """Tile numbers to places: row tiles vary fastest, so that CTAs side by side share their tokens."""
+
+    def __init__(
+        self,
+        config: TuningConfig,
+        row_tiles: list[int],
+        num_shared: int,
+        tile_experts_ref: Any,
+        num_tiles_ref: Any,
+    ) -> None:
+        self.config = config
+        self.row_tiles = row_tiles
+        self.num_shared = num_shared
+        self.tile_experts_ref = tile_experts_ref
+        self.num_tiles_ref = num_tiles_ref
+
+    def num_tiles(self) -> jax.Array:
+        return self.num_tiles_ref[0] * self.row_tiles[0] + self.num_shared
+
+    def locate(self, tile: jax.Array) -> _Place:
+        is_shared = tile < self.num_shared
+        number = jnp.where(is_shared, tile, tile - self.num_shared)
+        row_tiles = jnp.where(is_shared, self.row_tiles[-1], self.row_tiles[0])
+        token_tile = lax.div(number, row_tiles)
+        expert = self.tile_experts_ref[jnp.where(is_shared, 0, token_tile)]
+        return _Place(
+            is_shared,
+            jnp.where(is_shared, 0, expert),
+            lax.rem(number, row_tiles) * self.config.tile_rows,
+            token_tile * self.config.tokens,
+        )
+
+
+class _Loads:
+    """The copies of a place, from the refs of its side."""
+
+    def __init__(
+        self, config: TuningConfig, sides: list[_Side], layer: jax.Array, scratch: dict[str, Any]
+    ) -> None:
+        self.config = config
+        self.sides = sides
+        self.layer = layer
+        self.scratch = scratch
+        self.halves = scratch["weights"].shape[1]
+
+    def index(self, side: _Side, place: _Place, half: int) -> jax.Array:
+        return (self.layer * side.num_experts + place.expert) * self.halves + half
+
+    def fetch(
+        self, place: _Place, step: jax.Array, weights: Any, tokens: Any, barrier: Any
+    ) -> None:
+        columns = pl.ds(step * STEP, STEP)
+        rows = pl.ds(place.row, self.config.tile_rows)
+        for is_shared, side in enumerate(self.sides):
+
+            @pl.when(place.is_shared == bool(is_shared))
+            def _(side: _Side = side):
+                for half in range(self.halves):
+                    plgpu.copy_gmem_to_smem(
+                        side.values.at[self.index(side, place, half), rows, columns],
+                        weights.at[half, pl.ds(0, self.config.tile_rows)],
+                        barrier,
+                    )
+                plgpu.copy_gmem_to_smem(
+                    side.tokens.at[pl.ds(place.token, self.config.tokens), columns],
+                    tokens,
+                    barrier,
+                )
+
+    def fetch_scales(self, place: _Place, slot: jax.Array, barrier: Any) -> None:
+        rows = pl.ds(place.row, self.config.rows * self.config.warpgroups)
+        for is_shared, side in enumerate(self.sides):
+
+            @pl.when(place.is_shared == bool(is_shared))
+            def _(side: _Side = side):
+                plgpu.copy_gmem_to_smem(
+                    side.token_scales.at[pl.ds(place.token, self.config.tokens)],
+                    self.scratch["token_scales"].at[slot],
+                    barrier,
+                )
+                for half in range(self.halves):
+                    plgpu.copy_gmem_to_smem(
+                        side.scales.at[self.index(side, place, half), rows],
+                        self.scratch["row_scales"].at[slot, half],
+                        barrier,
+                    )
+
+
+def _scaled(
+    config: TuningConfig,
+    scratch: dict[str, Any],
+    slot: jax.Array,
+    warpgroup: jax.Array,
+    products: list[jax.Array],
+) -> list[jax.Array]:
+    shape = (config.rows, config.tokens)
+    mine = pl.ds(warpgroup * config.rows, config.rows)
+    token_scales = lax.broadcast_in_dim(scratch["token_scales"][slot], shape, (1,))
+    scaled = []
+    for half, values in enumerate(products):
+        row_scales = scratch["row_scales"][slot, half, mine]
+        scaled.append(values * token_scales * lax.broadcast_in_dim(row_scales, shape, (0,)))
+    return scaled

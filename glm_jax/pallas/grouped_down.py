@@ -1,0 +1,87 @@
+"""The second half of an expert: each row back to the model's width, and the sum of a token's rows.
+
+Knows neither routing nor activations. Routing weights are applied by combine, in float32, to rows
+already rounded to bfloat16.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
+
+from glm_jax.pallas import grouped
+from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.dispatch import Dispatch
+from glm_jax.pallas.fp8_product import TuningConfig, fitting_stages
+from glm_jax.pallas.grouped import Tokens, Weights
+
+
+def default_config(chip: Chip, tile: int) -> TuningConfig:
+    """256 rows a tile on sm100, 128 on sm90: the model's width has plenty of either."""
+    rows = 128 if chip.architecture == "sm100" else 64
+    stages = fitting_stages(tile, 2 * rows)
+    return TuningConfig(tokens=tile, rows=rows, warpgroups=2, stages=stages)
+
+
+def grouped_down(
+    hidden: Float8e4m3fn[Array, "R F"],
+    hidden_scale: Float32[Array, "R 1"],
+    dispatch: Dispatch,
+    values: Float8e4m3fn[Array, "L E D F"],
+    scale: Float32[Array, "L E D"],
+    layer: Int32[Array, ""],
+    *,
+    shared_hidden: Float8e4m3fn[Array, "T S"] | None = None,
+    shared_hidden_scale: Float32[Array, "T 1"] | None = None,
+    shared_values: Float8e4m3fn[Array, "L D S"] | None = None,
+    shared_scale: Float32[Array, "L D"] | None = None,
+    chip: Chip,
+    config: TuningConfig | None = None,
+    interpret: bool = False,
+) -> tuple[BFloat16[Array, "R D"], BFloat16[Array, "T D"] | None]:
+    """hidden @ down.T for each row of dispatch, and for each token where shared.
+
+    Rows of tiles that are not in use are not written.
+
+    Raises:
+      ValueError: the tile of dispatch is not the tokens of config.
+      NotImplementedError: D, F or S is no multiple of 64.
+    """
+    config = config or default_config(chip, dispatch.tile)
+    shared = None
+    if shared_hidden is not None and shared_hidden_scale is not None:
+        assert shared_values is not None and shared_scale is not None
+        shared = (
+            Tokens(shared_hidden, shared_hidden_scale),
+            Weights(shared_values[:, None, None], shared_scale[:, None, None]),
+        )
+    return grouped.product(
+        "grouped_down",
+        Tokens(hidden, hidden_scale),
+        Weights(values[:, :, None], scale[:, :, None]),
+        shared,
+        dispatch,
+        layer,
+        lambda products: products[0],
+        chip=chip,
+        config=config,
+        interpret=interpret,
+    )
+
+
+def combine(
+    rows: BFloat16[Array, "R D"],
+    shared: BFloat16[Array, "T D"] | None,
+    dispatch: Dispatch,
+    weights: Float32[Array, "T k"],
+) -> Float32[Array, "T D"]:
+    """Each token's rows, weighed and added in the order of its choices, and its shared row last.
+
+    Choices whose expert lives elsewhere add nothing, whatever their rows would hold.
+    """
+    num_rows = rows.shape[0]
+    total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
+    for choice in range(weights.shape[1]):
+        index = dispatch.rows[:, choice]
+        picked = rows.at[jnp.minimum(index, num_rows - 1)].get(mode="promise_in_bounds")
+        weighed = picked.astype(jnp.float32) * weights[:, choice, None]
+        total = total + jnp.where((index < num_rows)[:, None], weighed, 0.0)
+    return total if shared is None else total + shared.astype(jnp.float32)

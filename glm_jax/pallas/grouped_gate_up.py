@@ -1,0 +1,81 @@
+"""The first half of an expert: gate and up multiplied side by side, silu(gate) * up on the way out.
+
+Knows neither routing nor quantization of what it makes.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
+
+from glm_jax.pallas import grouped
+from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.dispatch import Dispatch
+from glm_jax.pallas.fp8_product import TuningConfig, fitting_stages
+from glm_jax.pallas.grouped import Tokens, Weights
+
+
+def default_config(chip: Chip, tile: int, width: int) -> TuningConfig:
+    """128 gate rows and their 128 up rows a tile; 64 of each where the width ends between."""
+    rows = 128 if chip.architecture == "sm100" else 64
+    is_narrow = width % 128 != 0
+    warpgroups = 1 if is_narrow or rows == 128 else 2
+    fill = 64 if is_narrow and rows == 128 else None
+    stages = fitting_stages(tile, rows * warpgroups, halves=2)
+    return TuningConfig(tokens=tile, rows=rows, warpgroups=warpgroups, stages=stages, fill=fill)
+
+
+def grouped_gate_up(
+    x: Float8e4m3fn[Array, "T D"],
+    x_scale: Float32[Array, "T 1"],
+    dispatch: Dispatch,
+    values: Float8e4m3fn[Array, "L E 2 F D"],
+    scale: Float32[Array, "L E 2 F"],
+    layer: Int32[Array, ""],
+    *,
+    shared_values: Float8e4m3fn[Array, "L 2 S D"] | None = None,
+    shared_scale: Float32[Array, "L 2 S"] | None = None,
+    chip: Chip,
+    config: TuningConfig | None = None,
+    interpret: bool = False,
+) -> tuple[BFloat16[Array, "R F"], BFloat16[Array, "T S"] | None]:
+    """silu(x @ gate.T) * (x @ up.T) for each row of dispatch, and for each token where shared.
+
+    gate, up, silu(gate) and the answer are each rounded to bfloat16. Rows of tiles that are not in
+    use are not written.
+
+    Returns:
+      The rows' answers, in the order of dispatch, and the tokens' with the shared expert's weights.
+
+    Raises:
+      ValueError: the tile of dispatch is not the tokens of config.
+      NotImplementedError: D, F or S is no multiple of 64.
+    """
+    config = config or default_config(chip, dispatch.tile, values.shape[3])
+    rows = Tokens(
+        x.at[dispatch.tokens].get(mode="promise_in_bounds"),
+        x_scale.at[dispatch.tokens].get(mode="promise_in_bounds"),
+    )
+    shared = None
+    if shared_values is not None and shared_scale is not None:
+        shared = Tokens(x, x_scale), Weights(shared_values[:, None], shared_scale[:, None])
+    return grouped.product(
+        "grouped_gate_up",
+        rows,
+        Weights(values, scale),
+        shared,
+        dispatch,
+        layer,
+        _gated_silu,
+        chip=chip,
+        config=config,
+        interpret=interpret,
+    )
+
+
+def _gated_silu(products: list[jax.Array]) -> jax.Array:
+    gate, up = (_rounded(product) for product in products)
+    return _rounded(gate / (1 + jnp.exp(-gate))) * up
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
