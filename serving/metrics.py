@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from glm_jax.engine.request import EngineStats
@@ -171,11 +171,16 @@ class _Gauges(Collector):
         self._latencies = latencies
         self._ttfts = ttfts
 
-    def describe(self) -> list[GaugeMetricFamily]:
+    def describe(self) -> list[Metric]:
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         stats = self._stats()
+        yield from self._gauges(stats)
+        if stats is not None:
+            yield from _totals(stats)
+
+    def _gauges(self, stats: EngineStats | None) -> Iterator[Metric]:
         window = f"over the last {WINDOW_SECONDS} s"
         for name, help_, value in (
             ("tokens_per_second", f"Tokens generated per second, {window}.", self._per_second()),
@@ -184,6 +189,7 @@ class _Gauges(Collector):
             ("queue_depth", "Requests waiting for a slot.", stats and stats.num_waiting),
             ("active_requests", "Requests in a slot.", stats and stats.num_running),
             ("kv_pages_used", "Pages of the KV cache in use.", stats and stats.num_pages_used),
+            ("kv_pages_resting", "Pages kept as prefixes.", stats and stats.num_pages_resting),
             ("kv_pages", "Pages of the KV cache.", stats and stats.num_pages),
             ("engine_up", "1 while the engine runs.", stats and stats.is_alive),
         ):
@@ -191,3 +197,39 @@ class _Gauges(Collector):
 
     def _per_second(self) -> float:
         return self._tokens.per_second()
+
+
+def _totals(stats: EngineStats) -> Iterator[Metric]:
+    """What the engine has counted since its start."""
+    for name, help_, value in (
+        ("preemptions", "Requests that lost slot and pages to others.", stats.num_preemptions),
+        ("queue_timeouts", "Requests that had not begun by their deadline.", stats.num_timeouts),
+        (
+            "prefix_cache_queries",
+            "Tokens of prompts looked up in the cache; also of preempted requests that go on.",
+            stats.num_admitted_tokens,
+        ),
+        ("prefix_cache_hits", "Of these, tokens found there.", stats.num_cached_tokens),
+        ("prefix_cache_evictions", "Pages whose prefix was given up.", stats.num_evicted),
+        (
+            "integrity_checks",
+            "Times that the account of slots and pages was checked.",
+            stats.num_integrity_checks,
+        ),
+        ("integrity_check_seconds", "What these checks took.", stats.integrity_seconds),
+    ):
+        yield CounterMetricFamily(f"glm_{name}", help_, value=float(value))
+    for name, help_, prefill, decode in (
+        ("steps", "Steps dispatched.", stats.num_prefill_steps, stats.num_decode_steps),
+        ("step_tokens", "Tokens fed.", stats.num_prefill_tokens, stats.num_decode_tokens),
+        (
+            "step_padding_tokens",
+            "Tokens computed for nothing, to fill a compiled shape.",
+            stats.num_prefill_padding,
+            stats.num_decode_padding,
+        ),
+    ):
+        family = CounterMetricFamily(f"glm_{name}", help_, labels=["phase"])
+        family.add_metric(["prefill"], prefill)
+        family.add_metric(["decode"], decode)
+        yield family

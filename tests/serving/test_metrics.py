@@ -1,5 +1,7 @@
 """What is counted, and over which time."""
 
+from dataclasses import replace
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from glm_jax.engine.request import EngineStats
@@ -95,3 +97,32 @@ def test_the_start_is_told_by_phase():
     metrics.started("total", 2.0)
     assert values(metrics)["glm_startup_seconds/load"] == 0.5
     assert values(metrics)["glm_startup_seconds/total"] == 2.0
+
+
+def test_what_the_engine_counts_is_told_as_totals():
+    counted = {
+        "num_preemptions": 4,
+        "num_timeouts": 2,
+        "num_admitted_tokens": 90,
+        "num_cached_tokens": 64,
+        "num_evicted": 7,
+        "num_prefill_tokens": 26,
+        "num_decode_padding": 3,
+        "num_integrity_checks": 5,
+        "integrity_seconds": 0.25,
+    }
+    seen = values(Metrics(lambda: replace(STATS, **counted)))
+    assert {name: seen[f"glm_{name}"] for name in EXPECTED_TOTALS} == EXPECTED_TOTALS
+
+
+EXPECTED_TOTALS = {
+    "preemptions_total": 4,
+    "queue_timeouts_total": 2,
+    "prefix_cache_queries_total": 90,
+    "prefix_cache_hits_total": 64,
+    "prefix_cache_evictions_total": 7,
+    "step_tokens_total/prefill": 26,
+    "step_padding_tokens_total/decode": 3,
+    "integrity_checks_total": 5,
+    "integrity_check_seconds_total": 0.25,
+}
