@@ -130,6 +130,8 @@ def admit(
             num_logprobs=request.num_top_logprobs or 0,
         ),
         constraint=constraint,
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt or "",
     )
 
 

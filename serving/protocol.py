@@ -116,6 +116,8 @@ class GenerationRequest(RuledRequest):
         BeforeValidator(_token_biases),
         Field(max_length=MAX_LOGIT_BIASES),
     ] = {}
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # the lower goes first
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=1000)] | None = None
 
     @field_validator("stream_options", "logit_bias", mode="before")
     @classmethod

@@ -41,6 +41,20 @@ def test_ignore_eos_leaves_only_the_requests_own_stop_tokens():
     assert admitted(ignore_eos=True, stop_token_ids=[5]).sampling.stop_token_ids == {5}
 
 
+def test_priority_and_salt_reach_the_engine_and_ask_for_nothing_when_left_out():
+    asked = admitted(priority=-2, cache_salt="mine")
+    assert (asked.priority, asked.cache_salt) == (-2, "mine")
+    plain = admitted(priority=None, cache_salt=None)
+    assert (plain.priority, plain.cache_salt) == (0, "")
+
+
+@pytest.mark.parametrize("fields", [{"priority": 2**31}, {"priority": "1"}, {"cache_salt": ""}])
+def test_a_priority_or_salt_of_the_wrong_kind_is_named(fields):
+    with pytest.raises(ApiError) as caught:
+        admitted(**fields)
+    assert (caught.value.status, caught.value.param) == (400, next(iter(fields)))
+
+
 def test_seeds_differ_unless_given_and_may_be_negative():
     assert admitted().sampling.seed != admitted().sampling.seed
     assert admitted(seed=-1).sampling.seed == 2**64 - 1
