@@ -26,6 +26,12 @@ class KVCache(NamedTuple):
     v: Float[Array, "L pages K page_size H"]
 
 
+# What --kv-cache-dtype says; auto is the dtype of the activations.
+KV_DTYPES: dict[str, np.dtype | None] = {
+    "auto": None,
+    "bf16": np.dtype(jnp.bfloat16),
+    "fp8_e4m3": np.dtype(FP8),
+}
 CACHE_AXES = ("layers", "pages", "kv_heads", None, "head_dim")
 
 

@@ -23,12 +23,13 @@ class Routing(NamedTuple):
     Attributes:
       experts: int32[T, k], by falling score.
       weights: float32[T, k], what each expert's output is multiplied with.
-      scores: float32[T, E], sigmoid of the router's logits, for inspection and load balancing.
+      scores: float32[T, E], sigmoid of the router's logits, for inspection and load balancing; None
+        where a kernel routes.
     """
 
     experts: Int32[Array, "T k"]
     weights: Float32[Array, "T k"]
-    scores: Float32[Array, "T E"]
+    scores: Float32[Array, "T E"] | None
 
 
 class MLP(nnx.Module):

@@ -59,11 +59,13 @@ def choose_shapes(
     max_concurrency: int,
     max_seq_len: int,
     max_batch_tokens: int,
+    kv_dtype: np.dtype | None = None,
 ) -> StepShapes:
     """The shapes to compile: every bucket up to the limits, and all the pages that fit.
 
     Args:
-      dtype: of activations and of the KV cache.
+      dtype: of activations.
+      kv_dtype: of the KV cache; None for that of the activations.
       max_concurrency: sequences that decode at once.
       max_seq_len: positions of one sequence.
       max_batch_tokens: tokens of one prefill step, at most; the device's own bound may be lower.
@@ -78,7 +80,7 @@ def choose_shapes(
         dtype,
         platform=_platform(mesh),
         kv_bytes=_kv_bytes(config, mesh, dtype),
-        kv_dtype=dtype,
+        kv_dtype=dtype if kv_dtype is None else kv_dtype,
         max_concurrency=max_concurrency,
         max_seq_len=max_seq_len,
         max_batch_tokens=max_batch_tokens,

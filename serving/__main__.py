@@ -79,6 +79,19 @@ def main() -> None:
     "Where weights come from; dummy: random, of the right shapes.",
 )
 @option(
+    "--kv-cache-dtype",
+    "auto",
+    click.Choice(["auto", "bf16", "fp8_e4m3"]),
+    "Of keys and values; auto: as the activations. FP8 holds twice the tokens, less exactly.",
+)
+@option(
+    "--allow-reference-ops",
+    False,
+    bool,
+    "On GPUs, run what has no kernel as a plain operation, many times slower, in place of an error.",
+    is_flag=True,
+)
+@option(
     "--served-model-name",
     (),
     str,

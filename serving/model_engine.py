@@ -23,13 +23,16 @@ from checkpoints.dummy import dummy_weights
 from checkpoints.load import load_weights
 from checkpoints.reader import CheckpointError
 from glm_jax.aot.saved import EngineMismatchError, SavedEngine, load
+from glm_jax.cache import KV_DTYPES
 from glm_jax.config import ConfigError, ModelConfig
 from glm_jax.engine.engine import Engine
+from glm_jax.kernels import Kernels
 from glm_jax.model import Weights, abstract_weights
 from glm_jax.runner import Programs, Runner, buckets, compile_steps
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh
 from glm_jax.sizing import SizingError, choose_shapes
+from glm_jax.steps import StepOptions
 from serving.bridge import CannotStartError
 from serving.tokenizer import ModelTokenizer
 from serving.wiring import Options, ReportPhase
@@ -57,7 +60,7 @@ def build_engine(
         return _build(options, tokenizer, _logged(report))
     except EngineMismatchError as error:
         raise CannotStartError(f"{error}, or add --engine-fallback to compile") from error
-    except (ConfigError, CheckpointError, SizingError) as error:
+    except (ConfigError, CheckpointError, SizingError, NotImplementedError) as error:
         raise CannotStartError(str(error)) from error
 
 
@@ -86,14 +89,19 @@ def _build(options: Options, tokenizer: ModelTokenizer, report: ReportPhase) -> 
             )
         mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
         saved = _saved_engine(options, config, mesh, dtype, report)
-        shapes = saved.shapes if saved else choose_shapes(config, mesh, dtype, **_limits(options))
+        how = step_options(options)
+        shapes = (
+            saved.shapes
+            if saved
+            else choose_shapes(config, mesh, dtype, **_limits(options), kv_dtype=how.kv_dtype)
+        )
         _log_shapes(shapes, options.max_batch_tokens)
         with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
-            programs = pool.submit(_programs, saved, config, shapes, mesh, dtype, report)
+            programs = pool.submit(_programs, saved, config, shapes, mesh, dtype, how, report)
             with _timed(report, "weights"):
                 weights = _weights(options, config, mesh, dtype)
             zeros = saved.make_zeros if saved else None
-            runner = Runner(config, shapes, mesh, dtype, weights, programs.result(), zeros)
+            runner = Runner(config, shapes, mesh, dtype, weights, programs.result(), zeros, how)
         with _timed(report, "warm_up"):
             runner.warm_up()
     return Engine(runner, shapes, options.queue_size)
@@ -107,6 +115,14 @@ def _limits(options: Options) -> dict[str, int]:
     }
 
 
+def step_options(options: Options) -> StepOptions:
+    """How steps are to be computed, as the command line says it."""
+    return StepOptions(
+        kv_dtype=KV_DTYPES[options.kv_cache_dtype],
+        kernels=Kernels(allow_reference=options.allow_reference_ops),
+    )
+
+
 def _saved_engine(
     options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype, report: ReportPhase
 ) -> SavedEngine | None:
@@ -115,7 +131,8 @@ def _saved_engine(
         return None
     try:
         with _timed(report, "load"):
-            return load(config, mesh, dtype, _limits(options), options.engine)
+            how = step_options(options)
+            return load(config, mesh, dtype, _limits(options), options.engine, how)
     except EngineMismatchError as error:
         if not options.engine_fallback:
             raise
@@ -129,13 +146,14 @@ def _programs(
     shapes: StepShapes,
     mesh: Mesh,
     dtype: np.dtype,
+    how: StepOptions,
     report: ReportPhase,
 ) -> Programs:
     if saved is not None:
         return saved.programs
     _keep_compiled_steps()
     with _timed(report, "compile"):
-        return _compile(config, shapes, mesh, dtype)
+        return _compile(config, shapes, mesh, dtype, how)
 
 
 def _mesh(num_devices: int) -> Mesh:
@@ -178,13 +196,16 @@ def _keep_compiled_steps() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _compile(config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype) -> Programs:
+def _compile(
+    config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype, how: StepOptions
+) -> Programs:
     with tqdm(total=len(buckets(shapes)), desc="compiling steps", unit="step", disable=None) as bar:
         return compile_steps(
             config,
             shapes,
             mesh,
             dtype,
+            how,
             on_compiled=lambda bucket, seconds: bar.update(),
             num_workers=os.cpu_count() or 1,
         )

@@ -45,6 +45,8 @@ class Options:
     num_gpus: int
     queue_size: int
     load_format: str
+    kv_cache_dtype: str = "auto"
+    allow_reference_ops: bool = False
     served_model_names: tuple[str, ...]
 
 

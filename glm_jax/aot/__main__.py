@@ -17,16 +17,24 @@ from rich.progress import Progress
 from glm_jax.aot import saved
 from glm_jax.aot.inspection import InspectionError, differences_of, inspect_steps
 from glm_jax.aot.memory import Limits, engine_shapes
-from glm_jax.aot.plan import ACTIVATIONS, KV_DTYPES, make_plan
+from glm_jax.aot.plan import ACTIVATIONS, PLANNED_KV_DTYPES, make_plan
 from glm_jax.aot.presets import PRESETS, find_config
 from glm_jax.aot.topology import mesh_of, stay_off_devices
+from glm_jax.cache import KV_DTYPES
 from glm_jax.config import ConfigError
+from glm_jax.kernels import Kernels
 from glm_jax.runner import Bucket, buckets
 from glm_jax.sizing import SizingError
+from glm_jax.steps import StepOptions
 from glm_jax.targets.target import TargetError, parse_target
 
 _COUNT = click.IntRange(min=1)
 _MODEL = f"Directory with a config.json, or a published shape: {', '.join(PRESETS)}."
+# NotImplementedError: a step for a GPU that has no kernel for it.
+_USER_ERRORS = (
+    ConfigError, SizingError, TargetError, InspectionError, saved.EngineMismatchError,
+    NotImplementedError,
+)  # fmt: skip
 _TARGET = "b200, gb200, h200, h100 or cpu, then x and the number of devices."
 
 
@@ -41,7 +49,9 @@ def main() -> None:
 @click.option("--max-concurrency", default=256, type=_COUNT, show_default=True)
 @click.option("--max-seq-len", default=8192, type=click.IntRange(min=2), show_default=True)
 @click.option("--max-batch-tokens", default=8192, type=_COUNT, show_default=True)
-@click.option("--kv-dtype", default="bf16", type=click.Choice(list(KV_DTYPES)), show_default=True)
+@click.option(
+    "--kv-dtype", default="bf16", type=click.Choice(list(PLANNED_KV_DTYPES)), show_default=True
+)
 @click.option("--compile/--no-compile", "may_compile", default=True, show_default=True,
               help="Ask the compiler for the temporaries, where it is installed (extra aot).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print plain data in place of tables.")
@@ -84,8 +94,17 @@ def plan(
 @click.option("--max-concurrency", default=64, type=_COUNT, show_default=True)
 @click.option("--max-seq-len", default=4096, type=click.IntRange(min=2), show_default=True)
 @click.option("--max-batch-tokens", default=32768, type=_COUNT, show_default=True)
+@click.option("--kv-cache-dtype", default="auto", type=click.Choice(list(KV_DTYPES)), show_default=True, help="Of keys and values; auto: as the activations.")  # fmt: skip
+@click.option("--allow-reference-ops", is_flag=True, help="Let what has no kernel on the target be a plain operation, many times slower.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory of the engine; an engine that is there is replaced.")  # fmt: skip
-def build(model: str, target: str, out: Path, **limits: int) -> None:
+def build(
+    model: str,
+    target: str,
+    kv_cache_dtype: str,
+    allow_reference_ops: bool,
+    out: Path,
+    **limits: int,
+) -> None:
     """Compile every step for a target; serve --engine loads them and compiles nothing.
 
     The limits are the server's options of the same names: an engine is for one set of them.
@@ -95,7 +114,10 @@ def build(model: str, target: str, out: Path, **limits: int) -> None:
     try:
         config, parsed = find_config(model), parse_target(target)
         mesh = mesh_of(parsed)
-        shapes = engine_shapes(config, parsed, mesh, ACTIVATIONS, Limits(**limits))
+        options = _options(kv_cache_dtype, allow_reference_ops)
+        shapes = engine_shapes(
+            config, parsed, mesh, ACTIVATIONS, Limits(**limits), options.kv_dtype
+        )
         console = Console(stderr=True)
         with Progress(console=console) as progress:
             task = progress.add_task("compiling", total=len(buckets(shapes)))
@@ -105,10 +127,10 @@ def build(model: str, target: str, out: Path, **limits: int) -> None:
                 progress.advance(task)
 
             written = saved.build(
-                config, shapes, mesh, ACTIVATIONS, limits, out,
+                config, shapes, mesh, ACTIVATIONS, limits, out, options,
                 on_compiled=on_compiled, num_workers=os.cpu_count() or 1,
             )  # fmt: skip
-    except (ConfigError, SizingError, TargetError, saved.EngineMismatchError) as error:
+    except _USER_ERRORS as error:
         raise click.ClickException(str(error)) from error
     seconds = time.perf_counter() - start
     click.echo(
@@ -122,12 +144,16 @@ def build(model: str, target: str, out: Path, **limits: int) -> None:
 @click.option("--max-concurrency", default=256, type=_COUNT, show_default=True)
 @click.option("--max-seq-len", default=8192, type=click.IntRange(min=2), show_default=True)
 @click.option("--max-batch-tokens", default=8192, type=_COUNT, show_default=True)
+@click.option("--kv-cache-dtype", default="auto", type=click.Choice(list(KV_DTYPES)), show_default=True, help="Of keys and values; auto: as the activations.")  # fmt: skip
+@click.option("--allow-reference-ops", is_flag=True, help="Let what has no kernel on the target be a plain operation, many times slower.")  # fmt: skip
 @click.option("--step", "steps", multiple=True, help="As decode-64 or prefill-64, rows of the bucket; may be repeated. [default: every bucket]")  # fmt: skip
 @click.option("--expect", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Fail where the programs differ from those this file describes.")  # fmt: skip
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="Write what was found, for a later --expect.")  # fmt: skip
 def inspect_(
     model: str,
     target: str,
+    kv_cache_dtype: str,
+    allow_reference_ops: bool,
     steps: tuple[str, ...],
     expect: Path | None,
     write: Path | None,
@@ -137,9 +163,10 @@ def inspect_(
     stay_off_devices()
     try:
         found = inspect_steps(
-            find_config(model), parse_target(target), ACTIVATIONS, Limits(**limits), steps
-        )
-    except (ConfigError, SizingError, TargetError, InspectionError) as error:
+            find_config(model), parse_target(target), ACTIVATIONS, Limits(**limits), steps,
+            _options(kv_cache_dtype, allow_reference_ops),
+        )  # fmt: skip
+    except _USER_ERRORS as error:
         raise click.ClickException(str(error)) from error
     text = json.dumps(found, indent=2)
     click.echo(text)
@@ -150,6 +177,13 @@ def inspect_(
         for difference in differences:
             click.echo(difference, err=True)
         sys.exit(1 if differences else 0)
+
+
+def _options(kv_cache_dtype: str, allow_reference_ops: bool) -> StepOptions:
+    return StepOptions(
+        kv_dtype=KV_DTYPES[kv_cache_dtype],
+        kernels=Kernels(allow_reference=allow_reference_ops),
+    )
 
 
 def _draw(made: Any, path: Path) -> None:

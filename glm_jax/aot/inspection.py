@@ -19,7 +19,7 @@ from glm_jax.aot.topology import mesh_of
 from glm_jax.config import ModelConfig
 from glm_jax.runner import Bucket, buckets
 from glm_jax.shapes import StepShapes
-from glm_jax.steps import lower, step_specs
+from glm_jax.steps import DEFAULT_OPTIONS, StepOptions, lower, step_specs
 from glm_jax.targets.target import Target
 
 _THUNK = re.compile(r"^(?P<indent> *)\d+: k(?P<kind>[A-Za-z]+)", re.MULTILINE)
@@ -38,6 +38,7 @@ def inspect_steps(
     dtype: np.dtype,
     limits: Limits,
     steps: Iterable[str],
+    options: StepOptions = DEFAULT_OPTIONS,
 ) -> dict[str, Any]:
     """Compiles the steps and records each, by names like "decode-64".
 
@@ -49,11 +50,11 @@ def inspect_steps(
       SizingError, TargetError: the model or the compiler is not there.
     """
     mesh = mesh_of(target)
-    shapes = engine_shapes(config, target, mesh, dtype, limits)
-    specs = step_specs(config, shapes, dtype)
+    shapes = engine_shapes(config, target, mesh, dtype, limits, options.kv_dtype)
+    specs = step_specs(config, shapes, dtype, options)
     record = {}
     for phase, rows in _chosen(shapes, steps):
-        lowered = lower(config, shapes, mesh, dtype, phase, rows)
+        lowered = lower(config, shapes, mesh, dtype, phase, rows, options)
         with tempfile.TemporaryDirectory() as dump:
             compiled = _compile(lowered, Path(dump), is_gpu=not target.is_cpu)
             graphs = {} if target.is_cpu else _graphs(Path(dump))

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from glm_jax.aot.topology import mesh_of, missing_wheels
 from glm_jax.cache import page_bytes
 from glm_jax.config import ModelConfig
+from glm_jax.kernels import Kernels
 from glm_jax.model import abstract_weights
 from glm_jax.runner import compile_steps
 from glm_jax.shapes import Phase, StepShapes
@@ -23,6 +24,7 @@ from glm_jax.sizing import (
     shapes_within,
     weight_bytes,
 )
+from glm_jax.steps import StepOptions
 from glm_jax.targets.target import Target
 
 _UNBOUNDED = 1 << 62
@@ -91,7 +93,12 @@ def shapes_for(
 
 
 def engine_shapes(
-    config: ModelConfig, target: Target, mesh: Mesh, dtype: np.dtype, limits: Limits
+    config: ModelConfig,
+    target: Target,
+    mesh: Mesh,
+    dtype: np.dtype,
+    limits: Limits,
+    kv_dtype: np.dtype | None = None,
 ) -> StepShapes:
     """The shapes an engine is compiled for: pages for every position promised, as far as they fit.
 
@@ -99,9 +106,10 @@ def engine_shapes(
       SizingError: not even one sequence fits, or the limits are not the model's.
     """
     if target.memory is None:
-        return choose_shapes(config, mesh, dtype, **asdict(limits))
-    promised = shapes_for(config, target, dtype, dtype, limits)
-    memory = measure(config, target, promised, dtype, dtype, may_compile=False)
+        return choose_shapes(config, mesh, dtype, **asdict(limits), kv_dtype=kv_dtype)
+    kept = dtype if kv_dtype is None else kv_dtype
+    promised = shapes_for(config, target, dtype, kept, limits)
+    memory = measure(config, target, promised, dtype, kept, may_compile=False)
     fitting = memory.kv_tokens // promised.page_size
     if fitting < promised.pages_per_sequence:
         raise SizingError(
@@ -132,7 +140,11 @@ def estimate_temporaries(
 
 
 def compile_temporaries(
-    config: ModelConfig, target: Target, shapes: StepShapes, dtype: np.dtype
+    config: ModelConfig,
+    target: Target,
+    shapes: StepShapes,
+    dtype: np.dtype,
+    options: StepOptions,
 ) -> dict[tuple[Phase, int], int]:
     """Bytes of the largest step of each phase, from the compiler.
 
@@ -144,7 +156,7 @@ def compile_temporaries(
         prefill_buckets=shapes.prefill_buckets[-1:],
         decode_buckets=shapes.decode_buckets[-1:],
     )
-    programs = compile_steps(config, largest, mesh_of(target), dtype, num_workers=2)
+    programs = compile_steps(config, largest, mesh_of(target), dtype, options, num_workers=2)
     temporaries = {}
     for bucket, program in programs.items():
         analysis = program.memory_analysis()
@@ -166,7 +178,9 @@ def measure(
     assert target.memory is not None, "this machine's own memory is not planned for"
     is_compiled = may_compile and not missing_wheels()
     if is_compiled:
-        temporaries = max(compile_temporaries(config, target, shapes, dtype).values())
+        # A plan is for any model and any number of devices, also where kernels are not.
+        options = StepOptions(kv_dtype=kv_dtype, kernels=Kernels(allow_reference=True))
+        temporaries = max(compile_temporaries(config, target, shapes, dtype, options).values())
     else:
         temporaries = estimate_temporaries(config, target, shapes, dtype)
     reserved = target.memory - int(MEMORY_SHARE * target.memory)

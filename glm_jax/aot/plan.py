@@ -15,7 +15,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.shapes import StepShapes
 from glm_jax.targets.target import Target, TargetError
 
-KV_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+PLANNED_KV_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 ACTIVATIONS = np.dtype(ml_dtypes.bfloat16)
 
 _CONTEXTS = (2048, 8192, 32768, 131072)
@@ -90,7 +90,7 @@ def make_plan(
     """Plans the model on the target.
 
     Args:
-      kv_dtype: a key of KV_DTYPES.
+      kv_dtype: a key of PLANNED_KV_DTYPES.
       may_compile: ask the compiler for the temporaries, if it is installed.
 
     Raises:
@@ -100,7 +100,7 @@ def make_plan(
     if target.peaks is None:
         raise TargetError("a plan needs a described machine; cpu has neither rates nor memory")
     assumptions = assumptions or Assumptions()
-    kept = KV_DTYPES[kv_dtype]
+    kept = PLANNED_KV_DTYPES[kv_dtype]
     shapes = shapes_for(config, target, ACTIVATIONS, kept, limits)
     memory = measure(config, target, shapes, ACTIVATIONS, kept, may_compile=may_compile)
     roofline = Roofline(config, ACTIVATIONS, kept, target.peaks, target.num_devices, assumptions)
@@ -116,19 +116,14 @@ def make_plan(
         decode=table(shapes.decode_buckets, lengths, roofline.decode),
         prefill=table((chunk,), lengths, roofline.prefill),
         refusal=refuse(config, target, memory, limits, shapes.page_size, ACTIVATIONS, kept),
-        notes=[*_memory_notes(memory, kv_dtype), *assumptions.sentences(config.is_fp8)],
+        notes=[_memory_note(memory), *assumptions.sentences(config.is_fp8)],
     )
 
 
-def _memory_notes(memory: Memory, kv_dtype: str) -> list[str]:
-    notes = [
-        "Temporaries are the compiler's, of the largest prefill and decode step."
-        if memory.is_compiled
-        else "Temporaries are an estimate of the reference operations; with the extra aot they are "
-        "the compiler's."
-    ]
-    if kv_dtype == "fp8":
-        notes.append(
-            "The engine keeps bf16 keys and values today; an FP8 cache is planned for only."
-        )
-    return notes
+def _memory_note(memory: Memory) -> str:
+    if memory.is_compiled:
+        return "Temporaries are the compiler's, of the largest prefill and decode step."
+    return (
+        "Temporaries are an estimate of the reference operations; with the extra aot they are the "
+        "compiler's."
+    )

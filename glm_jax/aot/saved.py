@@ -27,7 +27,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.model import abstract_weights
 from glm_jax.runner import Bucket, Programs, buckets, compile_steps, lower_cache
 from glm_jax.shapes import StepShapes
-from glm_jax.steps import COMPILER_OPTIONS, Slots
+from glm_jax.steps import COMPILER_OPTIONS, DEFAULT_OPTIONS, Slots, StepOptions
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -58,7 +58,11 @@ class SavedEngine:
 
 
 def manifest_of(
-    config: ModelConfig, mesh: Mesh, dtype: np.dtype, limits: Mapping[str, int]
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: np.dtype,
+    limits: Mapping[str, int],
+    options: StepOptions = DEFAULT_OPTIONS,
 ) -> dict[str, Any]:
     """Everything that must be the same where steps are compiled and where they run."""
     device = mesh.devices.flat[0]
@@ -68,6 +72,8 @@ def manifest_of(
         "model": asdict(config),
         "dtype": np.dtype(dtype).name,
         "limits": dict(limits),
+        "kv_cache_dtype": np.dtype(dtype if options.kv_dtype is None else options.kv_dtype).name,
+        "allow_reference_ops": options.kernels.allow_reference,
         "devices": mesh.size,
         "device_kind": device.device_kind,
         "host": _host() if device.platform == "cpu" else "any",
@@ -112,6 +118,7 @@ def build(
     dtype: np.dtype,
     limits: Mapping[str, int],
     directory: Path,
+    options: StepOptions = DEFAULT_OPTIONS,
     *,
     on_compiled: Callable[[Bucket, float], object],
     num_workers: int,
@@ -127,12 +134,13 @@ def build(
     is_ours = (directory / _MANIFEST).is_file()
     if directory.exists() and not is_ours and (directory.is_file() or any(directory.iterdir())):
         raise EngineMismatchError(f"{directory} holds other things than an engine; choose another")
-    zeros = lower_cache(config, shapes, mesh, dtype).compile()
+    zeros = lower_cache(config, shapes, mesh, dtype, options).compile()
     programs = compile_steps(
-        config, shapes, mesh, dtype, on_compiled=on_compiled, num_workers=num_workers
+        config, shapes, mesh, dtype, options, on_compiled=on_compiled, num_workers=num_workers
     )
     named = {_file_of(bucket): program for bucket, program in programs.items()} | {_ZEROS: zeros}
-    manifest = manifest_of(config, mesh, dtype, limits) | {"shapes": asdict(shapes), "steps": {}}
+    manifest = manifest_of(config, mesh, dtype, limits, options)
+    manifest |= {"shapes": asdict(shapes), "steps": {}}
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".engine-") as work:
         made = Path(work) / "made"
@@ -151,7 +159,12 @@ def build(
 
 
 def load(
-    config: ModelConfig, mesh: Mesh, dtype: np.dtype, limits: Mapping[str, int], directory: Path
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: np.dtype,
+    limits: Mapping[str, int],
+    directory: Path,
+    options: StepOptions = DEFAULT_OPTIONS,
 ) -> SavedEngine:
     """Loads the engine for exactly this model, machine, software and these limits.
 
@@ -167,7 +180,7 @@ def load(
         ) from None
     except ValueError as error:
         raise EngineMismatchError(f"{directory / _MANIFEST} is not readable: {error}") from None
-    wanted = manifest_of(config, mesh, dtype, limits)
+    wanted = manifest_of(config, mesh, dtype, limits, options)
     if differences := _differences(saved, wanted):
         raise EngineMismatchError(
             f"the engine in {directory} is for something else: {'; '.join(differences)}; build it "
