@@ -1,0 +1,139 @@
+"""Decode attention against its reference, with what no query may see filled with NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import ops
+from glm_jax.fp8 import FP8, quantize_rows
+from glm_jax.pallas import decode_attention
+from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.decode_attention import HEAD_DIM, TuningConfig
+from tests.pallas.compiled import Program, compile_programs, needs_compiler
+
+CHIP = Chip("sm90", 132)
+LAYERS = 2
+SMALL = TuningConfig(split_size=128, tile_size=64, stages=2)
+
+
+def some_step(
+    seed: int, positions: list[list[int]], kv_heads: int, groups: int, page_size: int, dtype
+) -> tuple[jax.Array, ...]:
+    """Arguments of attend; pages hold NaN wherever no sequence's positions are."""
+    rng = np.random.default_rng(seed)
+    num_rows, num_tokens = len(positions), len(positions[0])
+    per_sequence = max(max(row) for row in positions) // page_size + 2
+    num_pages = num_rows * per_sequence + 1
+    table = rng.permutation(num_pages)[: num_rows * per_sequence].reshape(num_rows, -1)
+    heads = (num_rows, num_tokens, kv_heads, groups, HEAD_DIM)
+    is_owned = np.zeros((num_pages, page_size), bool)
+    for pages, row in zip(table, positions, strict=True):
+        for position in range(max(row) + 1):
+            is_owned[pages[position // page_size], position % page_size] = True
+    shape = (LAYERS, num_pages, kv_heads, page_size, HEAD_DIM)
+    k, v = (
+        jnp.asarray(
+            np.where(is_owned[None, :, None, :, None], rng.normal(size=shape), np.nan), jnp.float32
+        ).astype(dtype)
+        for _ in range(2)
+    )
+    q = jnp.asarray(rng.normal(size=heads, scale=2.0), jnp.float32).astype(jnp.bfloat16)
+    integers = (jnp.asarray(x, jnp.int32) for x in (seed % LAYERS, table, positions))
+    return q, k, v, *integers
+
+
+def assert_as_close_as_rounding(got: jax.Array, wanted: jax.Array) -> None:
+    # The reference rounds shares to bfloat16 unnormalized; two bits of the largest answer.
+    expected = np.asarray(wanted, np.float32)
+    atol = 2**-7 * np.abs(expected).max(initial=0.0)
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=2**-7, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("seed", "positions", "kv_heads", "groups", "page_size", "dtype"),
+    [
+        (0, [[0], [-1], [130]], 1, 12, 64, FP8),
+        (1, [[127]], 2, 12, 32, jnp.bfloat16),
+        (2, [[62, 63, 64, -1]], 1, 3, 8, FP8),
+        (3, [[128, 129]], 1, 12, 64, jnp.bfloat16),
+    ],
+)
+def test_answers_are_the_references(seed, positions, kv_heads, groups, page_size, dtype) -> None:
+    step = some_step(seed, positions, kv_heads, groups, page_size, dtype)
+    got = decode_attention.attend(*step, chip=CHIP, config=SMALL, interpret=True)
+    assert_as_close_as_rounding(got, ops.paged_attention(*step))
+    assert not np.asarray(got, np.float32)[np.asarray(positions) < 0].any()
+
+
+def test_an_answer_does_not_depend_on_the_rows_beside_it() -> None:
+    q, k, v, layer, table, positions = some_step(4, [[70], [3]], 1, 12, 8, FP8)
+    arguments = {"chip": CHIP, "config": SMALL, "interpret": True}
+    both = decode_attention.attend(q, k, v, layer, table, positions, **arguments)
+    alone = decode_attention.attend(q[1:], k, v, layer, table[1:], positions[1:], **arguments)
+    np.testing.assert_array_equal(np.asarray(both)[1:], np.asarray(alone))
+
+
+def test_the_quantized_form_is_that_of_quantize_rows() -> None:
+    step = some_step(5, [[9], [-1]], 2, 3, 64, FP8)
+    arguments = {"chip": CHIP, "config": SMALL, "interpret": True}
+    attended = decode_attention.attend(*step, **arguments)
+    values, scale = decode_attention.attend_quantized(*step, **arguments)
+    wanted_values, wanted_scale = quantize_rows(attended.reshape(2, 2, 3 * HEAD_DIM))
+    np.testing.assert_array_equal(np.asarray(scale), np.asarray(wanted_scale)[..., 0])
+    np.testing.assert_array_equal(
+        np.asarray(values).view(np.uint8), np.asarray(wanted_values).view(np.uint8)
+    )
+
+
+def test_other_shapes_are_refused() -> None:
+    q, *rest = some_step(6, [[0]], 1, 2, 8, FP8)
+    with pytest.raises(NotImplementedError, match="head_dim="):
+        decode_attention.attend(q[..., :64], *rest, chip=CHIP)
+    step = some_step(6, [[0]], 1, 2, 24, FP8)
+    with pytest.raises(NotImplementedError, match="page_size="):
+        decode_attention.attend(*step, chip=CHIP)
+
+
+@pytest.mark.parametrize("wrong", [{"tile_size": 32}, {"split_size": 96}, {"stages": 1}])
+def test_a_config_that_cannot_be_is_the_callers_mistake(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TuningConfig(**wrong)
+
+
+def deployment_programs(chip: Chip) -> dict[str, Program]:
+    """Decode steps of one device of eight, without and with drafts to verify."""
+
+    def program(num_tokens: int, dtype) -> Program:
+        pages = jax.ShapeDtypeStruct((92, 4096, 1, 64, HEAD_DIM), dtype)
+        q = jax.ShapeDtypeStruct((64, num_tokens, 1, 12, HEAD_DIM), jnp.bfloat16)
+        integers = (
+            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (64, 128), (64, num_tokens))
+        )
+
+        def attend(*arguments):
+            # Not two programs with the same second kernel, which would be compiled once.
+            is_plain = dtype == jnp.bfloat16
+            function = decode_attention.attend if is_plain else decode_attention.attend_quantized
+            return function(*arguments, chip=chip)
+
+        return attend, (q, pages, pages, *integers)
+
+    return {
+        "float8": program(1, FP8),
+        "bfloat16": program(1, jnp.bfloat16),
+        "drafts": program(4, FP8),
+    }
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", ["b200", "h200"])
+def test_it_compiles_for_the_deployment_without_local_memory(target: str) -> None:
+    programs = compile_programs(target, deployment_programs)
+    for name, kernels in programs.items():
+        for kernel in kernels:
+            assert not kernel.uses_local_memory, f"{name}: {kernel}"
+    queries, _ = programs["float8"]
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.f16" in queries.ptx
+    # Two of them fit on a multiprocessor, so that one waits while the other computes.
+    assert queries.shared <= 113 * 1024, str(queries)
