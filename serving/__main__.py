@@ -14,11 +14,15 @@ from typing import Any
 import click
 import uvloop
 
+from serving.app import HttpOptions
+from serving.gate import Access
+from serving.operations import Profiler
 from serving.server import Address
 from serving.wiring import BuildEngine, Options, StartupError, mock_engine, run
 
 _LOG_FORMAT = "%(asctime)s %(levelname)-8s %(name)s: %(message)s"
 _COUNT = click.IntRange(min=1)
+_SECONDS = click.FloatRange(min=0)
 
 
 def option(flag: str, default: Any, type: Any, help: str, env: str | None = None, **kwargs: Any):
@@ -102,6 +106,15 @@ def main() -> None:
 @option("--mock-rate", 50.0, click.FloatRange(min=0), "Tokens per second and stream; 0: no limit.")
 @option("--tls-cert", None, _FILE, "PEM file with the certificate chain, for HTTPS.")
 @option("--tls-key", None, _FILE, "PEM file with its private key.")
+@option("--api-key", (), str, "Key that clients must send; may be repeated.", multiple=True)
+@option("--api-key-file", None, _FILE, "File with such keys, one a line.")
+@option("--cors-origin", (), str, "Origin whose pages may ask, or *.", multiple=True)
+@option("--max-body-mb", 16, _COUNT, "Megabytes of a request's body.")
+@option("--header-timeout", 30.0, _SECONDS, "Seconds for a request's head to come.")
+@option("--body-timeout", 60.0, _SECONDS, "Seconds for its body to come.")
+@option("--keep-alive", 15.0, _SECONDS, "Seconds after which a silent stream says so; 0: never.")
+@option("--access-log", False, bool, "Log every request as a line of JSON.", is_flag=True)
+@option("--profile-dir", None, _DIRECTORY, "Where /start_profile writes; without it, it is off.")
 def serve(**flags: Any) -> None:
     """Serve a model over HTTP."""
     level = flags.pop("log_level").upper()
@@ -115,17 +128,58 @@ def serve(**flags: Any) -> None:
         port=flags.pop("port"),
         certificate=flags.pop("tls_cert"),
         key=flags.pop("tls_key"),
+        header_timeout=flags.pop("header_timeout"),
     )
+    http, profiler = _http_options(flags), _profiler(flags)
     build = _engine_builder(flags.pop("mock"), flags.pop("mock_rate"))
     names = flags.pop("served_model_name")
-    options = Options(address=address, served_model_names=names, **flags)
+    options = Options(address=address, served_model_names=names, http=http, **flags)
     for name in sorted(flags):
         logging.getLogger("serving").info("%s = %s", name, flags[name])
     try:
-        code = uvloop.run(run(options, build))
+        code = uvloop.run(run(options, build, profiler))
     except StartupError as error:
         raise click.ClickException(str(error)) from error
     sys.exit(code)
+
+
+def _http_options(flags: dict[str, Any]) -> HttpOptions:
+    """Takes the flags that concern clients out of all flags."""
+    file = flags.pop("api_key_file")
+    lines = file.read_text().splitlines() if file else []
+    keys = [key.strip() for key in (*flags.pop("api_key"), *lines)]
+    is_logged = flags.pop("access_log")
+    if is_logged:
+        _log_access()
+    return HttpOptions(
+        access=Access(
+            api_keys=tuple(key for key in keys if key),
+            cors_origins=flags.pop("cors_origin"),
+            is_logged=is_logged,
+        ),
+        max_body_bytes=flags.pop("max_body_mb") * 2**20,
+        body_timeout=flags.pop("body_timeout"),
+        keep_alive=flags.pop("keep_alive"),
+    )
+
+
+def _log_access() -> None:
+    """Lines of JSON to the standard output, apart from all other logs."""
+    log = logging.getLogger("serving.access")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel("INFO")
+    log.propagate = False
+
+
+def _profiler(flags: dict[str, Any]) -> Profiler | None:
+    directory = flags.pop("profile_dir")
+    if directory is None or flags["mock"]:
+        return None
+    from serving.profiling import JaxProfiler  # JAX takes seconds, which --mock need not wait
+
+    return JaxProfiler(directory)
 
 
 def _engine_builder(mock: bool, mock_rate: float) -> BuildEngine:

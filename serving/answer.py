@@ -31,17 +31,20 @@ class Usage:
       prompt_tokens: of the prompt.
       completion_tokens: generated, the one that ended the answer included.
       reasoning_tokens: of these, those of the reasoning.
+      cached_tokens: of the prompt, those found in the cache.
     """
 
     prompt_tokens: int
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    cached_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.reasoning_tokens + other.reasoning_tokens,
+            self.cached_tokens + other.cached_tokens,
         )
 
 
@@ -53,11 +56,13 @@ class Sampled:
       token: the token id.
       logprob: its log-probability; None where there is none, as for a prompt's first token.
       top: the likeliest tokens there and their log-probabilities.
+      is_reasoning: whether it belongs to the reasoning.
     """
 
     token: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    is_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +200,17 @@ class Answer:
             self.finish = Finish("length")
             return []
         self.usage.completion_tokens += 1
-        self.usage.reasoning_tokens += reading.parser.is_reasoning
+        is_reasoning = reading.parser.is_reasoning
+        self.usage.reasoning_tokens += is_reasoning
         self.logprob += event.logprob
+        if self.usage.prompt_tokens:
+            self.usage.cached_tokens = max(self.usage.cached_tokens, event.num_cached_tokens)
         pieces: list[Piece] = []
         if ended != "stop" or reading.includes_stop:
             pieces = reading.detokenizer.push(event.token)
             if reading.keeps_tokens:
-                tokens.append(Sampled(event.token, event.logprob, event.top_logprobs))
+                sampled = Sampled(event.token, event.logprob, event.top_logprobs, is_reasoning)
+                tokens.append(sampled)
         if ended is not None:
             pieces = [*pieces, *reading.detokenizer.finish()]
         pieces = reading.stops.push(pieces)

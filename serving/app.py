@@ -1,28 +1,35 @@
-"""The routes.
+"""The routes of generation, and the application that holds all routes.
 
 Knows neither models nor engines: a service answers, this module speaks HTTP.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from quart import Quart, Response, make_response, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
-from serving import errors, formats, protocol, responses
+from serving import anthropic, errors, openai_responses, protocol, wire
+from serving.anthropic import MessagesRequest
+from serving.anthropic_replies import error_body
 from serving.errors import ApiError
 from serving.formats import Format
+from serving.gate import REFUSED, REPLY, Access, Gate
+from serving.openai_responses import ResponsesRequest
+from serving.operations import Profiler, add_operations, json_response
+from serving.pages import add_pages
 from serving.protocol import ChatRequest, CompletionRequest
 from serving.reply import Reply
 from serving.service import Service
+from serving.wire import Refused, Wire
 
 logger = logging.getLogger(__name__)
-
-MAX_BODY_BYTES = 16 * 2**20
 
 _UNEXPECTED = "The server failed on this request; its log says why."
 
@@ -33,49 +40,92 @@ _SSE_HEADERS = {
 }
 
 
-def create_app(service: Service) -> Quart:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpOptions:
+    """How the application behaves towards its clients.
+
+    Attributes:
+      access: who may ask.
+      max_body_bytes: of a request.
+      body_timeout: seconds in which a request's body must have come.
+      keep_alive: seconds after which a stream that has nothing to say says so; 0: never.
+    """
+
+    access: Access = Access()
+    max_body_bytes: int = 16 * 2**20
+    body_timeout: float = 60.0
+    keep_alive: float = 15.0
+
+
+def create_app(
+    service: Service, options: HttpOptions = HttpOptions(), profiler: Profiler | None = None
+) -> Quart:
     """The ASGI application of one service."""
-    app = Quart("serving")
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
-    _add_generation(app, service)
-    _add_models(app, service)
-    _add_health(app, service)
+    app = Quart("serving", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = options.max_body_bytes
+    app.config["BODY_TIMEOUT"] = options.body_timeout
+
+    @app.before_request
+    async def gate() -> None:
+        if refusal := request.scope.get(REFUSED):  # type: ignore[attr-defined]
+            raise refusal
+
+    _add_generation(app, service, options.keep_alive)
+    add_operations(app, service, profiler)
+    add_pages(app)
     _add_errors(app)
+    app.asgi_app = Gate(app.asgi_app, options.access)  # type: ignore[assignment]
     return app
 
 
-def _add_generation(app: Quart, service: Service) -> None:
-    @app.post("/v1/completions")
-    async def completions() -> Response:
-        return await _generate(service, CompletionRequest, service.complete)
+@dataclass(frozen=True, slots=True)
+class Route[Body: Wire]:
+    """How one endpoint generates.
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions() -> Response:
-        return await _generate(service, ChatRequest, service.chat)
+    Attributes:
+      kind, refused: the request's body.
+      begin: what the service does with it.
+    """
+
+    kind: type[Body]
+    refused: Refused
+    begin: Callable[..., Awaitable[tuple[Reply, Format]]]
 
 
-async def _generate[Body: protocol.GenerationRequest](
-    service: Service,
-    kind: type[Body],
-    begin: Callable[..., Awaitable[tuple[Reply, Format]]],
-) -> Response:
+def _add_generation(app: Quart, service: Service, keep_alive: float) -> None:
+    routes = {
+        "/v1/completions": Route(CompletionRequest, protocol.REFUSED_COMPLETION, service.complete),
+        "/v1/chat/completions": Route(ChatRequest, protocol.REFUSED_CHAT, service.chat),
+        "/v1/responses": Route(ResponsesRequest, openai_responses.REFUSED, service.respond),
+        "/v1/messages": Route(MessagesRequest, anthropic.REFUSED, service.messages),
+    }
+
+    async def generate() -> Response:
+        return await _generate(service, routes[request.path], keep_alive)
+
+    for path in routes:
+        app.add_url_rule(path, path, generate, methods=["POST"])
+
+
+async def _generate(service: Service, route: Route, keep_alive: float) -> Response:
     arrived = time.monotonic()
     try:
         data = await request.get_data(cache=False, as_text=False, parse_form_data=False)
-        body = protocol.parse(kind, data)
-        reply, format = await begin(body, endpoint=request.path, arrived=arrived)
+        body = wire.parse(route.kind, data, route.refused)
+        reply, format = await route.begin(body, endpoint=request.path, arrived=arrived)
     except Exception:
         service.metrics.rejected(request.path)
         raise
+    request.scope[REPLY] = reply  # type: ignore[typeddict-unknown-key]
     if body.stream:
-        return await _stream(reply, format)
+        return await _stream(reply, format, keep_alive)
     with reply:
         choices = await reply.choices()
-    return await _json(format.whole(choices, reply.usage))
+    return await json_response(format.whole(choices, reply.usage))
 
 
-async def _stream(reply: Reply, format: Format) -> Response:
-    events = _events(reply, format)
+async def _stream(reply: Reply, format: Format, keep_alive: float) -> Response:
+    events = _events(reply, format, keep_alive)
     # Starts the generator: one that never ran could not clean up after itself if the client is
     # gone before the first event.
     await anext(events)
@@ -85,16 +135,22 @@ async def _stream(reply: Reply, format: Format) -> Response:
     return response
 
 
-async def _events(reply: Reply, format: Format) -> AsyncGenerator[bytes]:
+async def _events(reply: Reply, format: Format, keep_alive: float) -> AsyncGenerator[bytes]:
+    pulse = Pulse(reply, keep_alive)
     try:
-        with reply:
+        with reply, pulse:
             yield b""
-            if first := format.first_events():
+            if first := format.first_events(reply.usage):
                 yield first
             async with aclosing(reply.parts()) as parts:
                 async for index, part in parts:
-                    if events := format.part_events(index, part, reply.usage):
+                    events = format.part_events(index, part, reply.usage)
+                    if events:
+                        pulse.beat()
                         yield events
+                    elif pulse.is_due:
+                        pulse.beat()
+                        yield format.keep_alive
             yield format.last_events(reply.usage)
     except ApiError as error:
         yield format.error_events(error)
@@ -103,66 +159,74 @@ async def _events(reply: Reply, format: Format) -> AsyncGenerator[bytes]:
         yield format.error_events(errors.internal(_UNEXPECTED))
 
 
-def _add_models(app: Quart, service: Service) -> None:
-    def model(name: str) -> dict[str, object]:
-        return responses.model_object(name, service.created, service.limits.max_seq_len)
+class Pulse:
+    """Wakes a stream that has been silent for too long; one timer per interval, not per event."""
 
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return await _json({"object": "list", "data": list(map(model, service.model_names))})
+    def __init__(self, reply: Reply, seconds: float) -> None:
+        self._reply = reply
+        self._seconds = seconds
+        self._last = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
-    @app.get("/v1/models/<path:name>")
-    async def one_model(name: str) -> Response:
-        return await _json(model(service.model_name(name)))
+    @property
+    def is_due(self) -> bool:
+        return self._seconds > 0 and time.monotonic() - self._last >= self._seconds
 
+    def beat(self) -> None:
+        """Something was sent."""
+        self._last = time.monotonic()
 
-def _add_health(app: Quart, service: Service) -> None:
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        return await _json({"status": "ok"})
+    def __enter__(self) -> None:
+        self.beat()
+        if self._seconds:
+            self._wait(self._seconds)
 
-    @app.get("/readyz")
-    async def readyz() -> Response:
-        state = service.bridge.state
-        return await _json({"status": state}, 200 if state == "ready" else 503)
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        response = await make_response(service.metrics.exposition())
-        response.headers["content-type"] = "text/plain; version=0.0.4; charset=utf-8"
-        assert isinstance(response, Response)
-        return response
+    def _wait(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        silent = time.monotonic() - self._last
+        if silent >= self._seconds:
+            self._reply.nudge()
+            silent = 0.0
+        self._wait(self._seconds - silent)
 
 
 def _add_errors(app: Quart) -> None:
     @app.errorhandler(ApiError)
     async def api_error(error: ApiError) -> Response:
         headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-        return await _json(error.body(), error.status, headers)
+        if error.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return await _error(error, headers)
 
     @app.errorhandler(HTTPException)
     async def http_error(error: HTTPException) -> Response:
         where = f"{request.method} {errors.shorten(request.path, 200)}"
+        headers = {}
         if isinstance(error, NotFound):
             found = ApiError(404, f"Unknown request URL: {where}.", code="unknown_url")
         elif isinstance(error, MethodNotAllowed):
             methods = ", ".join(sorted(set(error.valid_methods or ()) - {"OPTIONS", "HEAD"}))
             message = f"{where} is not allowed; use {methods}."
             found = ApiError(405, message, code="method_not_allowed")
+            headers["allow"] = methods
         else:
             found = ApiError(error.code or 500, error.description or error.name)
-        return await _json(found.body(), found.status)
+        return await _error(found, headers)
 
     @app.errorhandler(Exception)
     async def unexpected(error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.path, exc_info=error)
-        return await _json(errors.internal(_UNEXPECTED).body(), 500)
+        return await _error(errors.internal(_UNEXPECTED), {})
 
 
-async def _json(
-    value: object, status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
-    response = await make_response(formats.to_json(value), status, headers or {})
-    assert isinstance(response, Response)
-    response.headers["content-type"] = "application/json"
-    return response
+async def _error(error: ApiError, headers: dict[str, str]) -> Response:
+    body = error.body()
+    if request.path.startswith("/v1/messages"):
+        body = error_body(error, request.scope.get("glm.request_id"))  # type: ignore[attr-defined]
+    return await json_response(body, error.status, headers)

@@ -83,6 +83,14 @@ def model_not_found(name: str, served: str) -> ApiError:
     return ApiError(404, message, param="model", code="model_not_found")
 
 
+def unauthorized(code: str | None) -> ApiError:
+    """The request has no API key, or with a code, none that is known."""
+    message = "You did not provide an API key: send it as 'Authorization: Bearer KEY'."
+    if code is not None:
+        message = "Incorrect API key provided."
+    return ApiError(401, message, code=code)
+
+
 def queue_full() -> ApiError:
     """Every slot and every place in the queue is taken."""
     message = "The server's queue is full; try again in a moment."

@@ -31,7 +31,7 @@ class Format(ABC):
     keep_alive: bytes = b": keep-alive\n\n"
 
     @abstractmethod
-    def first_events(self) -> bytes:
+    def first_events(self, usage: Usage) -> bytes:
         """What a stream begins with, before any token."""
 
     @abstractmethod

@@ -54,6 +54,11 @@ class Reply:
         """Tokens so far, of all answers together."""
         return sum((answer.usage for answer in self._answers), Usage(0))
 
+    @property
+    def finish_reasons(self) -> list[str | None]:
+        """How the answers have ended, in their order; None: not, or not yet."""
+        return [answer.finish and answer.finish.reason for answer in self._answers]
+
     def __enter__(self) -> Self:
         for answer in self._answers:
             self._exits.enter_context(answer)

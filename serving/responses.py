@@ -160,7 +160,7 @@ class CompletionFormat(OpenAIFormat):
         self._echoes = echoes
         self._offsets = [len(echo) for echo in echoes] or [0] * num_choices
 
-    def first_events(self) -> bytes:
+    def first_events(self, usage: Usage) -> bytes:
         return "".join(
             f"{opening}{encode_basestring_ascii(echo)}{self._close}"
             for opening, echo in zip(self._opens, self._echoes, strict=False)
@@ -209,7 +209,7 @@ class ChatFormat(OpenAIFormat):
     _chunk_kind = "chat.completion.chunk"
     _delta_field = '"delta":'
 
-    def first_events(self) -> bytes:
+    def first_events(self, usage: Usage) -> bytes:
         piece = '{"role":"assistant","content":""}'
         return "".join(f"{opening}{piece}{self._close}" for opening in self._opens).encode("ascii")
 
@@ -246,18 +246,23 @@ class ChatFormat(OpenAIFormat):
         return {"message": message}
 
     def _logprobs(self, index: int, tokens: Sequence[Sampled]) -> dict[str, Any]:
-        def entry(token: int, logprob: float | None) -> dict[str, Any]:
-            spelled = self._spell(token)
-            return {"token": token_text(spelled), "logprob": logprob, "bytes": list(spelled)}
+        return {"content": chat_logprobs(self._spell, tokens), "refusal": None}
 
-        content = [
-            {
-                **entry(sampled.token, sampled.logprob),
-                "top_logprobs": [entry(*other) for other in sampled.top],
-            }
-            for sampled in tokens
-        ]
-        return {"content": content, "refusal": None}
+
+def chat_logprobs(spell: Spell, tokens: Sequence[Sampled]) -> list[dict[str, Any]]:
+    """OpenAI's objects for tokens and their alternatives."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        spelled = spell(token)
+        return {"token": token_text(spelled), "logprob": logprob, "bytes": list(spelled)}
+
+    return [
+        {
+            **entry(sampled.token, sampled.logprob),
+            "top_logprobs": [entry(*other) for other in sampled.top],
+        }
+        for sampled in tokens
+    ]
 
 
 def _whole_call(call: ToolCall, arguments: str) -> dict[str, Any]:
@@ -283,7 +288,7 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 

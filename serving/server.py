@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from granian.constants import HTTPModes, Interfaces, SSLProtocols
+from granian.http import HTTP1Settings
 from granian.log import LogLevels
 from granian.server.embed import Server
 from quart import Quart
@@ -46,12 +47,14 @@ class Address:
     Attributes:
       host, port: the address.
       certificate, key: PEM files for TLS, both or neither.
+      header_timeout: seconds in which a request's head must have come.
     """
 
     host: str
     port: int
     certificate: Path | None = None
     key: Path | None = None
+    header_timeout: float = 30.0
 
     @property
     def url(self) -> str:
@@ -138,6 +141,7 @@ def _granian(app: Quart, address: Address) -> Server:
         port=address.port,
         interface=Interfaces.ASGI,
         http=HTTPModes.auto,
+        http1_settings=HTTP1Settings(header_read_timeout=round(1000 * address.header_timeout)),
         websockets=False,
         backlog=2048,
         backpressure=_MAX_CONNECTIONS,

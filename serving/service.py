@@ -22,12 +22,16 @@ from glm_jax.engine.request import (
 from serving import errors
 from serving.admission import GenerationDefaults, Limits, admit, prompt_too_long
 from serving.answer import Answer, Reading, Usage
+from serving.anthropic import MessagesRequest
+from serving.anthropic_replies import MessagesFormat
 from serving.bridge import Bridge, EngineStartingError, Stream
 from serving.chat import ChatTemplate, Prompt
 from serving.detokenizer import Detokenizer, StopStrings
 from serving.formats import Format
 from serving.grammars import Grammars
 from serving.metrics import Metrics
+from serving.openai_response_replies import ResponsesFormat
+from serving.openai_responses import ResponsesRequest
 from serving.parsers import ChatParser, Parser, TextParser
 from serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from serving.reply import Reply
@@ -100,7 +104,7 @@ class Service:
         Raises:
           ApiError: the request cannot be taken.
         """
-        head = self._head("cmpl", body)
+        head = self._head("cmpl-", body)
         prompts = [await self._encode(prompt, body) for prompt in body.prompt]
         grammar = await self._grammar(body, None)
         openings = [Opening(tuple(tokens), TextParser, grammar) for tokens in prompts]
@@ -124,10 +128,37 @@ class Service:
         Raises:
           ApiError: the request cannot be taken.
         """
-        head = self._head("chatcmpl", body)
+        head = self._head("chatcmpl-", body)
         reply = await self._converse(head.id, body, endpoint, arrived)
         spell = self.tokenizer.spelling
         return reply, ChatFormat(head, _wanted(body), spell, body.num_choices)
+
+    async def messages(
+        self, body: MessagesRequest, *, endpoint: str, arrived: float
+    ) -> tuple[Reply, Format]:
+        """Begins the next message of a conversation, in Anthropic's form.
+
+        Raises:
+          ApiError: the request cannot be taken.
+        """
+        chat = body.conversation(self.limits.max_new_tokens)
+        head = self._head("msg_", chat)
+        reply = await self._converse(head.id, chat, endpoint, arrived)
+        return reply, MessagesFormat(head.id, head.model)
+
+    async def respond(
+        self, body: ResponsesRequest, *, endpoint: str, arrived: float
+    ) -> tuple[Reply, Format]:
+        """Begins a response.
+
+        Raises:
+          ApiError: the request cannot be taken.
+        """
+        chat = body.chat()
+        head = self._head("resp_", chat)
+        reply = await self._converse(head.id, chat, endpoint, arrived)
+        spell = self.tokenizer.spelling
+        return reply, ResponsesFormat(head, body.echoed(), spell, body.wants_logprobs)
 
     async def prompt(self, body: ChatRequest) -> Prompt:
         """The prompt of a conversation.
@@ -181,7 +212,7 @@ class Service:
 
     def _head(self, prefix: str, body: GenerationRequest) -> Head:
         name = self.model_name(body.model)
-        return Head(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), name)
+        return Head(f"{prefix}{secrets.token_hex(16)}", int(time.time()), name)
 
     def _check_length(self, num_chars: int, param: str) -> None:
         """Refuses what cannot fit without the work of tokenizing it."""

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.mock import MockRunner
 from glm_jax.shapes import StepShapes
 from serving.admission import GenerationDefaults, Limits
-from serving.app import create_app
+from serving.app import HttpOptions, create_app
 from serving.bridge import Bridge
 from serving.chat import ChatTemplate
 from serving.grammars import Grammars
 from serving.metrics import Metrics
+from serving.operations import Profiler
 from serving.server import Address, ListenError, serve
 from serving.service import Service
 from serving.tokenizer import ModelTokenizer
@@ -48,6 +49,7 @@ class Options:
     kv_cache_dtype: str = "auto"
     allow_reference_ops: bool = False
     served_model_names: tuple[str, ...]
+    http: HttpOptions = field(default_factory=HttpOptions)
 
 
 class StartupError(Exception):
@@ -59,11 +61,12 @@ ReportPhase = Callable[[str, float], object]
 BuildEngine = Callable[[Options, ModelTokenizer, ReportPhase], Engine]
 
 
-async def run(options: Options, build_engine: BuildEngine) -> int:
+async def run(options: Options, build_engine: BuildEngine, profiler: Profiler | None = None) -> int:
     """Serves with these options; returns the process's exit code.
 
     Args:
       build_engine: called on the engine's thread, while the server already listens.
+      profiler: what /start_profile starts; None where there is none.
 
     Raises:
       StartupError: a file of the model directory, or the address, is at fault.
@@ -77,7 +80,7 @@ async def run(options: Options, build_engine: BuildEngine) -> int:
     )
     try:
         return await serve(
-            create_app(service),
+            create_app(service, options.http, profiler),
             service.bridge,
             lambda: build_engine(options, service.tokenizer, service.metrics.started),
             options.address,
