@@ -114,7 +114,7 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, shapes: StepShapes, max_queue: int, *, integrity_interval: int = 0
+        self, runner: Runner, shapes: StepShapes, max_queue: int, *, integrity_interval: int = 1000
     ) -> None:
         if max_queue < 0 or integrity_interval < 0:
             raise ValueError(f"{max_queue=} and {integrity_interval=} must not be negative")

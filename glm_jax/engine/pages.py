@@ -5,7 +5,7 @@ Knows neither sequences nor what a page holds: callers present page ids, counts 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 
@@ -96,18 +96,20 @@ class PagePool:
         Raises:
           AssertionError: a page is lost, owned by more than say so, owned and free, or misnamed.
         """
-        num_owners = Counter[int]()
+        num_owners = [0] * self.num_pages
         for pages in owned:
             assert len(pages) == len(set(pages)), f"owned twice by one: {sorted(pages)}"
-            num_owners.update(pages)
-        counted = [num_owners[page] for page in range(self.num_pages)]
-        assert counted == self._num_owners, (counted, self._num_owners)
-        free = sorted([*self._empty, *self._resting])
-        assert free == [page for page, number in enumerate(counted) if not number], free
+            for page in pages:
+                num_owners[page] += 1
+        assert num_owners == self._num_owners, (num_owners, self._num_owners)
+        free = {*self._empty, *self._resting}
+        assert len(free) == self.num_free == num_owners.count(0), (free, num_owners)
+        assert not any(num_owners[page] for page in free), (free, num_owners)
         assert not any(self._key[page] for page in self._empty), self._empty
         assert all(self._key[page] for page in self._resting), self._resting
-        named = {key: page for page, key in enumerate(self._key) if key is not None}
-        assert named == self._page, (named, self._page)
+        assert all(self._key[page] == key for key, page in self._page.items()), self._page
+        num_named = self.num_pages - self._key.count(None)
+        assert num_named == len(self._page), (num_named, self._page)
 
     def _evict(self) -> int:
         page, _ = self._resting.popitem(last=False)

@@ -99,7 +99,11 @@ class Scheduler:
         tokens = np.zeros(num_prompt + max_new_tokens, np.int32)
         tokens[:num_prompt] = request.prompt
         sequence = Sequence(
-            request=request, max_new_tokens=max_new_tokens, max_pages=max_pages, tokens=tokens
+            request=request,
+            num_prompt=num_prompt,
+            max_new_tokens=max_new_tokens,
+            max_pages=max_pages,
+            tokens=tokens,
         )
         self._extend_keys(sequence)
         return sequence
@@ -292,7 +296,7 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         """Shares the pages that dispatched steps have filled with known tokens."""
-        if sequence.slot is None:
+        if sequence.slot is None or sequence.num_published == len(sequence.keys):
             return
         num_full = min(len(sequence.keys), sequence.length // self._shapes.page_size)
         while sequence.num_published < num_full:

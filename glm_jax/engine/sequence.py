@@ -25,6 +25,7 @@ class Sequence:
 
     Attributes:
       request: what the client asked.
+      num_prompt: tokens of the prompt.
       max_new_tokens: completion tokens at most, after capping to the longest sequence.
       max_pages: pages that the longest possible outcome fills.
       tokens: int32[prompt and longest completion]; its first num_tokens are known.
@@ -43,6 +44,7 @@ class Sequence:
     """
 
     request: Request
+    num_prompt: int
     max_new_tokens: int
     max_pages: int
     tokens: NDArray[np.int32]
@@ -62,11 +64,6 @@ class Sequence:
     def rank(self) -> tuple[int, int]:
         """Who goes first: the lower."""
         return self.request.priority, self.arrival
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt)
 
     @property
     def num_tokens(self) -> int:
