@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,19 @@ _SEED_STEP = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much one request may ask for, in tokens.
+    """How much one request may ask for, in tokens, and how long it may wait.
 
     Attributes:
       max_seq_len: prompt and completion together.
       max_prompt_tokens: the prompt.
       max_new_tokens: the completion.
+      max_queue_seconds: until it must have begun; None: it waits for as long as it takes.
     """
 
     max_seq_len: int
     max_prompt_tokens: int
     max_new_tokens: int
+    max_queue_seconds: float | None = None
 
     @property
     def longest_prompt(self) -> int:
@@ -111,6 +114,7 @@ def admit(
     if min_tokens > max_new_tokens:
         message = f"Invalid 'min_tokens': {min_tokens} is more than the {max_new_tokens} allowed."
         raise errors.invalid("min_tokens", message)
+    wait = limits.max_queue_seconds
     return Request(
         id=id,
         prompt=tuple(prompt),
@@ -132,6 +136,7 @@ def admit(
         constraint=constraint,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
+        deadline=None if wait is None else time.monotonic() + wait,
     )
 
 

@@ -125,7 +125,7 @@ class Answer:
       logprob: of all that was sampled so far, together.
 
     Raises, while iterating:
-      ApiError: 500, the engine failed.
+      ApiError: 500, the engine failed; 503, it did not begin in time.
     """
 
     def __init__(
@@ -192,6 +192,8 @@ class Answer:
 
     def _take(self, event: TokenEvent, tokens: list[Sampled]) -> list[Delta]:
         """The deltas of one token; sets finish if it is the last."""
+        if event.finish_reason == "timeout":
+            raise errors.queue_timeout()
         if event.token is None:
             cause = event.error or "the server ended the request"
             raise errors.internal(f"The engine failed: {cause}.")

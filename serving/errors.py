@@ -97,6 +97,12 @@ def queue_full() -> ApiError:
     return ApiError(429, message, type="rate_limit_error", code="slow_down", retry_after=1)
 
 
+def queue_timeout() -> ApiError:
+    """The request waited for as long as it may, and had not begun."""
+    message = "The server is overloaded: the request did not begin in the time it may wait."
+    return unavailable(message, "queue_timeout")
+
+
 def unavailable(message: str, code: str, retry_after: int = 5) -> ApiError:
     """The server takes no requests now."""
     return ApiError(

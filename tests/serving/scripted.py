@@ -24,7 +24,7 @@ from glm_jax.engine.request import (
     TokenEvent,
 )
 from serving.admission import GenerationDefaults, Limits
-from serving.bridge import Bridge, Deliver
+from serving.bridge import Bridge, Deliver, Engine, Engine
 from serving.chat import ChatTemplate
 from serving.grammars import Grammars
 from serving.metrics import Metrics
@@ -135,7 +135,7 @@ class ScriptedEngine:
 
 @asynccontextmanager
 async def scripted_service(
-    engine: ScriptedEngine, model_dir: Path, *, limits: Limits = LIMITS
+    engine: Engine, model_dir: Path, *, limits: Limits = LIMITS
 ) -> AsyncIterator[Service]:
     """A service on this engine, its thread running."""
     bridge = Bridge()
