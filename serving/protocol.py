@@ -153,6 +153,7 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: list[str | list[int]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     add_special_tokens: bool = True
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -176,7 +177,13 @@ class CompletionRequest(GenerationRequest):
         return value
 
     @model_validator(mode="after")
-    def _check_candidates(self) -> Self:
+    def _check_fields_that_go_together(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            message = "Invalid 'max_tokens': without echo there must be a token at least."
+            raise errors.invalid("max_tokens", message)
+        if self.echo and self.logprobs is not None:
+            message = "'echo' with logprobs is not supported: leave one of them out."
+            raise errors.unsupported("echo", message)
         if self.best_of is not None and self.best_of < self.num_choices:
             raise errors.invalid("best_of", "Invalid 'best_of': it must be at least n.")
         if self.stream and self.num_candidates > self.num_choices:
