@@ -76,6 +76,13 @@ def main() -> None:
 @option("--num-gpus", 8, _COUNT, "Devices of the mesh; on CPU as many of them as exist.")
 @option("--log-level", "INFO", _LEVELS, "Least severity that is logged.")
 @option("--queue-size", 256, click.IntRange(min=0), "Requests that may wait for a slot.")
+@option("--queue-timeout", 0.0, _SECONDS, "Seconds a request may wait to begin; 0: no limit.")
+@option(
+    "--integrity-interval",
+    1000,
+    click.IntRange(min=0),
+    "Steps between two checks of the account of slots and pages; 0: never.",
+)
 @option(
     "--load-format",
     "auto",

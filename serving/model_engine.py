@@ -104,7 +104,9 @@ def _build(options: Options, tokenizer: ModelTokenizer, report: ReportPhase) -> 
             runner = Runner(config, shapes, mesh, dtype, weights, programs.result(), zeros, how)
         with _timed(report, "warm_up"):
             runner.warm_up()
-    return Engine(runner, shapes, options.queue_size)
+    return Engine(
+        runner, shapes, options.queue_size, integrity_interval=options.integrity_interval
+    )
 
 
 def _limits(options: Options) -> dict[str, int]:

@@ -46,6 +46,8 @@ class Options:
     num_gpus: int
     queue_size: int
     load_format: str
+    queue_timeout: float = 0.0
+    integrity_interval: int = 1000
     kv_cache_dtype: str = "auto"
     allow_reference_ops: bool = False
     served_model_names: tuple[str, ...]
@@ -102,6 +104,7 @@ def _service(options: Options) -> Service:
             max_seq_len=options.max_seq_len,
             max_prompt_tokens=options.max_prompt_tokens,
             max_new_tokens=options.max_new_tokens,
+            max_queue_seconds=options.queue_timeout or None,
         ),
         grammars=Grammars(tokenizer, defaults.stop_token_ids),
         defaults=defaults,
@@ -125,7 +128,9 @@ def mock_engine(
         # Text only, so that an answer ends where its request says.
         tokens=range(min(tokenizer.control_tokens.values())),
     )
-    return Engine(runner, shapes, options.queue_size)
+    return Engine(
+        runner, shapes, options.queue_size, integrity_interval=options.integrity_interval
+    )
 
 
 def mock_shapes(options: Options, vocab_size: int) -> StepShapes:
