@@ -20,9 +20,15 @@ from glm_jax.ops import HeadNorms, Rows
 
 
 class Pages(NamedTuple):
-    """Attends over the cache, after this step's keys and values are stored there."""
+    """Attends over the cache, after this step's keys and values are stored there.
+
+    Attributes:
+      table: the pages of each row, in order.
+      rotary: what the layers of a step share, from Attention.prepare.
+    """
 
     table: Int32[Array, "B P"]
+    rotary: Float[Array, "B T 2 half"] | None = None
 
 
 # (layer, q [B, T, K, G, H], k [B, T, K, H], v, cache) -> (attended [B, T, K, G, H], cache)
@@ -80,6 +86,13 @@ class Attention(nnx.Module):
         self.query_groups = groups
         self.rotary = (config.rms_norm_eps, config.rotary_dim, config.rope_theta)
 
+    def prepare(self, attend: Attend, positions: Int32[Array, "B T"]) -> Attend:
+        """attend, with what depends on positions alone; to be made once, outside the layers."""
+        if not isinstance(attend, Pages):
+            return attend
+        rotary = self.kernels.rotary_table(positions, *self.rotary[1:])
+        return attend._replace(rotary=rotary)
+
     def __call__(
         self,
         rows: Rows,
@@ -115,7 +128,7 @@ class Attention(nnx.Module):
     ) -> tuple[Rows, KVCache]:
         assert cache is not None, "pages are those of a cache"
         norms, table = self._norms(), pages.table
-        q, cache = self.kernels.write(qkv, norms, positions, table, layer, cache)
+        q, cache = self.kernels.write(qkv, norms, positions, table, layer, cache, pages.rotary)
         attended = self.kernels.attend(q, cache, layer, table, positions, is_fp8=self.is_fp8)
         return attended, cache
 

@@ -15,7 +15,7 @@ from glm_jax.attention import attend_causal
 from glm_jax.config import ModelConfig
 from glm_jax.model import Trace, Weights, abstract_model, abstract_weights, bind
 from glm_jax.sharding import partition_spec
-from glm_jax.steps import COMPILER_OPTIONS
+from glm_jax.steps import compiler_options
 
 
 class Forward(NamedTuple):
@@ -54,4 +54,4 @@ def forward_function(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> jax.s
         out_specs=PartitionSpec(),
         check_vma=False,
     )
-    return jax.jit(sharded, compiler_options=COMPILER_OPTIONS)
+    return jax.jit(sharded, compiler_options=compiler_options(mesh))

@@ -155,6 +155,14 @@ class Kernels:
         """silu(gate) * up, made ready for a row-parallel layer of so many groups."""
         return ops.as_rows(ops.gated_silu(gate_up), is_fp8=is_fp8, num_groups=num_groups)
 
+    def rotary_table(
+        self, positions: Int32[Array, "B T"], rotary_dim: int, theta: float
+    ) -> Float[Array, "B T 2 half"] | None:
+        """What every layer's write can share; None where the reference computes it anew."""
+        if (self.interpreted or chip_in_trace()) is None:
+            return None
+        return kv_write.rotary_table(positions, rotary_dim, theta)
+
     def write(
         self,
         qkv: Float[Array, "B T K G2 H"],
@@ -163,8 +171,13 @@ class Kernels:
         page_table: Int32[Array, "B P"],
         layer: Layer,
         cache: KVCache,
+        rotary: Float[Array, "B T 2 half"] | None,
     ) -> tuple[Float[Array, "B T K G H"], KVCache]:
-        """Norms and rotates heads, stores keys and values in the pages; returns the queries."""
+        """Norms and rotates heads, stores keys and values in the pages; returns the queries.
+
+        Args:
+          rotary: of the positions, as rotary_table makes it.
+        """
 
         def kernel(chip: Chip) -> tuple[Array, KVCache]:
             q, k_pages, v_pages = kv_write.write(
@@ -178,6 +191,7 @@ class Kernels:
                 eps=norms.eps,
                 rotary_dim=norms.rotary_dim,
                 theta=norms.theta,
+                table=rotary,
                 chip=chip,
                 interpret=self._interprets,
             )
@@ -205,10 +219,11 @@ class Kernels:
         def kernel(chip: Chip) -> Rows:
             if num_tokens > 1:
                 raise NotImplementedError(f"{num_tokens=} a row")
-            values, scale = decode_attention.attend(
-                q, *cache, layer, page_table, positions, output="quantized", chip=chip,
-                interpret=self._interprets,
-            )  # fmt: skip
+            pages = (cache.k, cache.v, layer, page_table, positions)
+            on = {"chip": chip, "interpret": self._interprets}
+            if not is_fp8:
+                return Rows(decode_attention.attend(q, *pages, **on).reshape(num_rows, -1))
+            values, scale = decode_attention.attend_quantized(q, *pages, **on)
             return Rows(None, values.reshape(num_rows, -1), scale)
 
         def reference() -> Rows:

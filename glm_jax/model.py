@@ -148,6 +148,7 @@ class Glm4Moe(nnx.Module):
         that carried each layer's weights as its input would copy them.
         """
         layers, num_dense = self.layers, self.layers.num_dense
+        attend = layers.self_attn.prepare(attend, positions)
 
         def run(
             is_dense: bool, carry: Carry, layer: Array

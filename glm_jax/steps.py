@@ -26,13 +26,32 @@ from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import WeightSpec, partition_spec, sharding_for
 
 # An answer must not depend on how its step was fused, that is on the bucket and the mesh.
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, Any] = {
     # XLA may otherwise skip a rounding that the program asks for, in one fusion but not in another.
     "xla_allow_excess_precision": False,
     # On CPU, YNNPACK serves the products, whose rows it keeps apart, and nothing else: its reductions
     # change a row's bits with the rows beside it (jaxlib 0.12.0.1, prefill of 2 rows against 16).
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
+# On GPUs a decode step is one graph, launched once: its loop over the layers too, which the graph holds
+# unrolled, so that a layer costs a compilation once and nothing of the host ever.
+_IN_GRAPHS = ["FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "CONDITIONAL", "WHILE",
+              "DYNAMIC_SLICE_FUSION"]  # fmt: skip
+GPU_COMPILER_OPTIONS: dict[str, Any] = {
+    "xla_allow_excess_precision": False,
+    "xla_gpu_command_buffer_unroll_loops": True,
+    # A piece too small for a graph would split the rest.
+    "xla_gpu_graph_min_graph_size": 1,
+}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """XLA's options for a step on the mesh."""
+    if mesh.devices.flat[0].platform != "gpu":
+        return COMPILER_OPTIONS
+    # Before 0.12, sums over devices could not be in a graph, and the option had no word for them.
+    sums = ["COLLECTIVES_KERNEL", "COLLECTIVES"] if jax.__version_info__ >= (0, 12) else []
+    return GPU_COMPILER_OPTIONS | {"xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS + sums)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +305,7 @@ def step_function(
         out_specs=(cache_specs, slot_specs, replicated),
         check_vma=False,
     )
-    return jax.jit(sharded, donate_argnums=(1, 2), compiler_options=COMPILER_OPTIONS)
+    return jax.jit(sharded, donate_argnums=(1, 2), compiler_options=compiler_options(mesh))
 
 
 def lower(

@@ -27,7 +27,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.model import abstract_weights
 from glm_jax.runner import Bucket, Programs, buckets, compile_steps, lower_cache
 from glm_jax.shapes import StepShapes
-from glm_jax.steps import COMPILER_OPTIONS, DEFAULT_OPTIONS, Slots, StepOptions
+from glm_jax.steps import DEFAULT_OPTIONS, Slots, StepOptions, compiler_options
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -79,7 +79,7 @@ def manifest_of(
         "host": _host() if device.platform == "cpu" else "any",
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
-        "compiler_options": COMPILER_OPTIONS,
+        "compiler_options": compiler_options(mesh),
         "xla_flags": sorted(flag for flag in flags if not _HARMLESS_FLAGS.fullmatch(flag)),
         "source": _source_digest(),
     }

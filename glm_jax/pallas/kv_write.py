@@ -56,6 +56,7 @@ def write[Pages: (jax.Array, jax.Ref)](
     rotary_dim: int,
     theta: float,
     chip: Chip,
+    table: BFloat16[Array, "B T 2 half"] | None = None,
     interpret: bool = False,
 ) -> tuple[BFloat16[Array, "B T K G H"], Pages, Pages]:
     """Norms and rotates queries and keys, and stores keys and values at each row's positions.
@@ -66,7 +67,7 @@ def write[Pages: (jax.Array, jax.Ref)](
 
     The heads of `qkv` are the G queries, then the key, then the value. What comes back for a query at
     position -1 is of no use. Sines and cosines depend on positions alone, so they are XLA's, outside
-    of the kernel: one table for all layers of a step, once XLA has merged what is the same.
+    of the kernel: `table` is what rotary_table makes, once for all layers of a step.
 
     Raises:
       NotImplementedError: the head is not 128 wide, or half of the rotary width no multiple of 32.
@@ -83,7 +84,8 @@ def write[Pages: (jax.Array, jax.Ref)](
     norms = () if q_norm is None else (q_norm, k_norm)
     cache = k_pages.dtype, k_pages.shape[3]
     kernel = _kernel(qkv.shape, *cache, rotary_dim, eps, bool(norms), interpret)
-    table = rotary_table(positions, rotary_dim, theta)
+    if table is None:
+        table = rotary_table(positions, rotary_dim, theta)
     layers = jnp.asarray(layer, jnp.int32).reshape(1)
     operands = (qkv, table, positions.reshape(-1), page_table, layers)
     if isinstance(k_pages, jax.Array):
