@@ -92,7 +92,7 @@ def matmul(
             rows = pl.ds(place.row, config.rows * config.warpgroups)
             plgpu.copy_gmem_to_smem(
                 x_scale_ref.at[pl.ds(place.token, config.tokens)],
-                scratch["x_scales"].at[slot],
+                scratch["x_scales"].at[slot, pl.ds(0, config.tokens)],
                 barrier,
             )
             plgpu.copy_gmem_to_smem(
@@ -104,19 +104,20 @@ def matmul(
                 )
 
         def finish(
-            place: _Place, slot: jax.Array, warpgroup: jax.Array, products: list[jax.Array]
-        ) -> None:
-            shape = (config.rows, config.tokens)
+            slot: jax.Array, warpgroup: jax.Array, first: int, products: list[jax.Array]
+        ) -> jax.Array:
+            [out] = products
             mine = pl.ds(warpgroup * config.rows, config.rows)
-            x_scales = scratch["x_scales"][slot]
+            x_scales = scratch["x_scales"][slot, pl.ds(first, out.shape[1])]
             row_scales = scratch["row_scales"][slot, mine]
-            out = products[0] * lax.broadcast_in_dim(x_scales, shape, (1,))
-            out = out * lax.broadcast_in_dim(row_scales, shape, (0,))
+            out = out * lax.broadcast_in_dim(x_scales, out.shape, (1,))
+            out = out * lax.broadcast_in_dim(row_scales, out.shape, (0,))
             if biases:
                 added = scratch["biases"][slot, mine].astype(jnp.float32)
-                out = out + lax.broadcast_in_dim(added, shape, (0,))
-            staged = scratch["staged"].at[warpgroup]
-            fp8_product.stage(staged, out)
+                out = out + lax.broadcast_in_dim(added, out.shape, (0,))
+            return out
+
+        def send(place: _Place, warpgroup: jax.Array, staged: Any) -> None:
             row = place.row + warpgroup * config.rows
             fp8_product.send(config, staged, out_ref, place.token, row)
 
@@ -127,6 +128,7 @@ def matmul(
             fetch=fetch,
             fetch_scales=fetch_scales,
             finish=finish,
+            send=send,
         )
         fp8_product.stream(chip, config, num_ctas, streams, scratch)
 
@@ -138,12 +140,11 @@ def matmul(
         num_copies=2,
         num_scale_copies=2 + (bias is not None),
     )
-    scratch["x_scales"] = plgpu.SMEM((SCALE_SLOTS, config.tokens), jnp.float32)
+    scratch["x_scales"] = fp8_product.token_scales(config)
     rows = config.rows * config.warpgroups
     scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, rows), jnp.float32)
     if bias is not None:
         scratch["biases"] = plgpu.SMEM((SCALE_SLOTS, rows), jnp.bfloat16)
-    scratch["staged"] = fp8_product.staging(config)
     kernel = fp8_product.launch(
         body,
         name="dense_matmul",

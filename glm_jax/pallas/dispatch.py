@@ -64,9 +64,10 @@ def dispatch(
     num_tokens, num_choices = experts.shape
     tile = tile or default_tile(num_tokens)
     tiles = max_tiles(num_tokens, num_choices, num_local, tile)
+    local_experts = jnp.arange(num_local, dtype=jnp.int32)
     local = experts - first_expert
     is_local = (local >= 0) & (local < num_local)
-    picked = (local[:, :, None] == jnp.arange(num_local)).any(1).astype(jnp.int32)
+    picked = (local[:, :, None] == local_experts[None, None]).any(1).astype(jnp.int32)
     before = jnp.cumsum(picked, axis=0) - picked
     tile_ends = jnp.cumsum(pl.cdiv(picked.sum(0), jnp.int32(tile)))
     first_rows = jnp.concatenate([jnp.zeros(1, jnp.int32), tile_ends[:-1]]) * tile

