@@ -100,8 +100,8 @@ def test_decode_buckets_end_with_the_most_sequences(
         (40, 16, (2,)),
         (64, 16, (4,)),
         (100, 16, (4, 6)),
-        (512, 16, (4, 32)),
-        (10**6, 16, (4, 32)),
+        (256, 16, (4, 16)),
+        (10**6, 16, (4, 16)),
     ],
 )
 def test_prefill_takes_no_more_tokens_than_the_limit(
@@ -139,7 +139,7 @@ def test_eight_gpus_hold_glm_4_7_and_a_million_positions() -> None:
     per_device = shapes.num_pages * page_bytes(glm_4_7(), shapes.page_size, BF16) // 8
     assert per_device + weight_bytes(glm_4_7(), BF16, 8) < 0.9 * 139 * GIB
     assert shapes.prefill_budget == 8192 and shapes.prefill_tile == 128
-    assert shapes.prefill_buckets == (1, 4, 16, 64)
+    assert shapes.prefill_buckets == (1, 4, 8, 16, 24, 32, 48, 64)
     assert shapes.decode_buckets[0] == 1 and shapes.decode_buckets[-1] == 1024
 
 
