@@ -16,6 +16,8 @@ READY := $(call ready,$(EXTRAS))
 # With the compiler for GPUs that are not there, which exists for Linux only.
 AOT := $(if $(filter Linux,$(shell uname -s)),aot)
 READY_AOT := $(call ready,$(EXTRAS) $(AOT))
+# With the clients that ask the server in its tests besides.
+READY_TEST := $(call ready,$(EXTRAS) $(AOT) clients)
 
 .DEFAULT_GOAL := help
 .PHONY: help env serve plan test check format lock tree nano clean
@@ -31,10 +33,10 @@ serve: $(READY) ## serve the bundled model on port 5000; MODEL_DIR=, PORT= and A
 plan: $(READY_AOT) ## the full model on eight B200, with no GPU; ARGS="--target h200x8" asks for another
 	$(RUN) -m glm_jax.aot plan $(ARGS)
 
-test: $(READY_AOT) ## run the tests, on the CPU; ARGS="-k name" narrows them
+test: $(READY_TEST) ## run the tests, on the CPU; ARGS="-k name" narrows them
 	$(RUN) -m pytest $(ARGS)
 
-check: $(READY) ## lint, formatting, types, import order, file lengths
+check: $(READY_TEST) ## lint, formatting, types, import order, file lengths
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) -m pyright
@@ -68,7 +70,8 @@ clean: ## remove the environment and everything that was built
 # Hashes are demanded of every package, so the project itself is installed in a step of its own.
 # Bytecode is left to the first import: most of what is installed is never imported.
 $(READY_AOT): override EXTRAS += $(AOT)
-$(sort $(READY) $(READY_AOT)): constraints.txt pyproject.toml
+$(READY_TEST): override EXTRAS += $(AOT) clients
+$(sort $(READY) $(READY_AOT) $(READY_TEST)): constraints.txt pyproject.toml
 	@if [ ! -x $(RUN) ]; then \
 	  python=$$(.ci/find-python) || exit 1; \
 	  echo "making the environment in $(VENV) with $$python"; \
