@@ -23,6 +23,7 @@ from rich.console import Console
 
 from serving.bench import chart, prompts, report
 from serving.bench.client import Target
+from serving.bench.commands import decode_command, frontend_command, startup_command
 from serving.bench.launch import LaunchedServer, ServerError, launched
 from serving.bench.live import ProgressBar
 from serving.bench.load import Load
@@ -247,6 +248,9 @@ def _exit_code(summaries: Sequence[Summary]) -> int:
         return 130 if given_up in ("SIGINT", "SIGTERM") else 3
     return int(any(summary["errors"] for summary in summaries))
 
+
+for command in (startup_command, frontend_command, decode_command):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main(prog_name="python -m serving.bench")

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -338,7 +339,7 @@ def test_the_servers_counters_are_read_under_the_usual_names():
 
 
 def test_counts_that_disagree_with_the_servers_are_told():
-    summary = {"requests": 1, "completed": 1, "input_tokens": 5, "output_tokens": 8}
+    summary: dict[str, Any] = {"requests": 1, "completed": 1, "input_tokens": 5, "output_tokens": 8}
     summary["server"] = {"input_tokens": 5, "output_tokens": 9}
     assert list(differences(summary)) == ["output_tokens: the client received 8, the server counts 9"]  # fmt: skip
     assert not list(differences({**summary, "requests": 2}))

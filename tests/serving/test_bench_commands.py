@@ -1,0 +1,104 @@
+"""The benchmark's other measurements, each small: the start, the front end's ceiling, the engine alone."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from serving.bench import frontend, startup
+from serving.bench.__main__ import main
+from serving.bench.decode import Bench, EngineFailedError
+from serving.bridge import Deliver
+from tests.serving.live import ROOT
+from tests.serving.model_dir import write_model_dir
+from tests.serving.scripted import ScriptedEngine
+
+NANO = ROOT / "checkpoints" / "nano"
+
+
+@pytest.fixture(scope="module")
+def mock_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def result_of(tmp_path: Path, *arguments: str, expected: int = 0) -> dict:
+    path = tmp_path / "result.json"
+    done = CliRunner().invoke(main, [*arguments, "--json", str(path)])
+    assert done.exit_code == expected, done.output
+    return json.loads(path.read_text())
+
+
+def test_a_start_is_measured_cold_and_warm_by_phase(tmp_path, mock_dir):
+    flags = ("--model-dir", str(mock_dir), "--serve-flags", "--mock", "--warm", "1")
+    got = result_of(tmp_path, "startup", *flags)
+    assert [len(got["starts"][kind]) for kind in ("cold", "warm")] == [1, 1]
+    for kind in ("cold", "warm"):
+        phases = got["medians"][kind]
+        assert 0 < phases["listening"] <= phases["ready"] <= phases["first_token"] < 60
+    assert got["commit"]
+    assert got["machine"]["cores"]
+
+
+def test_phases_that_only_some_starts_have_are_medians_of_those():
+    got = startup.medians([{"a": 1.0}, {"a": 3.0, "b": 5.0}])
+    assert got == {"a": 2.0, "b": 5.0}
+
+
+def test_a_server_that_cannot_start_is_exit_code_three(mock_dir):
+    flags = ("--model-dir", str(mock_dir), "--serve-flags", "--max-seq-len 0")
+    done = CliRunner().invoke(main, ["startup", *flags])
+    assert done.exit_code == 3
+    assert "--max-seq-len" in done.output
+
+
+def test_the_front_end_is_measured_with_every_token_accounted_for(tmp_path, mock_dir):
+    flags = ("--model-dir", str(mock_dir), "--concurrency", "3,6", "--duration", "0.3")
+    got = result_of(tmp_path, "frontend", *flags, "--output-len", "40", "--prompt-len", "4")
+    assert [run["peak_concurrency"] for run in got["runs"]] == [3, 6]
+    for run in got["runs"]:
+        assert run["output_tokens"] == 40 * run["completed"] > 0
+        assert run["output_tokens"] == run["server"]["output_tokens"]
+
+
+def test_cores_are_kept_apart_only_while_it_is_measured():
+    before = os.sched_getaffinity(0)
+    with frontend.cores_apart() as words:
+        if words:
+            assert os.sched_getaffinity(0).isdisjoint({int(words[-1])})
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.slow
+def test_the_engine_alone_is_measured(tmp_path):
+    flags = ("--model-dir", str(NANO), "--concurrency", "2", "--rounds", "2")
+    got = result_of(tmp_path, "decode", *flags, "--prompt-len", "8", "--output-len", "6")
+    (run,) = got["runs"]
+    assert len(run["rounds"]) == 2
+    for found in run["rounds"]:
+        assert found["output_tokens"] == 12
+        assert found["output_throughput"] == pytest.approx(12 / found["seconds"])
+    low, high = run["decode_throughput_range"]
+    assert 0 < low <= run["decode_throughput"] <= high
+    assert run["step_ms"] > 0 and run["ttft_ms"] > 0
+    assert {"weights", "compile", "warm_up", "total"} <= run["startup"].keys()
+
+
+class Failing(ScriptedEngine):
+    """Ends every request with an error."""
+
+    def run(self, deliver: Deliver) -> None:
+        super().run(
+            lambda events: deliver(
+                [replace(event, finish_reason="error", error="lost") for event in events]
+            )
+        )
+
+
+def test_an_engine_that_fails_a_request_is_no_measurement():
+    bench = Bench(Failing(lambda request: []))
+    with pytest.raises(EngineFailedError, match="lost"):
+        bench.round([[1, 2]], 1, "round")
+    bench.close()
