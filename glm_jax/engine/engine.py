@@ -287,6 +287,9 @@ class Engine:
         if controls is not None:
             self._runner.control(controls)
         output = self._runner.dispatch(plan.phase, batch)
+        for chunk in plan.chunks:
+            if chunk.sequence.began is None:
+                chunk.sequence.began = time.monotonic()
         self._count(plan, batch.shape[0])
         return Dispatched(output, plan.samples)
 
@@ -316,6 +319,7 @@ class Engine:
                     finish_reason,
                     top_logprobs=_top_logprobs(output, row, number) if number else (),
                     num_cached_tokens=sequence.num_cached or 0,
+                    began=sequence.began,
                 )
             )
         return events

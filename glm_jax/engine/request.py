@@ -150,6 +150,7 @@ class TokenEvent:
       finish_reason: None while more is to come.
       error: what went wrong, when finish_reason is "timeout" or "error".
       num_cached_tokens: prompt tokens that were not computed but found in the cache.
+      began: time.monotonic() at which its first step was dispatched; None where none was.
       top_logprobs: the likeliest tokens and their log-probabilities, the likeliest first; as many
         as the request wants.
     """
@@ -161,6 +162,7 @@ class TokenEvent:
     error: str | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     num_cached_tokens: int = 0
+    began: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

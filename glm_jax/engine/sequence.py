@@ -38,6 +38,7 @@ class Sequence:
       num_to_prefill: tokens to prefill before it decodes, in this stay.
       num_prefilled: of them, those in dispatched prefill steps or found in the cache.
       num_cached: prompt tokens that its first admission found in the cache.
+      began: time.monotonic() at which its first step was dispatched.
       num_dispatched: completion tokens that dispatched steps sample.
       completion: tokens read and delivered.
       finish_reason: None while more is to come.
@@ -56,6 +57,7 @@ class Sequence:
     num_to_prefill: int = 0
     num_prefilled: int = 0
     num_cached: int | None = None
+    began: float | None = None
     num_dispatched: int = 0
     completion: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
