@@ -1,6 +1,6 @@
-"""A server of our own, started for a measurement and ended after it.
+"""A server started for a measurement and ended after it.
 
-Knows the server by its command line and its endpoints only.
+Knows servers by their command line and their endpoints only.
 """
 
 from __future__ import annotations
@@ -80,11 +80,18 @@ def launched(
       environment: variables beyond ours.
       prefix: words before the command, as of `taskset`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [*prefix, sys.executable, "-m", "serving", "serve", "--model-dir", str(model_dir)]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+    with running(command, port, environment=environment) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    command: Sequence[str], port: int, *, environment: Mapping[str, str] | None = None
+) -> Iterator[LaunchedServer]:
+    """Runs any server's command, which makes it listen at this port; ends it on leaving."""
     with tempfile.TemporaryDirectory(prefix="glm-bench-") as directory:
         log = Path(directory) / "server.log"
         with log.open("wb") as output:
@@ -100,6 +107,13 @@ def launched(
             yield LaunchedServer(process, f"http://127.0.0.1:{port}", log)
         finally:
             _end(process)
+
+
+def free_port() -> int:
+    """A port on which nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

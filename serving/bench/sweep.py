@@ -40,6 +40,19 @@ class Watcher(Protocol):
     def end(self, summary: Summary) -> None: ...
 
 
+class Nobody:
+    """Does not watch."""
+
+    def begin(self, load: Load) -> None:
+        pass
+
+    def look(self, run: Run) -> None:
+        pass
+
+    def end(self, summary: Summary) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """What to measure.
