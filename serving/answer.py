@@ -15,7 +15,7 @@ from glm_jax.engine.request import TokenEvent
 from serving import errors
 from serving.bridge import Stream
 from serving.detokenizer import Detokenizer, Piece, StopStrings
-from serving.metrics import Metrics
+from serving.metrics import Metrics, Times
 from serving.parsers import Delta, Parser, join
 
 logger = logging.getLogger(__name__)
@@ -144,8 +144,7 @@ class Answer:
         self._stream = stream
         self._reading = reading
         self._endpoint = endpoint
-        self._arrived = arrived  # time.monotonic()
-        self._last_token = arrived
+        self._times = Times(arrived=arrived)
         self._metrics = metrics
 
     def __enter__(self) -> Self:
@@ -154,12 +153,10 @@ class Answer:
     def __exit__(self, _: object, exception: BaseException | None, __: object) -> None:
         self._stream.close()
         left = "error" if isinstance(exception, Exception) else "cancelled"
-        seconds = time.monotonic() - self._arrived
         status = self.finish.reason if self.finish else left
-        self._metrics.finished(self._endpoint, status, seconds)
-        logger.debug(
-            "%s: %s after %.3f s, %s", self._stream.request_id, status, seconds, self.usage
-        )
+        number = self.usage.completion_tokens
+        self._metrics.finished(self._endpoint, status, self._times, number)
+        logger.debug("%s: %s, %s", self._stream.request_id, status, self.usage)
 
     def nudge(self) -> None:
         """Makes the iteration yield now, with nothing if nothing has come."""
@@ -182,12 +179,14 @@ class Answer:
         number = sum(event.token is not None for event in events)
         if not number:
             return
-        now = time.monotonic()
-        since, self._last_token = now - self._last_token, now
-        if self.usage.completion_tokens:
-            self._metrics.next_tokens(number, since)
+        now, times = time.monotonic(), self._times
+        if times.last is None:
+            began = events[0].began
+            self._times = Times(arrived=times.arrived, began=began, first=now, last=now)
+            self._metrics.first_token(self._times)
         else:
-            self._metrics.first_token(since)
+            self._metrics.next_tokens(number, now - times.last)
+            times.last = now
         self._metrics.tokens(number)
 
     def _take(self, event: TokenEvent, tokens: list[Sampled]) -> list[Delta]:

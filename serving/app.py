@@ -113,8 +113,9 @@ async def _generate(service: Service, route: Route, keep_alive: float) -> Respon
         data = await request.get_data(cache=False, as_text=False, parse_form_data=False)
         body = wire.parse(route.kind, data, route.refused)
         reply, format = await route.begin(body, endpoint=request.path, arrived=arrived)
-    except Exception:
-        service.metrics.rejected(request.path)
+    except Exception as error:
+        reason = error.code if isinstance(error, ApiError) and error.retry_after else None
+        service.metrics.rejected(request.path, reason)
         raise
     request.scope[REPLY] = reply  # type: ignore[typeddict-unknown-key]
     if body.stream:

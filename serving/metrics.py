@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,13 +21,49 @@ from glm_jax.engine.request import EngineStats
 
 WINDOW_SECONDS = 60
 
-_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
-_TTFT_BUCKETS += (1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 # From 1 ms: a fast server lives below the first bucket of the usual ones.
-_INTER_TOKEN_BUCKETS = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
-_INTER_TOKEN_BUCKETS += (0.1, 0.2, 0.4, 1, 2.5, 5)
-_LATENCY_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120)
-_LATENCY_BUCKETS += (240, 480, 960)
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
+_SECONDS += (1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320, 640, 1280)
+_INTER_TOKEN_SECONDS = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
+_INTER_TOKEN_SECONDS += (0.1, 0.2, 0.4, 1, 2.5, 5)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+_TOKENS += (100_000, 200_000)
+_CHOICES = (1, 2, 5, 10, 20)
+
+# name -> (what it is, buckets); the names are vLLM's behind another prefix.
+_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": ("From the request's arrival to its first token.", _SECONDS),
+    "inter_token_latency_seconds": ("Between two tokens of an answer.", _INTER_TOKEN_SECONDS),
+    "request_time_per_output_token_seconds": (
+        "Mean time between an answer's tokens.",
+        _INTER_TOKEN_SECONDS,
+    ),
+    "e2e_request_latency_seconds": ("From the request's arrival to its end.", _SECONDS),
+    "request_queue_time_seconds": ("From the arrival to the first step.", _SECONDS),
+    "request_prefill_time_seconds": ("From the first step to the first token.", _SECONDS),
+    "request_decode_time_seconds": ("From the first token to the last.", _SECONDS),
+    "request_inference_time_seconds": ("From the first step to the last token.", _SECONDS),
+    "request_prompt_tokens": ("Tokens of prompts.", _TOKENS),
+    "request_generation_tokens": ("Tokens of answers.", _TOKENS),
+    "request_params_max_tokens": ("Tokens that answers may have.", _TOKENS),
+    "request_params_n": ("Answers to a prompt.", _CHOICES),
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Times:
+    """When the parts of an answer began, in seconds of time.monotonic().
+
+    Attributes:
+      arrived: the request.
+      began: its first step, if the engine told.
+      first, last: its first token and its last one so far; None before there is one.
+    """
+
+    arrived: float
+    began: float | None = None
+    first: float | None = None
+    last: float | None = None
 
 
 class Window:
@@ -87,7 +124,7 @@ class Metrics:
         # The status is a finish reason, or "cancelled", "error", "rejected".
         self._requests = Counter(
             "glm_request",
-            "Requests that have ended, by how they did.",
+            "Answers that have ended, and requests refused.",
             ["endpoint", "status"],
             registry=self._registry,
         )
@@ -97,59 +134,88 @@ class Metrics:
         self._generation_tokens = Counter(
             "glm_generation_tokens", "Tokens generated.", registry=self._registry
         )
-        self._ttft_seconds = Histogram(
-            "glm_time_to_first_token_seconds",
-            "From the request's arrival to its first token.",
-            buckets=_TTFT_BUCKETS,
+        self._finished = Counter(
+            "glm_request_success",
+            "Complete answers, by how they ended.",
+            ["finished_reason"],
             registry=self._registry,
         )
-        self._inter_token_seconds = Histogram(
-            "glm_inter_token_latency_seconds",
-            "Between two tokens of a request.",
-            buckets=_INTER_TOKEN_BUCKETS,
+        self._rejections = Counter(
+            "glm_admission_rejections",
+            "Requests that were refused for the server's sake, by its reason.",
+            ["reason"],
             registry=self._registry,
         )
-        self._latency_seconds = Histogram(
-            "glm_e2e_request_latency_seconds",
-            "From the request's arrival to its end.",
-            buckets=_LATENCY_BUCKETS,
-            registry=self._registry,
-        )
+        self._histograms = {
+            name: Histogram(f"glm_{name}", text, buckets=buckets, registry=self._registry)
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
 
     def started(self, phase: str, seconds: float) -> None:
         """A phase of the start is over."""
         self._startup_seconds.labels(phase).set(seconds)
 
-    def accepted(self, num_prompt_tokens: int) -> None:
+    def accepted(self, num_prompt_tokens: int, max_tokens: int = 0) -> None:
         """The engine took a request."""
         self._prompt_tokens.inc(num_prompt_tokens)
+        self._observe("request_prompt_tokens", num_prompt_tokens)
+        if max_tokens:
+            self._observe("request_params_max_tokens", max_tokens)
 
-    def first_token(self, seconds: float) -> None:
-        """A request got its first token, so many seconds after it arrived."""
-        self._ttfts.add(seconds)
-        self._ttft_seconds.observe(seconds)
+    def asked(self, num_answers: int) -> None:
+        """A prompt is to have so many answers."""
+        self._observe("request_params_n", num_answers)
+
+    def first_token(self, times: Times) -> None:
+        """An answer got its first token."""
+        assert times.first is not None
+        self._ttfts.add(times.first - times.arrived)
+        self._observe("time_to_first_token_seconds", times.first - times.arrived)
+        if times.began is not None:
+            self._observe("request_queue_time_seconds", times.began - times.arrived)
+            self._observe("request_prefill_time_seconds", times.first - times.began)
 
     def next_tokens(self, number: int, seconds: float) -> None:
-        """A request got further tokens, so many seconds after the ones before."""
+        """An answer got further tokens, so many seconds after the ones before."""
         for _ in range(number):
-            self._inter_token_seconds.observe(seconds / number)
+            self._observe("inter_token_latency_seconds", seconds / number)
 
     def tokens(self, number: int) -> None:
-        """Tokens of any request arrived."""
+        """Tokens of any answer arrived."""
         self._tokens.add(number)
         self._generation_tokens.inc(number)
 
-    def finished(self, endpoint: str, status: str, seconds: float) -> None:
-        """An accepted request has ended; its latency counts if its answer is complete."""
+    def finished(self, endpoint: str, status: str, times: Times, num_tokens: int = 0) -> None:
+        """An answer has ended with so many tokens; its times count if it is complete."""
         self._requests.labels(endpoint, status).inc()
         if status in ("cancelled", "error"):
             return
+        self._finished.labels(status).inc()
+        seconds = time.monotonic() - times.arrived
         self._latencies.add(seconds)
-        self._latency_seconds.observe(seconds)
+        self._observe("e2e_request_latency_seconds", seconds)
+        self._observe("request_generation_tokens", num_tokens)
+        if times.first is None or times.last is None:
+            return
+        decoding = times.last - times.first
+        self._observe("request_decode_time_seconds", decoding)
+        if num_tokens > 1:
+            self._observe("request_time_per_output_token_seconds", decoding / (num_tokens - 1))
+        if times.began is not None:
+            self._observe("request_inference_time_seconds", times.last - times.began)
 
-    def rejected(self, endpoint: str) -> None:
-        """A request was answered with an error before the engine took it."""
+    def rejected(self, endpoint: str, reason: str | None = None) -> None:
+        """A request was answered with an error before the engine took it.
+
+        Args:
+          reason: the error's code, where the server and not the request is at fault.
+        """
         self._requests.labels(endpoint, "rejected").inc()
+        if reason is not None:
+            self._rejections.labels(reason).inc()
+
+    def _observe(self, name: str, value: float) -> None:
+        self._histograms[name].observe(value)
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -187,10 +253,13 @@ class _Gauges(Collector):
             ("latency_avg_ms", f"Mean request latency, {window}.", 1e3 * self._latencies.mean()),
             ("ttft_avg_ms", f"Mean time to first token, {window}.", 1e3 * self._ttfts.mean()),
             ("queue_depth", "Requests waiting for a slot.", stats and stats.num_waiting),
+            ("num_requests_waiting", "Requests waiting for a slot.", stats and stats.num_waiting),
             ("active_requests", "Requests in a slot.", stats and stats.num_running),
+            ("num_requests_running", "Requests in a slot.", stats and stats.num_running),
             ("kv_pages_used", "Pages of the KV cache in use.", stats and stats.num_pages_used),
             ("kv_pages_resting", "Pages kept as prefixes.", stats and stats.num_pages_resting),
             ("kv_pages", "Pages of the KV cache.", stats and stats.num_pages),
+            ("kv_cache_usage_perc", "Share of the pages in use.", stats and _usage(stats)),
             ("engine_up", "1 while the engine runs.", stats and stats.is_alive),
         ):
             yield GaugeMetricFamily(f"glm_{name}", help_, value=float(value or 0))
@@ -199,10 +268,15 @@ class _Gauges(Collector):
         return self._tokens.per_second()
 
 
+def _usage(stats: EngineStats) -> float:
+    return stats.num_pages_used / stats.num_pages
+
+
 def _totals(stats: EngineStats) -> Iterator[Metric]:
     """What the engine has counted since its start."""
     for name, help_, value in (
         ("preemptions", "Requests that lost slot and pages to others.", stats.num_preemptions),
+        ("num_preemptions", "The same by vLLM's name.", stats.num_preemptions),
         ("queue_timeouts", "Requests that had not begun by their deadline.", stats.num_timeouts),
         (
             "prefix_cache_queries",

@@ -247,12 +247,14 @@ class Service:
             for number, opening in enumerate(openings)
             for candidate in range(body.num_candidates)
         ]
+        for _ in openings:
+            self.metrics.asked(body.num_candidates)
         answers = []
         with ExitStack() as undo:
             for index, request in enumerate(requests):
                 candidate = index % body.num_candidates
                 stream = undo.enter_context(self._submit(request))
-                self.metrics.accepted(len(request.prompt))
+                self.metrics.accepted(len(request.prompt), request.sampling.max_new_tokens)
                 answers.append(
                     Answer(
                         stream,
