@@ -105,7 +105,7 @@ def normed_types(num_rows: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     )
 
 
-def load_row(ref: jax.Ref, row: Int32[Array, ""]) -> Array:
+def load_row(ref: jax.Ref, row: Int32[Array, ""] | int) -> Array:
     """A row in registers, each thread holding pieces of up to 16 bytes."""
     width = ref.shape[-1]
     vector = next(size for size in (8, 4, 2, 1) if width % (_THREADS * size) == 0)

@@ -1,0 +1,99 @@
+"""The fused all-reduce's arithmetic on eight fake devices; how devices wait, only real ones can show.
+
+The interpreter has neither peers' memory nor counters, so here XLA gathers the rows. What the compiled
+kernel does in their stead, test_compile.py reads in its code.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from glm_jax.pallas.all_reduce import all_reduce_add_norm
+from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.norm import NormedRows
+from glm_jax.sharding import MESH_AXIS, make_mesh
+from tests.pallas.test_norm import assert_same, draw, norm_reference, rounded
+
+CHIP = Chip("sm90", 132)
+EPS = 1e-5
+
+
+def run(partials: Array, residual: Array, weight: Array, layer: int) -> NormedRows:
+    """Every device's answer: each output has a leading dimension of devices."""
+    num_devices = partials.shape[0]
+
+    def on_device(partial_rows: Array, *operands: Array) -> NormedRows:
+        rows = all_reduce_add_norm(
+            partial_rows[0],
+            *operands,
+            eps=EPS,
+            axis_name=MESH_AXIS,
+            num_devices=num_devices,
+            chip=CHIP,
+            interpret=True,
+        )
+        return jax.tree.map(lambda output: output[None], rows)
+
+    split, whole = PartitionSpec(MESH_AXIS), PartitionSpec()
+    step = jax.shard_map(
+        on_device,
+        mesh=make_mesh(num_devices),
+        in_specs=(split, whole, whole, whole),
+        out_specs=split,
+        check_vma=False,
+    )
+    return rounded(step)(partials, residual, weight, jnp.int32(layer))
+
+
+def draw_partials(seed: int, num_devices: int, num_rows: int, width: int) -> Array:
+    """Partial sums of magnitudes so different that the order they are added in shows."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    shape = (num_devices, num_rows, width)
+    exponents = jax.random.randint(keys[0], (num_devices, 1, 1), -8, 8).astype(jnp.float32)
+    partials = jax.random.normal(keys[1], shape, jnp.float32) * 2**exponents
+    return partials.astype(jnp.bfloat16)
+
+
+def sum_in_order(partials: Array) -> Array:
+    """Device 0 first, in float32, rounded once."""
+    total = partials[0].astype(jnp.float32)
+    for rows in partials[1:]:
+        total = total + rows.astype(jnp.float32)
+    return total.astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("seed", "num_devices"), [(0, 1), (1, 2), (2, 8)])
+def test_sums_in_order_and_norms_as_the_layers_do(seed: int, num_devices: int) -> None:
+    residual, _, weight = draw(seed, 3, 256)
+    partials = draw_partials(seed, num_devices, 3, 256)
+    got = run(partials, residual, weight, 1)
+    expected = norm_reference(residual, rounded(sum_in_order)(partials), weight, 1)
+    for device in range(num_devices):
+        assert_same(NormedRows(*(output[device] for output in got)), expected)
+
+
+def test_every_device_gets_the_same_bits_and_a_row_the_same_in_any_company() -> None:
+    residual, _, weight = draw(5, 4, 128)
+    partials = draw_partials(5, 4, 4, 128)
+    together = run(partials, residual, weight, 0)
+    alone = run(partials[:, 2:3], residual[2:3], weight, 0)
+    for many, one in zip(together, alone, strict=True):
+        many, one = np.asarray(many, np.float32), np.asarray(one, np.float32)
+        for device in range(4):
+            np.testing.assert_array_equal(many[device], many[0])
+            np.testing.assert_array_equal(one[device], many[0, 2:3])
+
+
+@pytest.mark.parametrize(("num_rows", "width", "limit"), [(257, 128, 256), (133, 10240, 132)])
+def test_more_rows_than_one_exchange_is_for_are_refused(
+    num_rows: int, width: int, limit: int
+) -> None:
+    rows = jnp.zeros((num_rows, width), jnp.bfloat16)
+    kernel = partial(all_reduce_add_norm, eps=EPS, num_devices=8, chip=CHIP)
+    with pytest.raises(NotImplementedError, match=f"up to {limit} rows"):
+        kernel(rows, rows, jnp.ones((1, width), jnp.bfloat16), jnp.int32(0))
