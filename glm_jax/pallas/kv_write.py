@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from glm_jax.pallas.chip import Chip
 
@@ -21,6 +21,9 @@ _FP8_MAX = 448.0
 _ROWS = plgpu.Layout.TILED(
     plgpu.Tiling(((4, 32), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
 )
+# Tiles that leave memory in its order. Left to choose, the compiler takes swizzled ones of fewer than 8
+# rows, and then misreads their columns (jax 0.11.2 on an H100, 2026-11-24).
+_IN_ORDER = (plgpu.TilingTransform((1, 32)),)  # pyright: ignore[reportAbstractUsage]
 
 
 def rotary_table(
@@ -33,8 +36,15 @@ def rotary_table(
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=2).astype(jnp.bfloat16)
 
 
-def _rounded(x: Array) -> Array:
-    return x.astype(jnp.bfloat16).astype(jnp.float32)
+def _rounded(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """x rounded to bfloat16, to nearest even, in whole numbers.
+
+    Rounded by conversions, a product and the sum that takes it become one fused multiply-add, which
+    rounds once where the model rounds twice.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    bits = bits + 0x7FFF + ((bits >> 16) & 1)
+    return lax.bitcast_convert_type(bits & -0x10000, jnp.float32)
 
 
 def _vector(gmem: Any) -> Array:
@@ -181,9 +191,9 @@ def _kernel(qkv_shape, cache_dtype, page_size, rotary_dim, eps, has_norms, inter
         grid=(num_rows * num_tokens, kv_heads),
         grid_names=("token", "kv_head"),
         scratch_types=(
-            plgpu.SMEM(tile, jnp.bfloat16),
-            plgpu.SMEM(tile, jnp.bfloat16),
-            plgpu.SMEM(tile if is_fp8 else (1, 16), cache_dtype),
+            plgpu.SMEM(tile, jnp.bfloat16, transforms=_IN_ORDER),
+            plgpu.SMEM(tile, jnp.bfloat16, transforms=_IN_ORDER),
+            plgpu.SMEM(tile if is_fp8 else (1, 32), cache_dtype, transforms=_IN_ORDER),
             plgpu.Barrier(),
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
