@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -64,6 +65,52 @@ def build_engine(
         raise CannotStartError(str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on its devices, without any compiled step.
+
+    Attributes:
+      dtype: of activations.
+      weights: by dotted path.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    dtype: np.dtype
+    weights: Weights
+
+
+def load_model(options: Options, tokenizer: ModelTokenizer) -> LoadedModel:
+    """Loads the model of options.model_dir.
+
+    Raises:
+      CannotStartError: as build_engine.
+    """
+    try:
+        config = _config(options, tokenizer)
+        mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
+        return LoadedModel(config, mesh, dtype, _weights(options, config, mesh, dtype))
+    except (ConfigError, CheckpointError, SizingError) as error:
+        raise CannotStartError(str(error)) from error
+
+
+def engine_of(model: LoadedModel, options: Options) -> Engine:
+    """Compiles the steps of a loaded model.
+
+    Raises:
+      CannotStartError: as build_engine.
+    """
+    config, mesh, dtype, how = model.config, model.mesh, model.dtype, step_options(options)
+    try:
+        shapes = choose_shapes(config, mesh, dtype, **_limits(options), kv_dtype=how.kv_dtype)
+        _keep_compiled_steps()
+        programs = _compile(config, shapes, mesh, dtype, how)
+    except (SizingError, NotImplementedError) as error:
+        raise CannotStartError(str(error)) from error
+    runner = Runner(config, shapes, mesh, dtype, model.weights, programs, options=how)
+    return _engine(runner, options)
+
+
 def _logged(report: ReportPhase) -> ReportPhase:
     def both(phase: str, seconds: float) -> None:
         logger.info("start, %s: %.2f s", phase, seconds)
@@ -81,12 +128,7 @@ def _timed(report: ReportPhase, phase: str) -> Iterator[None]:
 
 def _build(options: Options, tokenizer: ModelTokenizer, report: ReportPhase) -> Engine:
     with _timed(report, "total"):
-        config = ModelConfig.from_directory(options.model_dir)
-        if tokenizer.size > config.vocab_size:
-            raise ConfigError(
-                f"tokenizer.json has {tokenizer.size} tokens and config.json's vocab_size is "
-                f"{config.vocab_size}: they are not of the same model"
-            )
+        config = _config(options, tokenizer)
         mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
         saved = _saved_engine(options, config, mesh, dtype, report)
         how = step_options(options)
@@ -104,9 +146,23 @@ def _build(options: Options, tokenizer: ModelTokenizer, report: ReportPhase) -> 
             runner = Runner(config, shapes, mesh, dtype, weights, programs.result(), zeros, how)
         with _timed(report, "warm_up"):
             runner.warm_up()
+    return _engine(runner, options)
+
+
+def _engine(runner: Runner, options: Options) -> Engine:
     return Engine(
-        runner, shapes, options.queue_size, integrity_interval=options.integrity_interval
+        runner, runner.shapes, options.queue_size, integrity_interval=options.integrity_interval
     )
+
+
+def _config(options: Options, tokenizer: ModelTokenizer) -> ModelConfig:
+    config = ModelConfig.from_directory(options.model_dir)
+    if tokenizer.size > config.vocab_size:
+        raise ConfigError(
+            f"tokenizer.json has {tokenizer.size} tokens and config.json's vocab_size is "
+            f"{config.vocab_size}: they are not of the same model"
+        )
+    return config
 
 
 def _limits(options: Options) -> dict[str, int]:

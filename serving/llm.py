@@ -1,0 +1,350 @@
+"""The model without a server: `LLM(model_dir).generate(prompts)`, for notebooks and scripts.
+
+Knows no HTTP. It runs the same engine in a thread of its own, with the same template, tokenizer
+and parser, and shows what happens inside the model besides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Self
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_jax.engine.engine import Engine
+from glm_jax.engine.request import Request, SamplingParams, TokenEvent
+from glm_jax.forward import forward_function
+from serving.admission import GenerationDefaults
+from serving.chat import ChatTemplate
+from serving.chat import Prompt as ChatPrompt
+from serving.model_engine import engine_of, load_model
+from serving.parsers import ChatParser
+from serving.protocol import ChatRequest
+from serving.server import Address
+from serving.tokenizer import ModelTokenizer
+from serving.tools import Tools
+from serving.transcript import Completion, Message, Reader, Token, take_apart
+from serving.wiring import Options
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Conversation = Sequence[dict[str, Any]]
+
+_INTEGERS = int | np.integer
+# Forward passes are compiled per length: lengths are rounded up to a multiple of this.
+_LENGTH_STEP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Insight:
+    """What happened inside the model while it read some tokens, as NumPy arrays.
+
+    Attributes:
+      tokens: int32[T].
+      logits: float32[T, V], the scores of every next token.
+      hidden: float32[L, T, D], the residual stream after each layer.
+      experts: int32[Lm, T, k], the routed experts of each expert layer, by falling score.
+      weights: float32[Lm, T, k], what their outputs were multiplied with.
+      scores: float32[Lm, T, E], the router's score of every expert.
+      attention: float32[L, N, T, T], the share of each head at position t that position s gets.
+    """
+
+    tokens: NDArray[np.int32]
+    logits: NDArray[np.float32]
+    hidden: NDArray[np.float32]
+    experts: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    attention: NDArray[np.float32]
+
+
+class LLM:
+    """A model to ask from Python. Loading takes the weights; steps compile at the first answer.
+
+    Use it in a `with`, or call `close`, to end the engine's thread.
+
+    Args:
+      model_dir: a checkpoint as published, with tokenizer and template.
+      max_concurrency: answers that are made at the same time; further ones wait.
+      max_seq_len: tokens of prompt and completion together.
+      max_batch_tokens: prompt tokens of one prefill step.
+      num_devices: of the mesh; on a CPU as many of them as exist.
+      load_format: "auto", or "dummy" for random weights.
+      kv_cache_dtype: "auto", "bf16" or "fp8_e4m3".
+
+    Attributes:
+      tokenizer, template, defaults: the model's.
+      model: its config, mesh and weights.
+
+    Raises:
+      ValueError: a file of the directory is at fault.
+      CannotStartError: checkpoint, devices and limits do not fit together; here, or when the engine
+        is first needed.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        *,
+        max_concurrency: int = 8,
+        max_seq_len: int = 2048,
+        max_batch_tokens: int = 8192,
+        num_devices: int = 1,
+        load_format: str = "auto",
+        kv_cache_dtype: str = "auto",
+    ) -> None:
+        directory = Path(model_dir)
+        self._options = Options(
+            model_dir=directory,
+            engine=None,
+            address=Address(host="", port=0),
+            max_concurrency=max_concurrency,
+            max_batch_tokens=max_batch_tokens,
+            max_seq_len=max_seq_len,
+            max_new_tokens=max_seq_len,
+            max_prompt_tokens=max_seq_len,
+            num_gpus=num_devices,
+            queue_size=2**31,
+            load_format=load_format,
+            kv_cache_dtype=kv_cache_dtype,
+            served_model_names=(),
+        )
+        self.tokenizer = ModelTokenizer.from_directory(directory)
+        self.template = ChatTemplate.from_directory(directory, self.tokenizer)
+        self.defaults = GenerationDefaults.from_directory(directory)
+        self.model = load_model(self._options, self.tokenizer)
+        self._ids = itertools.count()
+        self._queues: dict[str, SimpleQueue[TokenEvent]] = {}
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the engine's thread once what it has begun is finished."""
+        if self._thread is not None:
+            self.engine.stop()
+            self._thread.join()
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine, compiled and started when it is first needed."""
+        engine = engine_of(self.model, self._options)
+        self._thread = threading.Thread(
+            target=self._run, args=(engine,), name="engine", daemon=True
+        )
+        self._thread.start()
+        return engine
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> list[Completion]:
+        """Completes prompts, together; the answers come in the order of the prompts.
+
+        Args:
+          prompts: texts or token ids; one alone is a list of one.
+          sampling: how; None: as the model's directory says, for as long as fits.
+          stop: strings that end a completion, and are left out of its text.
+          ignore_eos: whether the model's own stop tokens are tokens like others.
+
+        Raises:
+          ValueError: a prompt can never fit.
+          RuntimeError: the engine died.
+        """
+        completions = [Completion(self._tokens(prompt)) for prompt in _several_prompts(prompts)]
+        self._complete(completions, sampling, stop, ignore_eos)
+        return completions
+
+    def chat(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        sampling: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        **fields: Any,
+    ) -> list[Message]:
+        """Answers conversations, together.
+
+        Args:
+          conversations: lists of messages as OpenAI writes them; one alone is a list of one.
+          sampling, stop: as of generate.
+          fields: what else a chat request may say to the template: tools, reasoning_effort.
+
+        Raises:
+          ValueError: a message is malformed, or a conversation can never fit.
+          RuntimeError: the engine died.
+        """
+        prompts = [self.render(each, **fields) for each in _several_conversations(conversations)]
+        messages = [Message(prompt.tokens) for prompt in prompts]
+        readers = self._complete(messages, sampling, stop, ignore_eos=False)
+        tools = Tools(fields["tools"]) if fields.get("tools") else None
+        for prompt, message, reader in zip(prompts, messages, readers, strict=True):
+            parser = ChatParser(tools, starts_in_reasoning=prompt.starts_in_reasoning)
+            take_apart(message, reader.pieces, parser)
+        return messages
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[Token]:
+        """One completion, token by token; leaving the iteration early cancels it.
+
+        A conversation streams as `stream(render(messages).tokens)`. Arguments and errors are those
+        of generate.
+        """
+        tokens = self._tokens(prompt)
+        reader = Reader(self.tokenizer, stop)
+        with closing(self._submit(tokens, self._sampling(tokens, sampling, ignore_eos))) as events:
+            yield from _read(events, reader)
+
+    def render(self, messages: Conversation, **fields: Any) -> ChatPrompt:
+        """The prompt of a conversation, by the model's template; arguments are those of chat."""
+        body = {"messages": list(messages), **fields}
+        return self.template.encode(ChatRequest.model_validate(body))
+
+    def forward(self, prompt: Prompt) -> Insight:
+        """Reads a prompt once, without the cache, and shows what happened in every layer."""
+        tokens = np.array(self._tokens(prompt), np.int32)
+        length = tokens.size
+        # What comes after a token has no say in it, so padding at the end is cut off again.
+        padded = np.zeros((1, -(-length // _LENGTH_STEP) * _LENGTH_STEP), np.int32)
+        padded[0, :length] = tokens
+        seen = jax.tree.map(np.asarray, self._forward(self.model.weights, padded))
+        return Insight(
+            tokens=tokens,
+            logits=seen.logits[0, :length],
+            hidden=seen.trace.hidden[:, 0, :length].astype(np.float32),
+            experts=seen.trace.routing.experts[:, :length],
+            weights=seen.trace.routing.weights[:, :length],
+            scores=seen.trace.routing.scores[:, :length],
+            attention=seen.attention[:, 0, :, :length, :length],
+        )
+
+    @cached_property
+    def _forward(self) -> jax.stages.Wrapped:
+        model = self.model
+        return forward_function(model.config, model.mesh, model.dtype, with_attention=True)
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
+
+    def _sampling(
+        self, prompt: Sequence[int], sampling: SamplingParams | None, ignore_eos: bool
+    ) -> SamplingParams:
+        defaults = self.defaults
+        if sampling is None:
+            sampling = SamplingParams(
+                max_new_tokens=max(1, self._options.max_seq_len - len(prompt)),
+                temperature=defaults.temperature,
+                top_p=defaults.top_p,
+                top_k=defaults.top_k,
+            )
+        if ignore_eos:
+            return sampling
+        return replace(sampling, stop_token_ids=sampling.stop_token_ids | defaults.stop_token_ids)
+
+    def _complete(
+        self,
+        completions: Sequence[Completion],
+        sampling: SamplingParams | None,
+        stop: Sequence[str],
+        ignore_eos: bool,
+    ) -> list[Reader]:
+        """Fills completions in; all are submitted before the first is read."""
+        readers = [Reader(self.tokenizer, stop) for _ in completions]
+        with ExitStack() as undo:
+            streams = [
+                undo.enter_context(closing(self._submit(each.prompt, wanted)))
+                for each in completions
+                for wanted in [self._sampling(each.prompt, sampling, ignore_eos)]
+            ]
+            for completion, reader, events in zip(completions, readers, streams, strict=True):
+                for token in _read(events, reader):
+                    completion.tokens.append(token.token)
+                    completion.logprobs.append(token.logprob)
+                    completion.text += token.text
+                    completion.finish_reason = token.finish_reason
+                completion.num_cached_tokens = reader.num_cached_tokens
+        return readers
+
+    def _submit(self, prompt: tuple[int, ...], sampling: SamplingParams) -> _Events:
+        id = str(next(self._ids))
+        self._queues[id] = SimpleQueue()
+        try:
+            self.engine.submit(Request(id=id, prompt=prompt, sampling=sampling))
+        except BaseException:
+            del self._queues[id]
+            raise
+        return _Events(self, id, self._queues[id])
+
+    def _leave(self, id: str) -> None:
+        self.engine.cancel(id)
+        self._queues.pop(id, None)
+
+    def _run(self, engine: Engine) -> None:
+        try:
+            engine.run(self._deliver)
+        except Exception as error:  # whoever waits is told in the last events
+            logger.critical("the engine died", exc_info=error)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            queue = self._queues.get(event.request_id)
+            if queue is not None:  # else it was left early
+                queue.put(event)
+
+
+class _Events:
+    """The events of one request as they come; closing it cancels what is not finished."""
+
+    def __init__(self, llm: LLM, id: str, queue: SimpleQueue[TokenEvent]) -> None:
+        self._llm, self._id, self._queue = llm, id, queue
+
+    def get(self) -> TokenEvent:
+        return self._queue.get()
+
+    def close(self) -> None:
+        self._llm._leave(self._id)
+
+
+def _read(events: _Events, reader: Reader) -> Iterator[Token]:
+    while True:
+        token = reader.read(events.get())
+        yield token
+        if token.finish_reason is not None:
+            return
+
+
+def _several_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], _INTEGERS))
+    return [prompts] if is_one else prompts
+
+
+def _several_conversations(
+    conversations: Conversation | Sequence[Conversation],
+) -> Sequence[Any]:
+    is_one = len(conversations) > 0 and isinstance(conversations[0], dict)
+    return [conversations] if is_one else conversations
