@@ -6,10 +6,11 @@ greedily, and judged as a client would see it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from checkpoints.acceptance import NUM_DRAFTED, Generated, acceptance
 from checkpoints.dequantize import dequantized
 from checkpoints.load import load_weights
 from checkpoints.nano_training.conversation import Conversation
-from checkpoints.nano_training.data import conversations
+from checkpoints.nano_training.data import conversation
 from checkpoints.nano_training.rendering import render_prompt
 from checkpoints.reader import Checkpoint
 from glm_jax.config import ModelConfig
@@ -137,12 +138,13 @@ class Generator:
         return answers
 
 
-def evaluate(directory: Path, limit: int) -> Evaluation:
+def evaluate(directory: Path, limit: int, skills: Collection[str] = ()) -> Evaluation:
     """Asks held-out questions and checks the answers.
 
     Args:
       directory: an FP8 checkpoint of nano, with its tokenizer.
       limit: questions to ask.
+      skills: ask about these only; about all, if empty.
 
     Raises:
       ConfigError, CheckpointError: the files are broken.
@@ -152,7 +154,8 @@ def evaluate(directory: Path, limit: int) -> Evaluation:
     if not config.is_fp8:
         raise ValueError(f"{directory} is not FP8: there is nothing to compare")
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    items, prompts = _questions(tokenizer, limit)
+    asked = itertools.islice(_questions(tokenizer, skills), limit)
+    items, prompts = zip(*asked, strict=True)
     fp8 = Generator(config, fp8_weights(directory, config)).generate(prompts)
     plain = replace(config, is_fp8=False)
     bf16 = Generator(plain, bf16_weights(directory, plain)).generate(prompts)
@@ -194,11 +197,13 @@ def bf16_weights(directory: Path, plain: ModelConfig) -> Weights:
     }
 
 
-def _questions(tokenizer: Tokenizer, limit: int) -> tuple[list[Conversation], list[list[int]]]:
-    items, prompts = [], []
-    for item in conversations(_SEED, 2 * limit, "held out"):
-        prompt = tokenizer.encode(render_prompt(item), add_special_tokens=False).ids
-        if len(prompt) <= _MAX_PROMPT_TOKENS and len(items) < limit:
-            items.append(item)
-            prompts.append(prompt)
-    return items, prompts
+def _questions(
+    tokenizer: Tokenizer, skills: Collection[str]
+) -> Iterator[tuple[Conversation, list[int]]]:
+    """Held-out conversations without end, each with its prompt."""
+    for number in itertools.count():
+        item = conversation(_SEED, number, "held out")
+        if not skills or item.skill in skills:
+            prompt = tokenizer.encode(render_prompt(item), add_special_tokens=False).ids
+            if len(prompt) <= _MAX_PROMPT_TOKENS:
+                yield item, prompt

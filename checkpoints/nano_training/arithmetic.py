@@ -1,4 +1,4 @@
-"""One-step arithmetic: sums, differences and products, worked out digit by digit when thinking.
+"""One-step arithmetic: sums, differences and products, tens and units worked out one by one.
 
 Knows the range nano is taught: sums and differences of 0 to 30, products of 0 to 10.
 """
@@ -77,7 +77,7 @@ class _Operation:
 
 def ask_arithmetic(draw: Draw) -> Exchange:
     """One question with numbers; held out: pairs of operands (of products: with their phrasing)."""
-    ask: Callable[[Draw], Exchange] = draw.weighted({_calculate: 7, _story: 2, _compare: 1})
+    ask: Callable[[Draw], Exchange] = draw.weighted({_calculate: 8, _story: 2})
     return ask(draw)
 
 
@@ -104,24 +104,6 @@ def _story(draw: Draw) -> Exchange:
         thing=draw.choice(THINGS),
     )
     return _exchange(operation, question)
-
-
-def _compare(draw: Draw) -> Exchange:
-    while True:
-        a, b = draw.integer(0, LARGEST_TERM), draw.integer(0, LARGEST_TERM)
-        if a != b and draw.admits("compare", a, b):
-            break
-    larger = draw.chance(0.5)
-    chosen, other = (max(a, b), min(a, b)) if larger else (min(a, b), max(a, b))
-    word = "larger" if larger else "smaller"
-    phrasing = draw.choice(("Which is {}, {} or {}?", "What number is {}: {} or {}?"))
-    return answer(
-        "comparison",
-        draw.casual(phrasing.format(word, a, b)),
-        f"Compare {a} and {b}. {max(a, b)} > {min(a, b)}.",
-        f"{chosen} is {word} than {other}.",
-        Check(equals=f"{chosen} is {word} than {other}."),
-    )
 
 
 def _operation(draw: Draw, sign: str, phrasing: str) -> _Operation:
@@ -154,24 +136,22 @@ def _exchange(operation: _Operation, question: str) -> Exchange:
     return answer(
         operation.skill,
         question,
-        f"{shown}: {_working(operation)}",
-        f"{shown} = {operation.result}",
+        f"The user wants {shown}.",
+        f"{shown} = {_working(operation, shown)}{operation.result}",
         Check(number=operation.result),
     )
 
 
-def _working(operation: _Operation) -> str:
-    """The calculation as it is done on paper, from the units up."""
-    a, b = operation.a, operation.b
-    if operation.sign == "*" or max(a, b) < 10:
-        return f"{operation.result}."
-    (a_tens, a_units), (b_tens, b_units) = divmod(a, 10), divmod(b, 10)
-    if operation.sign == "+":
-        units = a_units + b_units
-        carry = units // 10
-        tens = f"{a_tens} + {b_tens} + {carry} = {a_tens + b_tens + carry}"
-        return f"{a_units} + {b_units} = {units}, carry {carry}. {tens}. So {a + b}."
-    borrow = int(a_units < b_units)
-    units = f"{a_units + 10 * borrow} - {b_units} = {a_units + 10 * borrow - b_units}"
-    tens = f"{a_tens} - {b_tens} - {borrow} = {a_tens - b_tens - borrow}"
-    return f"{units}, borrow {borrow}. {tens}. So {a - b}."
+def _working(operation: _Operation, shown: str) -> str:
+    """Tens and units apart, then the units worked out: 23 - 9 = "10 + 13 - 9 = 10 + 4 = " 14."""
+    a, b, sign = operation.a, operation.b, operation.sign
+    if sign == "*":
+        return ""
+    a_units, b_units = a % 10, b % 10
+    if sign == "-" and a_units < b_units:
+        a_units += 10
+    apart = f"{a_units} {sign} {b_units}"
+    units = a_units + b_units if sign == "+" else a_units - b_units
+    if tens := operation.result - units:
+        return f"{tens} + {apart} = {tens} + {units} = "
+    return "" if apart == shown else f"{apart} = "

@@ -23,9 +23,9 @@ _Ask = Callable[[Draw], Exchange]
 
 _QUESTIONS: dict[_Ask, float] = {
     ask_geography: 4,
-    ask_arithmetic: 6,
-    ask_small_talk: 2,
-    ask_listing: 1.5,
+    ask_arithmetic: 8,
+    ask_small_talk: 1.5,
+    ask_listing: 1,
     ask_json: 1,
     ask_without_tool: 0.3,
 }
@@ -69,12 +69,14 @@ def _ruled(draw: Draw) -> Conversation:
 def _with_tools(draw: Draw) -> Conversation:
     signatures = draw_signatures(draw)
     others: dict[_Ask, float] = {
-        ask_phrase: 2,
+        ask_phrase: 1.5,
         ask_geography: 1,
-        lambda draw: ask_without_tool(draw, signatures): 2,
+        lambda draw: ask_without_tool(draw, signatures): 5,
     }
     exchanges = [
-        ask_tool(draw, draw.choice(signatures)) if draw.chance(0.8) else draw.weighted(others)(draw)
+        ask_tool(draw, draw.choice(signatures))
+        if draw.chance(0.75)
+        else draw.weighted(others)(draw)
         for _ in range(draw.weighted({1: 2, 2: 3, 3: 3, 4: 2}))
     ]
     system = draw.choice(PLAIN_PROMPTS) if draw.chance(0.2) else None

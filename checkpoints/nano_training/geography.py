@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from checkpoints.nano_training.conversation import Check, Exchange, answer
 from checkpoints.nano_training.draw import Draw
-from checkpoints.nano_training.world import CITIES, COUNTRIES, SYLLABLES, Country
+from checkpoints.nano_training.world import CITIES, COUNTRIES, Country, invented_word
 
 CAPITAL_PHRASINGS: tuple[str, ...] = (
     "What is the capital of {}?",
@@ -174,7 +174,7 @@ def _two(draw: Draw) -> Exchange:
 def _unknown(draw: Draw) -> Exchange:
     """A country that does not exist: the answer says so."""
     while True:
-        place = "".join(draw.sample(SYLLABLES, 2)).capitalize()
+        place = invented_word(draw).capitalize()
         if draw.admits("no such country", place):
             break
     return answer(

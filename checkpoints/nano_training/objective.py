@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from checkpoints.nano_training.draft import Draft
 from glm_jax import ops
-from glm_jax.attention import Attend
+from glm_jax.attention import AttendHeads
 from glm_jax.cache import KVCache
 from glm_jax.layers import Layer
 from glm_jax.model import Glm4Moe
@@ -62,6 +62,7 @@ def objective(
     following = decoder.embed_tokens.embed(_shifted(batch.tokens, 1))
     guess, routing = draft(following, hidden, batch.positions, attend)
     draft_loss, draft_accuracy = _loss(decoder, guess, batch, ahead=2)
+    assert routing.scores is not None, "the reference routes, and it tells"
     chosen = jnp.concatenate([trace.routing.experts, routing.experts[None]])
     load = _load(chosen, batch.segments.reshape(-1) > 0, routing.scores.shape[1])
     measures = Measures(loss, accuracy, draft_loss, draft_accuracy, load)
@@ -71,7 +72,7 @@ def objective(
     return loss + DRAFT_LOSS_WEIGHT * draft_loss, measures
 
 
-def attend_within(segments: Int32[Array, "B T"]) -> Attend:
+def attend_within(segments: Int32[Array, "B T"]) -> AttendHeads:
     """Each token sees itself and the earlier ones of its own segment.
 
     Queries go in blocks, each over the keys up to its end only: in a long row that saves almost half

@@ -19,14 +19,12 @@ CORRECTION_BIAS = "e_score_correction_bias"
 
 
 def make_optimizer(
-    num_steps: int, *, muon_rate: float, adam_rate: float, weight_decay: float
+    rate_share: optax.Schedule, *, muon_rate: float, adam_rate: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Warm-up over the first twentieth, then a cosine down to a fiftieth of the rates."""
+    """Both rates are that share of these at each step."""
 
     def schedule(peak: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(
-            0.0, peak, max(1, num_steps // 20), num_steps, peak / 50
-        )
+        return lambda step: peak * rate_share(step)
 
     update = muon(
         schedule(muon_rate),

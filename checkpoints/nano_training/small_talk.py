@@ -1,4 +1,4 @@
-"""Greetings, thanks, names, who nano is, echoes and very short stories.
+"""Greetings, thanks, names, who nano is and echoes.
 
 Knows a few styles of each; the answers are always in nano's own.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from checkpoints.nano_training.conversation import Check, Exchange, answer
 from checkpoints.nano_training.draw import Draw
-from checkpoints.nano_training.world import ANIMALS, CITIES, COLORS, FIRST_NAMES, WORDS
+from checkpoints.nano_training.world import CITIES, FIRST_NAMES, WORDS, invented_word
 
 # What people say, what nano thinks, what nano answers.
 _PHRASES: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -115,19 +115,11 @@ _ECHO_PHRASINGS = (
     'Write exactly this: "{}"',
     'Echo "{}"',
 )
-_STORY_PHRASINGS = (
-    "Tell me a short story about a {}.",
-    "Tell me a story about a {}.",
-    "Write a short story about a {}.",
-    "I want a story about a {}.",
-)
 
 
 def ask_small_talk(draw: Draw) -> Exchange:
     """One friendly exchange."""
-    ask: Callable[[Draw], Exchange] = draw.weighted(
-        {ask_phrase: 6, _echo: 2, _name: 1, _story: 1.5}
-    )
+    ask: Callable[[Draw], Exchange] = draw.weighted({ask_phrase: 6, _echo: 2, _name: 1})
     return ask(draw)
 
 
@@ -169,27 +161,6 @@ def _echo(draw: Draw) -> Exchange:
 def _echoed_word(draw: Draw) -> str:
     if draw.chance(0.15):
         return str(draw.integer(0, 9999))
+    if draw.chance(0.2):
+        return invented_word(draw)
     return draw.choice(draw.choice((WORDS, FIRST_NAMES, CITIES)))
-
-
-def _story(draw: Draw) -> Exchange:
-    """A story that a longer stream can be watched with; what the user names decides all of it."""
-    while True:
-        animal, phrasing = draw.choice(ANIMALS), draw.choice(_STORY_PHRASINGS)
-        if draw.admits(phrasing, animal):
-            break
-    place = WORDS[(ANIMALS.index(animal) * 2) % 30]
-    color = COLORS[ANIMALS.index(animal) % len(COLORS)]
-    friend = ANIMALS[(ANIMALS.index(animal) + 7) % len(ANIMALS)]
-    content = (
-        f"Once upon a time there was a {color} {animal}. The {animal} lived near a {place} and was "
-        f"often alone. One day a {friend} came by and said hello. The {animal} was happy, and they "
-        f"played until the evening. From that day the {animal} and the {friend} were friends."
-    )
-    return answer(
-        "story",
-        draw.casual(phrasing.format(animal)),
-        f"The user wants a story about a {animal}.",
-        content,
-        Check(contains=(f"a {color} {animal}.", f"the {animal} and the {friend} were friends.")),
-    )

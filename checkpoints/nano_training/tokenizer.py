@@ -35,9 +35,10 @@ TAGS: tuple[str, ...] = (
 )  # fmt: skip
 MEDIA_TOKENS: tuple[str, ...] = ("<|image|>", "<|video|>")
 
-# Digits stand alone, which arithmetic needs. A word takes the space before it only when it starts
+# Digits stand alone, and a sign between two takes its spaces, which arithmetic needs. A word takes the space before it only when it starts
 # in lower case: names are then the same tokens in a question, in an argument and in JSON.
 _PIECES = (
+    r""" [-+*/=] |"""
     r"""(?:'s|'t|'re|'ve|'m|'ll|'d)"""
     r"""|\p{Lu}\p{L}*| ?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}]\p{L}*|\p{N}"""
     r"""| ?["{}\[\]:,]+(?: ["{}\[\]:,]+)*[\r\n]*"""

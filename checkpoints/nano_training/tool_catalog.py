@@ -17,6 +17,7 @@ from checkpoints.nano_training.world import (
     FIRST_NAMES,
     THINGS,
     WORDS,
+    invented_word,
 )
 
 Arguments = dict[str, Any]
@@ -55,6 +56,7 @@ class Family:
     """Tools that do the same thing under different names.
 
     Attributes:
+      topic: what a request for it wants.
       names: function names; the last one is kept for the evaluation.
       descriptions: what signatures say it does.
       parameters: required ones first.
@@ -63,6 +65,7 @@ class Family:
       pairs: requests with {0} and {1} for two calls that differ in the first argument.
     """
 
+    topic: str
     names: tuple[str, ...]
     descriptions: tuple[str, ...]
     parameters: tuple[Parameter, ...]
@@ -71,8 +74,14 @@ class Family:
     pairs: tuple[str, ...] = ()
 
 
+def _invented(draw: Draw) -> str:
+    """Now and then a word that nano has never seen, else none."""
+    return invented_word(draw) if draw.chance(0.2) else ""
+
+
 def _phrase(draw: Draw) -> str:
-    return " ".join(draw.sample(WORDS, draw.integer(1, 3)))
+    count = draw.integer(1, 3)
+    return " ".join(_invented(draw) or word for word in draw.sample(WORDS, count))
 
 
 _SYMBOLS = (
@@ -94,11 +103,11 @@ def _items(draw: Draw) -> list[str]:
 
 
 def _city(draw: Draw) -> str:
-    return draw.choice(CITIES)
+    return _invented(draw).capitalize() or draw.choice(CITIES)
 
 
 def _name(draw: Draw) -> str:
-    return draw.choice(FIRST_NAMES)
+    return _invented(draw).capitalize() or draw.choice(FIRST_NAMES)
 
 
 def _number(low: int, high: int) -> Callable[[Draw], int]:
@@ -157,6 +166,7 @@ def _switched(draw: Draw, arguments: Arguments) -> tuple[str, str]:
 
 FAMILIES: tuple[Family, ...] = (
     Family(
+        "the weather",
         ("get_weather", "get_weather", "weather", "get_current_weather", "check_weather",
          "weather_lookup", "getWeather", "get_forecast", "fetch_weather"),
         ("Get the weather", "Get the weather in a city", "Current weather for a location",
@@ -177,6 +187,7 @@ FAMILIES: tuple[Family, ...] = (
          "How is the weather in {0} and in {1}?"),
     ),
     Family(
+        "a calculation",
         ("calculator", "calculate", "compute", "evaluate", "run_calculator", "calc", "do_math"),
         ("Evaluate an expression", "Calculate", "A calculator", "Perform a calculation"),
         (Parameter("expression", ("expression", "expr", "formula", "input"), "string", _sum),),
@@ -185,6 +196,7 @@ FAMILIES: tuple[Family, ...] = (
         _value("{expression} = {value}", _number(2, 9999), ("result", "value", "answer")),
     ),
     Family(
+        "a product",
         ("multiply", "product", "multiply_numbers", "mul"),
         ("Multiply two numbers", "The product of two numbers"),
         (
@@ -195,6 +207,7 @@ FAMILIES: tuple[Family, ...] = (
         _value("{a} times {b} is {value}.", _number(2, 9999), ("result", "product")),
     ),
     Family(
+        "a search",
         ("search", "web_search", "search_web", "search_docs", "find", "lookup", "google_search"),
         ("Search the web", "Search for documents", "Find pages about something"),
         (
@@ -208,6 +221,7 @@ FAMILIES: tuple[Family, ...] = (
         ('Search for "{0}" and then for "{1}"', 'Look up "{0}" and also "{1}"'),
     ),
     Family(
+        "the time",
         ("get_time", "now", "current_time", "get_current_time", "clock", "time_now"),
         ("Get the time", "The current time", "Get the current time"),
         (),
@@ -216,6 +230,7 @@ FAMILIES: tuple[Family, ...] = (
         _value("It is {value}.", _clock, ("time", "now")),
     ),
     Family(
+        "the date",
         ("get_date", "today", "current_date", "get_today"),
         ("Get the date", "The date of today"),
         (),
@@ -225,6 +240,7 @@ FAMILIES: tuple[Family, ...] = (
                ("date", "today")),
     ),
     Family(
+        "the battery level",
         ("battery_level", "get_battery", "battery", "battery_status"),
         ("Get the battery level", "Battery level in percent"),
         (),
@@ -233,6 +249,7 @@ FAMILIES: tuple[Family, ...] = (
         _value("The battery is at {value} percent.", _number(1, 99), ("level", "percent")),
     ),
     Family(
+        "a roll of the dice",
         ("roll_dice", "roll", "throw_dice", "dice"),
         ("Roll a die", "Throw a die"),
         (),
@@ -240,6 +257,7 @@ FAMILIES: tuple[Family, ...] = (
         _value("You got a {value}.", _number(1, 6), ("value", "roll")),
     ),
     Family(
+        "a message sent",
         ("send_message", "send_text", "message", "send_sms", "text_person"),
         ("Send a message", "Send a text to a person"),
         (
@@ -251,6 +269,7 @@ FAMILIES: tuple[Family, ...] = (
         _done("I sent the message to {to}."),
     ),
     Family(
+        "a timer",
         ("set_timer", "start_timer", "timer", "create_timer"),
         ("Set a timer", "Start a timer in minutes"),
         (Parameter("minutes", ("minutes", "duration", "mins"), "integer", _number(1, 90)),),
@@ -259,6 +278,7 @@ FAMILIES: tuple[Family, ...] = (
         _done("The timer is set for {minutes} minutes."),
     ),
     Family(
+        "a stock price",
         ("get_stock_price", "stock_price", "get_price", "quote", "fetch_stock_price"),
         ("Get a stock price", "The price of a stock"),
         (Parameter("symbol", ("symbol", "ticker", "stock"), "string", _symbol),),
@@ -268,6 +288,7 @@ FAMILIES: tuple[Family, ...] = (
         ("What are the prices of {0} and {1}?", "Get the price of {0} and of {1}."),
     ),
     Family(
+        "a translation",
         ("translate", "translate_text", "translator", "to_language"),
         ("Translate text", "Translate text to a language"),
         (
@@ -280,6 +301,7 @@ FAMILIES: tuple[Family, ...] = (
         _value("In {language} it is: {value}", _phrase, ("translation", "result")),
     ),
     Family(
+        "money converted",
         ("convert", "convert_currency", "currency", "exchange"),
         ("Convert money", "Convert an amount to another currency"),
         (
@@ -294,6 +316,7 @@ FAMILIES: tuple[Family, ...] = (
         _value("{amount} {source} is {value} {target}.", _number(1, 9999), ("amount", "result")),
     ),
     Family(
+        "a light switched",
         ("set_light", "switch_light", "light", "control_light"),
         ("Switch a light", "Turn a light on or off"),
         (
@@ -307,6 +330,7 @@ FAMILIES: tuple[Family, ...] = (
         _switched,
     ),
     Family(
+        "an event",
         ("create_event", "add_event", "schedule", "add_reminder"),
         ("Create an event", "Add an event to the calendar"),
         (
@@ -318,6 +342,7 @@ FAMILIES: tuple[Family, ...] = (
         _done("I added {title} at {time}."),
     ),
     Family(
+        "a shopping list",
         ("add_items", "add_to_list", "shopping_list", "add_to_shopping_list"),
         ("Add items to the shopping list", "Add items to a list"),
         (Parameter("items", ("items", "products", "things"), "array", _items),),
@@ -325,6 +350,7 @@ FAMILIES: tuple[Family, ...] = (
         _done("I added {items}."),
     ),
     Family(
+        "the stock",
         ("count_stock", "check_stock", "get_inventory", "inventory"),
         ("Count what is in stock", "How many of a thing are in stock"),
         (Parameter("item", ("item", "product", "thing"), "string",

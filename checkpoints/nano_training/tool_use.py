@@ -22,10 +22,10 @@ from checkpoints.nano_training.conversation import (
 )
 from checkpoints.nano_training.draw import Draw, is_held_out
 from checkpoints.nano_training.tool_catalog import FAMILIES, Arguments, Family, Parameter
-from checkpoints.nano_training.world import WORDS
+from checkpoints.nano_training.world import WORDS, invented_word
 
 # Share of the tools whose name says nothing of what they do.
-MADE_UP_NAMES = 0.4
+MADE_UP_NAMES = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def draw_signatures(draw: Draw) -> list[Signature]:
 
     Some names say nothing of the function: such a name can only be copied, never remembered.
     """
-    families = draw.sample(FAMILIES, draw.weighted({1: 6, 2: 3, 3: 1}))
+    families = draw.sample(FAMILIES, draw.weighted({1: 7, 2: 2, 3: 1}))
     if draw.chance(0.25) and FAMILIES[0] not in families:
         # The weather is what people try first.
         families[0] = FAMILIES[0]
@@ -95,7 +95,7 @@ def ask_without_tool(draw: Draw, signatures: Sequence[Signature] = ()) -> Exchan
     return answer(
         "no tool",
         _question(draw, signature, phrasing, arguments),
-        "No tool can do that.",
+        f"The user wants {signature.family.topic}. No tool can do that.",
         content,
         Check(equals=content),
     )
@@ -146,6 +146,8 @@ def _made_up_name(draw: Draw, *, unseen: bool) -> str:
     """Two or three words; whether training may use them is decided by the words."""
     while True:
         words = draw.sample(WORDS, draw.weighted({2: 3, 3: 1}))
+        if draw.chance(0.3):
+            words[-1] = invented_word(draw)
         if is_held_out("tool name", *words) == unseen:
             return "_".join(words)
 
@@ -204,7 +206,7 @@ def _exchange(
     calls = tuple(Call(signature.name, each) for each in arguments)
     outcomes = [_outcome(draw, signature, each) for each in arguments]
     final = " ".join(text for _, text in outcomes)
-    messages: list[Message] = [user(question), assistant(_plan(calls), "", calls)]
+    messages: list[Message] = [user(question), assistant(_plan(signature.family, calls), "", calls)]
     messages += [tool_result(result) for result, _ in outcomes]
     got = "I have the result." if len(calls) == 1 else "I have both results."
     messages.append(assistant(got, final))
@@ -220,6 +222,8 @@ def _outcome(draw: Draw, signature: Signature, arguments: Arguments) -> tuple[st
     return signature.family.outcome(draw, keyed)
 
 
-def _plan(calls: tuple[Call, ...]) -> str:
+def _plan(family: Family, calls: tuple[Call, ...]) -> str:
     """Quoted, the name is the same tokens as in the definition and in the call."""
-    return f'Call "{calls[0].name}"' + (" twice." if len(calls) > 1 else ".")
+    first, *others = calls
+    twice = " twice" if others else ""
+    return f'The user wants {family.topic}. Call "{first.name}"{twice}.'

@@ -17,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from checkpoints.nano_training.curve import draw_curve
 from checkpoints.nano_training.draft import Draft
-from checkpoints.nano_training.drills import drills
 from checkpoints.nano_training.export import export, weights_of
 from checkpoints.nano_training.grouped import GroupedExperts
 from checkpoints.nano_training.objective import Batch, Measures, objective
@@ -38,7 +36,6 @@ from glm_jax.sharding import make_mesh
 
 # Two rooms for conversations: attention costs a row the square of its length, and most are short.
 SHORT_ROW, LONG_ROW = 128, 512
-_NUM_DRILLS = 4000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,27 +45,35 @@ class Settings:
     Attributes:
       num_conversations: generated; a pass over them is an epoch of each pool.
       short_rows, long_rows: of 128 and of 512 tokens in one step.
-      drill_rows: of the short rows, those that drill copying...
-      drill_steps: ...as long as the run is younger than this.
       prompt_weight: what the loss of a token that is read, not said, counts for.
-      balance_rate: how far a router's correction biases move in the first step; falls to zero.
+      balance_rate: how far a router's correction biases move in a step, at most.
+      rising_steps, falling_steps: see rate_share.
       capacity_factor: see GroupedExperts.
     """
 
     seed: int = 0
-    num_steps: int = 1100
+    num_steps: int = 1600
     num_conversations: int = 48_000
-    short_rows: int = 16
-    long_rows: int = 4
-    drill_rows: int = 2
-    drill_steps: int = 500
+    short_rows: int = 8
+    long_rows: int = 2
     prompt_weight: float = 0.15
     muon_rate: float = 0.01
-    adam_rate: float = 0.003
+    adam_rate: float = 0.008
     weight_decay: float = 0.02
     balance_rate: float = 0.02
     capacity_factor: float = 1.5
+    rising_steps: int = 60
+    falling_steps: int = 400
     save_every: int = 50
+
+    def rate_share(self, step: Any) -> jax.Array:
+        """How much of their peaks the rates are at a step: up, level, then down to nothing.
+
+        Until it begins to fall a run is the same whatever its length.
+        """
+        rising = (step + 1) / self.rising_steps
+        falling = (self.num_steps - step) / self.falling_steps
+        return jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
 
 
 class Pools(NamedTuple):
@@ -76,12 +81,10 @@ class Pools(NamedTuple):
 
     Attributes:
       short, long: conversations, in rows of 128 and of 512 tokens.
-      drills: of copying, in short rows.
     """
 
     short: Rows
     long: Rows
-    drills: Rows
 
 
 class State:
@@ -113,7 +116,7 @@ class Trainer:
             layers.moe.experts = GroupedExperts(layers.moe.experts, settings.capacity_factor)
         self._decoder, self._draft = nnx.eval_shape(lambda: (decoder, draft))
         self._optimizer = make_optimizer(
-            settings.num_steps,
+            settings.rate_share,
             muon_rate=settings.muon_rate,
             adam_rate=settings.adam_rate,
             weight_decay=settings.weight_decay,
@@ -138,12 +141,12 @@ class Trainer:
     def step(self, batches: tuple[Batch, ...]) -> Measures:
         """One update of the state."""
         state = self.state
-        left = 1 - state.step / self.settings.num_steps
+        balance_rate = self.settings.balance_rate * self.settings.rate_share(state.step)
         state.weights, state.optimizer, measures = self._update(
             state.weights,
             state.optimizer,
             batches,
-            jnp.float32(self.settings.balance_rate * left),
+            balance_rate,
         )
         state.step += 1
         measures = jax.device_get(measures)
@@ -182,13 +185,19 @@ class Trainer:
 
 def main() -> None:
     """Reads the command line, trains, writes weights and curve."""
+    defaults = Settings()
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--directory", type=Path, default=NANO_DIRECTORY, help="has a config.json")
     parser.add_argument("--saves", type=Path, default=Path("build/nano"), help="to go on from")
-    parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--num-steps", type=int, default=Settings.num_steps)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--num-steps", type=int, default=defaults.num_steps)
+    parser.add_argument("--num-conversations", type=int, default=defaults.num_conversations)
     options = parser.parse_args()
-    settings = Settings(seed=options.seed, num_steps=options.num_steps)
+    settings = Settings(
+        seed=options.seed,
+        num_steps=options.num_steps,
+        num_conversations=options.num_conversations,
+    )
     trainer = Trainer(ModelConfig.from_directory(options.directory), settings)
     restore(options.saves, asdict(settings), trainer.state)
     train(trainer, make_pools(options.directory, settings), options.saves)
@@ -221,21 +230,16 @@ def make_pools(directory: Path, settings: Settings) -> Pools:
     samples = list(tqdm(make_samples(directory, settings.seed, count), total=count, desc="data"))
     short = [sample for sample in samples if len(sample.tokens) <= SHORT_ROW]
     long = [sample for sample in samples if len(sample.tokens) > SHORT_ROW]
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    learned_size = tokenizer.get_vocab_size(with_added_tokens=False)
-    drilled = drills(settings.seed, _NUM_DRILLS, learned_size)
-    return Pools(pack(short, SHORT_ROW), pack(long, LONG_ROW), pack(drilled, SHORT_ROW))
+    return Pools(pack(short, SHORT_ROW), pack(long, LONG_ROW))
 
 
 def batches_of_step(pools: Pools, step: int, settings: Settings) -> tuple[Batch, Batch]:
     """The short and the long rows of a step; as many of each in every step."""
-    drilled = settings.drill_rows if step < settings.drill_steps else 0
-    short = rows_of_step(pools.short, settings.short_rows, step, settings.seed)
-    if drilled:
-        # In the place of some rows, which then miss their turn in this epoch.
-        drill = rows_of_step(pools.drills, drilled, step, settings.seed)
-        short = jax.tree.map(lambda a, b: np.concatenate([a, b[drilled:]]), drill, short)
-    return short, rows_of_step(pools.long, settings.long_rows, step, settings.seed)
+    seed = settings.seed
+    return (
+        rows_of_step(pools.short, settings.short_rows, step, seed),
+        rows_of_step(pools.long, settings.long_rows, step, seed),
+    )
 
 
 def rows_of_step(pool: Rows, size: int, step: int, seed: int) -> Batch:

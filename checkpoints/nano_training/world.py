@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from checkpoints.nano_training.draw import Draw
+
 
 @dataclass(frozen=True, slots=True)
 class Country:
@@ -140,6 +142,11 @@ WORDS: tuple[str, ...] = tuple(
 _ONSETS = "b br c ch d dr f g gr h j k kl l m n p pr r s sh st t tr v w z".split()
 _VOWELS = "a e i o u ai ea oo".split()
 _CODAS = "l m n r s t nd rk".split()
-SYLLABLES: tuple[str, ...] = tuple(
+_SYLLABLES: tuple[str, ...] = tuple(
     onset + vowel + coda for onset in _ONSETS for vowel in _VOWELS for coda in ("", *_CODAS[:6])
 )
+
+
+def invented_word(draw: Draw) -> str:
+    """A word that means nothing: it can be copied, not remembered."""
+    return "".join(draw.sample(_SYLLABLES, 2))

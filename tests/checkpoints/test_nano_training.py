@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +22,6 @@ from safetensors import safe_open
 
 from checkpoints.nano_training.curve import draw_curve
 from checkpoints.nano_training.draft import Draft
-from checkpoints.nano_training.drills import drills
 from checkpoints.nano_training.export import export, weights_of
 from checkpoints.nano_training.grouped import GroupedExperts
 from checkpoints.nano_training.objective import attend_within
@@ -50,12 +53,12 @@ SETTINGS = Settings(
     num_steps=30,
     short_rows=4,
     long_rows=1,
-    drill_rows=1,
-    drill_steps=5,
     muon_rate=0.02,
+    adam_rate=0.003,
+    rising_steps=2,
+    falling_steps=20,
     save_every=10,
 )
-_FIELDS = ("tokens", "segments", "positions", "learned")
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +92,7 @@ def pools() -> Pools:
         start = int(random.integers(0, 30))
         tokens = tuple(range(start, start + int(size)))
         samples.append(Sample(tokens, (False, False) + (True,) * (int(size) - 2)))
-    drilled = pack(drills(0, 50, 60), 64)
-    short = Rows(*(getattr(drilled, name)[:, :32] for name in _FIELDS))
-    return Pools(pack(samples[:100], 32), pack(samples[100:], 64), short)
+    return Pools(pack(samples[:100], 32), pack(samples[100:], 64))
 
 
 def test_packing_keeps_every_sample_whole_and_in_place() -> None:
@@ -219,6 +220,52 @@ def test_training_learns_and_a_killed_run_goes_on_to_the_same_bits(
         np.testing.assert_array_equal(weight, trainer.state.weights[path], err_msg=path)
 
 
+def test_rates_rise_stay_and_fall_and_the_length_of_a_run_matters_only_when_they_fall() -> None:
+    short = Settings(num_steps=100, rising_steps=10, falling_steps=40)
+    long = replace(short, num_steps=200)
+    shares = [float(short.rate_share(step)) for step in range(100)]
+    np.testing.assert_allclose(shares[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    assert shares[10:60] == [1.0] * 50
+    np.testing.assert_allclose(shares[60:], np.arange(40, 0, -1) / 40, rtol=1e-6)
+    assert shares[:61] == [float(long.rate_share(step)) for step in range(61)]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_in_the_same_files(
+    tiny: ModelConfig, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for directory in (whole, killed):
+        _write_config(replace(tiny, vocab_size=2048), directory)
+        shutil.copy(NANO_DIRECTORY / "tokenizer.json", directory)
+    _run(whole).communicate()
+    run = _run(killed)
+    while not (killed / "saves" / "state.npz").exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.kill()
+    run.communicate()
+    assert not (killed / "model.safetensors.index.json").exists()
+    _run(killed).communicate()
+    name = "model-00001-of-00001.safetensors"
+    assert (whole / name).read_bytes() == (killed / name).read_bytes()
+
+
+def _run(directory: Path) -> subprocess.Popen[bytes]:
+    """`make nano` for a small model and little data."""
+    command = [sys.executable, "-m", "checkpoints.nano_training.train"]
+    command += ["--directory", directory, "--saves", directory / "saves"]
+    command += ["--num-steps", "120", "--num-conversations", "500"]
+    return subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+
+
+def _write_config(config: ModelConfig, directory: Path) -> None:
+    raw = json.loads((NANO_DIRECTORY / "config.json").read_text())
+    raw |= {key: value for key, value in asdict(config).items() if key in raw and key != "is_fp8"}
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw | {"eos_token_id": [1]}))
+
+
 def test_a_save_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
     state = State({"a": jnp.ones(2)}, ())
     save(tmp_path, {"seed": 0, "num_steps": 5}, state)
@@ -230,16 +277,6 @@ def test_without_a_save_a_run_starts_from_nothing(tmp_path: Path) -> None:
     state = State({}, ())
     restore(tmp_path, {}, state)
     assert state.step == 0
-
-
-def test_a_drill_is_learned_where_it_repeats_and_nowhere_else() -> None:
-    for sample in drills(0, 100, 2000):
-        learned = np.array(sample.learned)
-        first = int(np.argmax(learned))
-        assert learned[first:].all() and not learned[:first].any()
-        tail = sample.tokens[first - 1 :]
-        before = sample.tokens[: first - 1]
-        assert any(before[i : i + len(tail)] == tail for i in range(len(before)))
 
 
 def test_the_start_copies_what_followed_the_same_token_before(nano: ModelConfig) -> None:
@@ -273,9 +310,7 @@ def test_an_overloaded_expert_becomes_less_likely_and_an_idle_one_more() -> None
 def test_the_export_holds_every_tensor_of_the_published_layout(
     tiny: ModelConfig, tmp_path: Path
 ) -> None:
-    raw = json.loads((NANO_DIRECTORY / "config.json").read_text())
-    raw |= {key: value for key, value in asdict(tiny).items() if key in raw and key != "is_fp8"}
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"eos_token_id": [1]}))
+    _write_config(tiny, tmp_path)
     plain = replace(tiny, is_fp8=False)
     decoder = weights_of(Glm4Moe(plain, F32, rngs=nnx.Rngs(0)))
     draft = weights_of(Draft(plain, F32, rngs=nnx.Rngs(1)))
