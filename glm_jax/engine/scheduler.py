@@ -8,7 +8,8 @@ The policy:
   number that does not fit yet. Admission takes the pages of the tokens that are known, and leaves
   one free page to each sequence that runs.
 * Leading pages that the cache already holds are shared in place of being computed. At least the
-  last known token is always computed: the next one is sampled after it.
+  last known token is always computed: the next one is sampled after it. A sequence waits for most
+  of its prompt when another is just computing it.
 * Decode takes pages one by one. When there is none, the running sequence of the highest rank
   number is preempted, and waits again; a waiting sequence preempts those that run at a worse
   priority. So the first by rank always gets on, and with it, in the end, everybody.
@@ -184,7 +185,7 @@ class Scheduler:
     def _admit(self) -> None:
         while (sequence := self._waiting.first) is not None:
             # A token in flight of a preempted sequence is read before it starts anew.
-            if sequence.num_in_flight:
+            if sequence.num_in_flight or self._is_being_computed(sequence):
                 return
             while not (shared := self._room_for(sequence)):
                 victim = self._running[-1] if self._running else None
@@ -204,11 +205,29 @@ class Scheduler:
             return None
         return (shared,)
 
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether most of what it lacks is in the prompt of a sequence that prefills."""
+        if sequence.request.sampling.needs_history:
+            return False
+        start, end = len(self._shared_pages(sequence)), self._last_shared(sequence)
+        lacking = sequence.keys[start:end]
+        for other in self._running:
+            # A key stands for all before it: where the first differs, the others do.
+            if lacking and other.is_prefilling and other.keys[start : start + 1] == lacking[:1]:
+                pairs = zip(lacking, other.keys[start:], strict=False)
+                if 2 * sum(a == b for a, b in pairs) >= len(lacking):
+                    return True
+        return False
+
+    def _last_shared(self, sequence: Sequence) -> int:
+        """Pages it may share at most: its last token is computed."""
+        return (sequence.num_tokens - 1) // self._shapes.page_size
+
     def _shared_pages(self, sequence: Sequence) -> list[int]:
         if sequence.request.sampling.needs_history:
             return []  # only what is prefilled leaves its tokens on the device
-        page_size, unit = self._shapes.page_size, self._pages_per_unit
-        pages = self.pool.match(sequence.keys[: (sequence.num_tokens - 1) // page_size])
+        unit = self._pages_per_unit
+        pages = self.pool.match(sequence.keys[: self._last_shared(sequence)])
         return pages[: len(pages) // unit * unit]
 
     def _enter(self, sequence: Sequence, shared: list[int]) -> None:

@@ -170,6 +170,28 @@ def test_a_prompt_that_is_still_being_prefilled_is_shared_as_far_as_it_is():
         assert events.answers(one.id) == expected_answers(one, shapes)
 
 
+def test_the_same_prompt_many_times_at_once_is_computed_once():
+    shapes = small_shapes(num_slots=4, num_pages=30, max_prefill_rows=8)
+    asked = [with_prompt(id, PROMPT) for id in "abcd"]
+    engine, runner = engine_for(shapes)
+    for one in asked:
+        engine.submit(one)
+    events = run_to_end(engine)
+    assert events.num_cached == {"a": 0, "b": 16, "c": 16, "d": 16}
+    assert runner.phases[:3] == ["prefill", "decode", "prefill"]
+    for one in asked:
+        assert events.answers(one.id) == expected_answers(one, shapes)
+
+
+def test_a_prompt_that_shares_little_with_one_being_computed_does_not_wait_for_it():
+    engine, runner = engine_for(small_shapes(num_slots=2, max_prefill_rows=8, max_seq_len=40))
+    engine.submit(with_prompt("a", PROMPT))
+    engine.submit(with_prompt("b", (*PROMPT[:4], *range(20, 40))))
+    events = run_to_end(engine)
+    assert events.num_cached == {"a": 0, "b": 0}
+    assert runner.phases[:2] == ["prefill", "prefill"] or runner.phases.count("prefill") == 2
+
+
 def test_shared_pages_are_not_counted_twice_and_survive_their_first_owner():
     used: list[int] = []
     shapes = small_shapes(num_slots=2, max_seq_len=40)
