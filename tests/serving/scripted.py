@@ -24,7 +24,7 @@ from glm_jax.engine.request import (
     TokenEvent,
 )
 from serving.admission import GenerationDefaults, Limits
-from serving.bridge import Bridge, Deliver, Engine, Engine
+from serving.bridge import Bridge, Deliver, Engine
 from serving.chat import ChatTemplate
 from serving.grammars import Grammars
 from serving.metrics import Metrics

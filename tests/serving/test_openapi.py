@@ -54,7 +54,7 @@ def explore(server: Process, method: str, path: str, num_cases: int) -> int:
         deadline=None,
         database=None,
         derandomize=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
     )
     @hypothesis.given(case=operation.as_strategy())
     def run(case: schemathesis.Case) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import jsonschema
 import pytest
 from quart import Quart
 
@@ -13,6 +14,7 @@ from glm_jax.engine.engine import Engine
 from glm_jax.engine.mock import MockRunner
 from glm_jax.shapes import StepShapes
 from serving.app import create_app
+from tests.serving.schemas import random_schema
 from tests.serving.scripted import END, TOKENIZER, ScriptedEngine, scripted_service, tokens
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -111,6 +113,19 @@ async def test_a_schema_by_any_name_is_kept(tmp_path, fields):
             assert isinstance(answer.pop("ok"), bool)
             assert answer.pop("kind") in "ab"
             assert answer == {}
+
+
+async def test_two_hundred_schemas_are_kept_by_every_finished_answer(tmp_path):
+    async with babbling(tmp_path) as app:
+        num_finished = 0
+        for seed in range(200):
+            schema = random_schema(seed)
+            body = {"prompt": [[seed]], "max_tokens": 400, "guided_json": schema}
+            [choice] = (await post(app, COMPLETIONS, body))["choices"]
+            if choice["finish_reason"] == "stop":
+                num_finished += 1
+                jsonschema.validate(json.loads(choice["text"]), schema)
+        assert num_finished > 100
 
 
 @pytest.mark.parametrize(
