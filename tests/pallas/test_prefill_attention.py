@@ -1,0 +1,73 @@
+"""Prefill attention against its reference, with what no query may see filled with NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import ops
+from glm_jax.fp8 import FP8
+from glm_jax.pallas import prefill_attention
+from glm_jax.pallas.chip import Architecture, Chip
+from glm_jax.pallas.prefill_attention import HEAD_DIM, TuningConfig
+from tests.pallas.compiled import Program, compile_programs, needs_compiler
+from tests.pallas.test_decode_attention import assert_as_close_as_rounding, some_step
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions", "kv_heads", "groups", "page_size", "dtype", "warpgroups"),
+    [
+        # A chunk that starts late: its first rows see one whole tile of keys, its last a second.
+        ("sm90", [[60, 61, 62, 63, 64, 65, 66, -1]], 1, 12, 64, jnp.bfloat16, 2),
+        ("sm90", [[128, 129], [0, -1], [-1, -1]], 2, 3, 32, FP8, 1),
+        ("sm100", [[63, 64, 65, -1]], 1, 12, 64, FP8, 1),
+        ("sm100", [[0, 1, 2]], 2, 3, 8, jnp.bfloat16, 1),
+    ],
+)
+def test_answers_are_the_references(
+    architecture: Architecture, positions, kv_heads, groups, page_size, dtype, warpgroups
+) -> None:
+    step = some_step(len(positions), positions, kv_heads, groups, page_size, dtype)
+    config = TuningConfig(tile_size=64, stages=2, warpgroups=warpgroups)
+    chip = Chip(architecture, 132)
+    got = prefill_attention.attend(*step, chip=chip, config=config, interpret=True)
+    assert_as_close_as_rounding(got, ops.paged_attention(*step))
+    assert not np.asarray(got, np.float32)[np.asarray(positions) < 0].any()
+
+
+def test_other_shapes_are_refused() -> None:
+    q, *rest = some_step(6, [[0]], 1, 2, 8, FP8)
+    with pytest.raises(NotImplementedError, match="head_dim="):
+        prefill_attention.attend(q[..., :64], *rest, chip=Chip("sm90", 132))
+    step = some_step(6, [[0]], 1, 2, 24, FP8)
+    with pytest.raises(NotImplementedError, match="page_size="):
+        prefill_attention.attend(*step, chip=Chip("sm90", 132))
+
+
+@pytest.mark.parametrize("wrong", [{"tile_size": 32}, {"stages": 1}, {"warpgroups": 3}])
+def test_a_config_that_cannot_be_is_the_callers_mistake(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TuningConfig(**wrong)
+
+
+def deployment_programs(chip: Chip) -> dict[str, Program]:
+    """8192 tokens of one device of eight."""
+    pages = jax.ShapeDtypeStruct((92, 4096, 1, 64, HEAD_DIM), FP8)
+    q = jax.ShapeDtypeStruct((64, 128, 1, 12, HEAD_DIM), jnp.bfloat16)
+    integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (64, 128), (64, 128)))
+
+    def attend(*arguments):
+        return prefill_attention.attend(*arguments, chip=chip)
+
+    return {"float8": (attend, (q, pages, pages, *integers))}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "instruction"), [("b200", "mma.sync.aligned.m16n8k16"), ("h200", "wgmma.mma_async")]
+)
+def test_it_compiles_for_the_deployment_without_local_memory(target: str, instruction: str) -> None:
+    (kernel,) = compile_programs(target, deployment_programs)["float8"]
+    assert not kernel.uses_local_memory, str(kernel)
+    assert instruction in kernel.ptx
