@@ -23,7 +23,7 @@ from rich.console import Console
 
 from serving.bench import chart, prompts, report
 from serving.bench.client import Target
-from serving.bench.commands import decode_command, frontend_command, startup_command
+from serving.bench.commands import decode_command, frontend_command, page_command, startup_command
 from serving.bench.launch import LaunchedServer, ServerError, launched
 from serving.bench.live import ProgressBar
 from serving.bench.load import Load
@@ -249,7 +249,7 @@ def _exit_code(summaries: Sequence[Summary]) -> int:
     return int(any(summary["errors"] for summary in summaries))
 
 
-for command in (startup_command, frontend_command, decode_command):
+for command in (startup_command, frontend_command, decode_command, page_command):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line's measurements without a load of one's own: `startup`, `frontend`, `decode`.
+"""The command line's measurements without a load of one's own: `startup`, `frontend`, `decode`, `page`.
 
 Knows no measurement from inside.
 """
@@ -17,7 +17,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from serving.bench import frontend, report, startup
+from serving.bench import frontend, page, report, startup
+from serving.bench.chart import NoMatplotlibError
 from serving.bench.launch import ServerError
 from serving.bench.live import ProgressBar
 from serving.bench.machine import conditions
@@ -166,6 +167,16 @@ def decode_command(
     Console().print(table)
     told = {"model": model_dir.name, "prompt_len": prompt_len, "output_len": output_len}
     _write(json_path, "decode", told, {"runs": found})
+
+
+@click.command("page")
+@click.argument("directory", type=DIRECTORY)
+def page_command(directory: Path) -> None:
+    """Write DIRECTORY/benchmarks.md from the measurements in DIRECTORY/results/*.json."""
+    try:
+        click.echo(f"wrote {page.write(directory)}")
+    except (page.PageError, NoMatplotlibError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _fail(message: str) -> NoReturn:

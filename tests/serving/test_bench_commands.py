@@ -102,3 +102,39 @@ def test_an_engine_that_fails_a_request_is_no_measurement():
     with pytest.raises(EngineFailedError, match="lost"):
         bench.round([[1, 2]], 1, "round")
     bench.close()
+
+
+def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_dir):
+    (tmp_path / "results").mkdir()
+    flags = ("--model-dir", str(mock_dir), "--concurrency", "2,4", "--duration", "0.3")
+    got = result_of(tmp_path, "frontend", *flags, "--output-len", "20", "--prompt-len", "4")
+    spread = {"output_throughput_range": [1, 3], "tokens_per_cpu_second_range": [4, 6]}
+    ratio = {"concurrency": 8, "over": "them", "output_throughput": 2, "tokens_per_cpu_second": 5}
+    several = {
+        "frontend": got,
+        "load": {**got, "kind": "load", "server": {"model": "tiny"}},
+        "peers": {
+            **got,
+            "kind": "peers",
+            "models": {"small": {"parameters": 5e6, "ratios": [ratio | spread]}},
+        },
+    }
+    for name, result in several.items():
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(result))
+    done = CliRunner().invoke(main, ["page", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert page.count(f"at commit {got['commit']} on ") == 3
+    assert page.count("| 2 at a time | ") == 2
+    assert f"{got['runs'][0]['output_throughput']:,.0f}" in page
+    assert "| 8 | them | 2.00 | 1.00 … 3.00 | 5.00 | 4.00 … 6.00 |" in page
+    assert "<svg" in (tmp_path / "results" / "load.svg").read_text()
+
+
+def test_a_page_of_nothing_or_of_something_else_is_refused(tmp_path):
+    done = CliRunner().invoke(main, ["page", str(tmp_path)])
+    assert done.exit_code == 1 and "no JSON files" in done.output
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "x.json").write_text("{}")
+    done = CliRunner().invoke(main, ["page", str(tmp_path)])
+    assert done.exit_code == 1 and "x.json is no result" in done.output

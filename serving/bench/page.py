@@ -1,0 +1,191 @@
+"""A page of results made from the JSON files of measurements: tables, pictures, and what each was measured on.
+
+Knows no server: every number on the page stands in one of the files, and the page says in which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from serving.bench import chart
+from serving.bench.report import point_name
+
+Result = dict[str, Any]
+
+_INTRODUCTION = """\
+# Benchmarks
+
+Written by `python -m serving.bench page docs`, from the JSON files in `docs/results/`; do not edit. Each section says what its
+numbers were measured on. A commit with a + had uncommitted changes. The load average tells how busy the machine was when the
+numbers were written down: on a machine that is shared, ratios and numbers per second of CPU time say more than seconds do.
+
+Definitions are those of `vllm bench serve`: TTFT is from sending a request to its first piece of text; ITL between two pieces;
+TPOT is (E2E - TTFT) / (tokens - 1); throughputs are of complete answers over the time from the first request to the last answer.
+"""
+
+
+class PageError(Exception):
+    """There is nothing to make a page of; the message is for the user."""
+
+
+def write(directory: Path) -> Path:
+    """Writes benchmarks.md, and a picture for each sweep, from directory/results/*.json.
+
+    Raises:
+      PageError: there are none, or one is no result.
+      NoMatplotlibError: a sweep is to be drawn, and matplotlib is missing.
+    """
+    files = sorted((directory / "results").glob("*.json"))
+    if not files:
+        raise PageError(f"{directory / 'results'} has no JSON files")
+    sections = [_section(path) for path in files]
+    page = directory / "benchmarks.md"
+    page.write_text("\n".join([_INTRODUCTION, *sections]), encoding="utf-8")
+    return page
+
+
+def _section(path: Path) -> str:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        title, body = _BODIES[result["kind"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PageError(f"{path} is no result of a measurement: {error}") from error
+    lines = [f"## {title} ({path.stem})", "", *body(result, path), "", *_conditions(result, path)]
+    return "\n".join(lines) + "\n"
+
+
+def _conditions(result: Result, path: Path) -> Iterator[str]:
+    machine = result["machine"]
+    devices = ", ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['processor']}"
+    options = {key: value for key, value in result["options"].items() if value not in (None, "")}
+    yield f"Measured {result['date']} at commit {result['commit']} on {devices}, "
+    yield f"{machine['memory_gib']} GiB of memory, load average {machine['load_average']}."
+    yield f"Versions: {_listed(result['versions'])}."
+    yield f"Options: {_listed(options)}. File: `results/{path.name}`."
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + " --- |" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def _load(result: Result, path: Path) -> Iterator[str]:
+    yield from _runs(result["runs"])
+    if len(result["runs"]) > 1:
+        picture = path.with_suffix(".svg")
+        chart.draw(result["runs"], picture, f"{result['server']['model']}, {path.stem}")
+        yield ""
+        yield f"![latency over throughput](results/{picture.name})"
+
+
+def _frontend(result: Result, path: Path) -> Iterator[str]:
+    yield from _runs(result["runs"])
+
+
+def _runs(runs: Sequence[Result]) -> Iterator[str]:
+    head = ("load", "answers", "errors", "output tok/s", "TTFT ms, median", "p99")
+    head += ("TPOT ms, median", "p99", "ITL ms, p99")
+    yield from _table(
+        head,
+        (
+            (
+                point_name(run),
+                str(run["completed"]),
+                str(run["requests"] - run["completed"]),
+                f"{run['output_throughput']:,.0f}",
+                *(_latency(run, "ttft", statistic) for statistic in ("median", "p99")),
+                *(_latency(run, "tpot", statistic) for statistic in ("median", "p99")),
+                _latency(run, "itl", "p99"),
+            )
+            for run in runs
+        ),
+    )
+
+
+def _latency(run: Result, name: str, statistic: str) -> str:
+    value = run[f"{name}_ms"].get(statistic)
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _startup(result: Result, path: Path) -> Iterator[str]:
+    medians = result["medians"]
+    head = [f"{kind}, s (median of {len(result['starts'][kind])})" for kind in medians]
+    phases = dict.fromkeys(phase for found in medians.values() for phase in found)
+    rows = [
+        [phase, *(f"{found[phase]:.2f}" if phase in found else "-" for found in medians.values())]
+        for phase in phases
+    ]
+    yield from _table(["phase", *head], rows)
+
+
+def _decode(result: Result, path: Path) -> Iterator[str]:
+    head = ("requests at a time", "decode tok/s", "range", "output tok/s", "step ms", "TTFT ms")
+    yield from _table(
+        head,
+        (
+            (
+                str(run["concurrency"]),
+                f"{run['decode_throughput']:,.1f}",
+                _range(run["decode_throughput_range"], ",.1f"),
+                f"{run['output_throughput']:,.1f}",
+                f"{run['step_ms']:.2f}",
+                f"{run['ttft_ms']:.1f}",
+            )
+            for run in result["runs"]
+        ),
+    )
+
+
+def _range(found: Sequence[float], format: str) -> str:
+    low, high = found
+    return f"{low:{format}} … {high:{format}}"
+
+
+def _ratios(ratios: Sequence[Result]) -> Iterator[str]:
+    head = ("at a time", "over", "tok/s, ratio", "range", "tok per CPU second, ratio", "range")
+    yield from _table(
+        head,
+        (
+            (
+                str(ratio["concurrency"]),
+                ratio["over"],
+                f"{ratio['output_throughput']:.2f}",
+                _range(ratio["output_throughput_range"], ".2f"),
+                f"{ratio['tokens_per_cpu_second']:.2f}",
+                _range(ratio["tokens_per_cpu_second_range"], ".2f"),
+            )
+            for ratio in ratios
+        ),
+    )
+
+
+def _frontend_peers(result: Result, path: Path) -> Iterator[str]:
+    yield from _ratios(result["ratios"])
+
+
+def _peers(result: Result, path: Path) -> Iterator[str]:
+    for size, model in result["models"].items():
+        yield f"{size}, {model['parameters'] / 1e6:.1f} million parameters:"
+        yield ""
+        yield from _ratios(model["ratios"])
+        yield ""
+
+
+_Body = Callable[[Result, Path], Iterator[str]]
+_BODIES: dict[str, tuple[str, _Body]] = {
+    "load": ("A server under load", _load),
+    "startup": ("The start", _startup),
+    "frontend": ("The front end without a model", _frontend),
+    "decode": ("The engine without HTTP", _decode),
+    "frontend-peers": ("The front end beside others", _frontend_peers),
+    "peers": ("The engine beside others on the CPU", _peers),
+}
