@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import litellm
+from litellm.exceptions import BadRequestError
 
 FIELDS: dict[str, Any] = {
     "model": "openai/tiny",
@@ -40,6 +41,6 @@ answer = completion(response_format=response_format, max_tokens=300).choices[0].
 held["structured"] = json.loads(answer)["city"] in ("Oslo", "Rome")
 try:
     completion(max_tokens=10**9)
-except litellm.BadRequestError as error:
+except BadRequestError as error:
     held["refusal"] = "max_tokens" in str(error)
 print(json.dumps(held))
