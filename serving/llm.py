@@ -43,7 +43,7 @@ Conversation = Sequence[dict[str, Any]]
 
 _INTEGERS = int | np.integer
 # Forward passes are compiled per length: lengths are rounded up to a multiple of this.
-_LENGTH_STEP = 32
+_LENGTH_STEP = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ def load_model(options: Options, tokenizer: ModelTokenizer) -> LoadedModel:
     try:
         config = _config(options, tokenizer)
         mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
+        _keep_compiled_steps()
         return LoadedModel(config, mesh, dtype, _weights(options, config, mesh, dtype))
     except (ConfigError, CheckpointError, SizingError) as error:
         raise CannotStartError(str(error)) from error
@@ -103,7 +104,6 @@ def engine_of(model: LoadedModel, options: Options) -> Engine:
     config, mesh, dtype, how = model.config, model.mesh, model.dtype, step_options(options)
     try:
         shapes = choose_shapes(config, mesh, dtype, **_limits(options), kv_dtype=how.kv_dtype)
-        _keep_compiled_steps()
         programs = _compile(config, shapes, mesh, dtype, how)
     except (SizingError, NotImplementedError) as error:
         raise CannotStartError(str(error)) from error

@@ -92,12 +92,12 @@ def test_a_token_in_flight_of_a_preempted_sequence_is_delivered_not_computed_aga
         in_flight = plan.samples
     assert new.slot is None and new.num_in_flight == 1
     assert any(sequence is new for _, sequence in in_flight)
+    scheduler.finish(old, "cancelled")
+    assert scheduler.schedule() is None, "there is room, but it is not known yet where to go on"
     # The turn goes on: the step before is read only now.
     num_delivered = len(new.completion)
-    for _, sequence in in_flight:
-        scheduler.commit(sequence, 7)
+    scheduler.commit(new, 7)
     assert (len(new.completion), new.num_in_flight) == (num_delivered + 1, 0)
-    scheduler.finish(old, "cancelled")
     plan = scheduler.schedule()
     assert plan is not None
     scheduler.check_integrity()
