@@ -4,11 +4,13 @@ Knows the arrays of a step by path and shape; what is allowed of them, gates.py 
 """
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 
 import jax
 
+from glm_jax.aot.graphs import Graphs
 from glm_jax.aot.program import ArrayType, Instruction, Program, parse_program
 from glm_jax.sharding import WeightSpec, partition_spec
 from glm_jax.steps import StepSpecs
@@ -68,16 +70,21 @@ class Findings:
     """What one compiled step does, per device.
 
     Attributes:
+      fused_sums: sums over devices that a kernel of ours does together with what follows.
       kernels: launches in one step, copies and sums included; one turn of each loop over pages.
-      repeated_kernels: those of them that layers repeat.
+      layer_kernels: the launches of one layer of experts by name, in order; none where the layers are
+        no loop.
+      graphs: of a GPU's step, if whoever compiled it looked.
       aliased_bytes: of arguments that a result takes the place of.
       argument_bytes, temporary_bytes: of memory.
     """
 
     collectives: tuple[Collective, ...]
     copies: tuple[Copy, ...]
+    fused_sums: int
     kernels: int
-    repeated_kernels: int
+    layer_kernels: tuple[str, ...]
+    graphs: Graphs | None
     argument_bytes: int
     aliased_bytes: int
     temporary_bytes: int
@@ -109,7 +116,12 @@ class _Stack:
         return cls(path, _DTYPES[spec.dtype.name], sizes, frozenset({whole, layer}))
 
 
-def find(compiled: jax.stages.Compiled, specs: StepSpecs, num_devices: int) -> Findings:
+def find(
+    compiled: jax.stages.Compiled,
+    specs: StepSpecs,
+    num_devices: int,
+    graphs: Graphs | None = None,
+) -> Findings:
     """Reads the findings off a compiled step of these arrays."""
     program = parse_program(compiled.as_text() or "")
     stacks = [
@@ -118,19 +130,37 @@ def find(compiled: jax.stages.Compiled, specs: StepSpecs, num_devices: int) -> F
         if spec.axes[0] == "layers" and path.endswith((".values", "gate.weight", "cache"))
     ]
     launches = [
-        times for instruction, times in program.executed() if instruction.opcode not in _NAMES_ONLY
+        (kernel_name(program, instruction), times)
+        for instruction, times in program.executed()
+        if instruction.opcode not in _NAMES_ONLY
     ]
+    routers = specs.weights.get("layers.moe.gate.weight")
+    num_layers = 1 if routers is None else routers.shape[0]
     memory = compiled.memory_analysis()
     assert memory is not None, "XLA analyses the memory of every program it compiles"
     return Findings(
         collectives=_collectives(program),
         copies=_copies(program, stacks),
-        kernels=sum(launches),
-        repeated_kernels=sum(times for times in launches if times > 1),
+        fused_sums=sum(times for name, times in launches if name == _FUSED_SUM),
+        kernels=sum(times for _, times in launches),
+        layer_kernels=tuple(name for name, times in launches if times == num_layers > 1),
+        graphs=graphs,
         argument_bytes=memory.argument_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
     )
+
+
+def kernel_name(program: Program, instruction: Instruction) -> str:
+    """What a person would call it: our kernel's name, or XLA's name and the scope it came from."""
+    for inside in program.fused(instruction).values():
+        if inside.opcode in _COLLECTIVES:
+            return inside.opcode
+    scopes = instruction.op_name.split("/")
+    if instruction.opcode == "custom-call" and "mosaic_gpu" in instruction.text and scopes[1:]:
+        return scopes[-2]
+    name, scope = re.sub(r"[.\d]+$", "", instruction.name), _scope(instruction)
+    return f"{name} ({scope})" if scope else name
 
 
 def _collectives(program: Program) -> tuple[Collective, ...]:
@@ -178,6 +208,7 @@ def _is_kernel_in_place(instruction: Instruction) -> bool:
 
 
 _WRAPPERS = frozenset({"shard_map", "while", "body", "cond", "closed_call", "eval_jaxpr", "jit"})
+_FUSED_SUM = "all_reduce_add_norm"
 
 
 def _scope(instruction: Instruction) -> str:

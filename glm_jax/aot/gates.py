@@ -3,25 +3,30 @@
 Knows no exceptions: what cannot hold yet is listed, with a date, where the gates are tested.
 """
 
+import math
 from dataclasses import dataclass
 
 from glm_jax.aot.findings import Findings, local_shape
+from glm_jax.aot.graphs import Graphs
 from glm_jax.config import ModelConfig
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sizing import MEMORY_SHARE
-from glm_jax.steps import StepSpecs
+from glm_jax.steps import StepSpecs, slot_shapes
 from glm_jax.targets.target import Target
 
 TWO_SUMS = "two all-reduces a layer"
 BF16_SUMS = "all-reduces in bfloat16"
 NO_OTHER_TRAFFIC = "no other collective in a layer"
-NO_EXPERT_COPY = "no copy of an expert's weights"
+NO_WEIGHT_COPY = "no copy of a layer's weights"
 NO_CACHE_COPY = "no copy of the cache"
 CACHE_IN_PLACE = "the cache is updated in place"
 TEMPORARIES = "temporaries within bounds"
 FITS = "fits in memory"
+FEW_KERNELS = "few kernels a layer"
+ONE_GRAPH = "one command buffer a step"
 
-_EXPERTS = "layers.moe.experts."
+# Launches of a decode layer: sums and XLA's own fusions among them.
+MAX_LAYER_KERNELS = 12
 # Bytes a device may spend beside its arguments; a prefill step of 8192 tokens works on more.
 MAX_TEMPORARIES: dict[Phase, int] = {"decode": 10**9, "prefill": 4 * 10**9}
 # Outside the layers a step sums the embedding once and joins the logits once.
@@ -53,11 +58,13 @@ def check(
 ) -> list[Violation]:
     """Everything the step of a phase does that it may not; an empty list is a pass."""
     violations = _traffic(findings, config.num_hidden_layers) + _copies(findings)
+    if phase == "decode":
+        violations += _launches(findings)
     one_stack = 1
     for size in local_shape(specs.cache, target.num_devices):
         one_stack *= size
     kv_bytes = 2 * one_stack * specs.cache.dtype.itemsize
-    slot_bytes = 2 * 4 * shapes.num_slots
+    slot_bytes = sum(4 * math.prod(shape) for shape in slot_shapes(shapes))
     if findings.aliased_bytes != kv_bytes + slot_bytes:
         detail = f"{findings.aliased_bytes - slot_bytes} bytes of {kv_bytes} are aliased"
         violations.append(Violation(CACHE_IN_PLACE, "", detail))
@@ -76,7 +83,7 @@ def _traffic(findings: Findings, num_layers: int) -> list[Violation]:
     sums = [each for each in findings.collectives if each.kind == "all-reduce"]
     others = [each for each in findings.collectives if each.kind != "all-reduce"]
     violations = []
-    executions = sum(each.executions for each in sums)
+    executions = sum(each.executions for each in sums) + findings.fused_sums
     if executions != 2 * num_layers + _SUMS_OUTSIDE:
         detail = f"{executions} all-reduces in a step of {num_layers} layers"
         violations.append(Violation(TWO_SUMS, "", detail))
@@ -95,12 +102,24 @@ def _traffic(findings: Findings, num_layers: int) -> list[Violation]:
     return violations
 
 
+def _launches(findings: Findings) -> list[Violation]:
+    violations = []
+    names, graphs = findings.layer_kernels, findings.graphs
+    if len(names) > MAX_LAYER_KERNELS:
+        violations.append(Violation(FEW_KERNELS, "", f"{len(names)}: {', '.join(names)}"))
+    if graphs is not None and graphs != Graphs(1, 0):
+        detail = (
+            f"{graphs.command_buffers} command buffers, and {graphs.launches_outside_of_them} "
+            "launches outside of them"
+        )
+        violations.append(Violation(ONE_GRAPH, "", detail))
+    return violations
+
+
 def _copies(findings: Findings) -> list[Violation]:
     violations = []
     for copy in findings.copies:
         detail = f"{copy.path}: {copy.how} of {copy.num_bytes} bytes, {copy.executions} times"
-        if copy.path.startswith(_EXPERTS):
-            violations.append(Violation(NO_EXPERT_COPY, copy.op, detail))
-        elif copy.path == "cache":
-            violations.append(Violation(NO_CACHE_COPY, copy.op, detail))
+        gate = NO_CACHE_COPY if copy.path == "cache" else NO_WEIGHT_COPY
+        violations.append(Violation(gate, copy.op, detail))
     return violations

@@ -1,7 +1,6 @@
 """The full model, compiled for GPUs that are not there: what its steps may cost, and no more.
 
-exceptions.json holds what cannot hold until an operation has its kernel; an exception that is no
-longer needed fails as well.
+exceptions.json holds what does not hold yet; an exception that is no longer needed fails as well.
 """
 
 import functools
@@ -18,18 +17,27 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glm_jax import ops, sharding
+from glm_jax import sharding
 from glm_jax import steps as steps_module
 from glm_jax.aot import gates
-from glm_jax.aot.findings import Findings, find
+from glm_jax.aot.findings import Collective, Findings, find
 from glm_jax.aot.gates import Violation, check
+from glm_jax.aot.graphs import Graphs, compile_with_graphs
 from glm_jax.aot.memory import Limits, shapes_for
 from glm_jax.aot.presets import find_config
 from glm_jax.aot.topology import mesh_of
 from glm_jax.config import ModelConfig
+from glm_jax.kernels import Kernels
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import WeightSpec, all_reduce
-from glm_jax.steps import StepSpecs, lower, step_specs
+from glm_jax.steps import (
+    DEFAULT_OPTIONS,
+    StepOptions,
+    StepSpecs,
+    lower,
+    slot_shapes,
+    step_specs,
+)
 from glm_jax.targets.target import Target, parse_target
 from tests.glm_jax.tiny import make_config
 
@@ -51,11 +59,17 @@ pytestmark = pytest.mark.usefixtures("without_compilation_cache")
 
 
 def violations_of(
-    config: ModelConfig, shapes: StepShapes, target: Target, phase: Phase, rows: int
+    config: ModelConfig,
+    shapes: StepShapes,
+    target: Target,
+    phase: Phase,
+    rows: int,
+    options: StepOptions = DEFAULT_OPTIONS,
 ) -> list[Violation]:
-    compiled = lower(config, shapes, mesh_of(target), BF16, phase, rows).compile()
-    specs = step_specs(config, shapes, BF16)
-    findings = find(compiled, specs, target.num_devices)
+    lowered = lower(config, shapes, mesh_of(target), BF16, phase, rows, options)
+    compiled, graphs = compile_with_graphs(lowered, is_gpu=True)
+    specs = step_specs(config, shapes, BF16, options)
+    findings = find(compiled, specs, target.num_devices, graphs)
     return check(findings, config, shapes, specs, phase, target)
 
 
@@ -88,9 +102,8 @@ def test_the_full_size_step_keeps_every_gate_but_those_excepted(target: str, ste
     assert not needless, "no longer needed: remove it from exceptions.json"
 
 
-def test_every_exception_is_dated_and_names_the_kernel_it_waits_for() -> None:
+def test_every_exception_is_dated_and_says_what_it_waits_for() -> None:
     for each in EXCEPTIONS:
-        assert callable(getattr(ops, each["kernel"]))
         assert each["since"][:2] == "20" and len(each["since"]) == 10 and len(each["why"]) > 20
         assert set(each["steps"]) <= STEPS.keys()
 
@@ -98,7 +111,15 @@ def test_every_exception_is_dated_and_names_the_kernel_it_waits_for() -> None:
 # The plants: each is a fault that a change could bring in, and the gate that must see it.
 
 TINY_TARGET = parse_target("b200x2")
-TINY = make_config(num_key_value_heads=2, num_attention_heads=4, n_routed_experts=4)
+# One layer, so that a reference has nothing to slice it out of; its kernels are none of these gates'.
+TINY = make_config(
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    num_key_value_heads=2,
+    num_attention_heads=4,
+    n_routed_experts=4,
+)
+REFERENCES = StepOptions(kernels=Kernels(allow_reference=True))
 TINY_SHAPES = StepShapes(
     num_slots=4,
     num_pages=64,
@@ -111,13 +132,19 @@ TINY_SHAPES = StepShapes(
 
 
 def tiny_gates() -> set[str]:
-    found = violations_of(TINY, TINY_SHAPES, TINY_TARGET, "decode", 4)
+    found = violations_of(TINY, TINY_SHAPES, TINY_TARGET, "decode", 4, REFERENCES)
     return {each.gate for each in found}
 
 
 @pytest.mark.slow
 def test_an_unharmed_step_breaks_no_gate() -> None:
-    assert not tiny_gates()  # one layer of experts: there is nothing to slice it out of
+    assert not tiny_gates()
+
+
+@pytest.mark.slow
+def test_a_loop_that_the_host_turns_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps_module, "_IN_GRAPHS", ["FUSION", "CUSTOM_CALL"])
+    assert gates.ONE_GRAPH in tiny_gates()
 
 
 @pytest.mark.slow
@@ -153,6 +180,49 @@ def test_a_cache_that_is_not_donated_is_caught(monkeypatch: pytest.MonkeyPatch) 
     assert gates.CACHE_IN_PLACE in found and gates.NO_CACHE_COPY in found
 
 
+def findings_of(**changed: Any) -> Findings:
+    """Of a step of one layer that breaks no gate, but for what is changed."""
+    sums = Collective("all-reduce", "bf16", 512, 3)
+    shape = step_specs(TINY, TINY_SHAPES, BF16).cache.shape
+    kv_bytes = 2 * 2 * int(np.prod(shape)) // TINY_TARGET.num_devices
+    slots = sum(4 * int(np.prod(shape)) for shape in slot_shapes(TINY_SHAPES))
+    fields: dict[str, Any] = {
+        "collectives": (sums,),
+        "copies": (),
+        "fused_sums": 0,
+        "kernels": 20,
+        "layer_kernels": ("kernel",) * gates.MAX_LAYER_KERNELS,
+        "graphs": Graphs(1, 0),
+        "argument_bytes": 10**6,
+        "aliased_bytes": kv_bytes + slots,
+        "temporary_bytes": 10**6,
+    }
+    return Findings(**(fields | changed))
+
+
+def broken_by(**changed: Any) -> list[Violation]:
+    specs = step_specs(TINY, TINY_SHAPES, BF16)
+    return check(findings_of(**changed), TINY, TINY_SHAPES, specs, "decode", TINY_TARGET)
+
+
+def test_a_kernel_too_many_is_caught_and_all_are_named() -> None:
+    assert not broken_by()
+    names = tuple(f"kernel {number}" for number in range(gates.MAX_LAYER_KERNELS + 1))
+    (violation,) = broken_by(layer_kernels=names)
+    assert violation.gate == gates.FEW_KERNELS and all(name in violation.detail for name in names)
+
+
+def test_a_fused_sum_is_a_sum() -> None:
+    only_the_embedding = (Collective("all-reduce", "bf16", 512, 1),)
+    assert not broken_by(collectives=only_the_embedding, fused_sums=2)
+    assert [each.gate for each in broken_by(fused_sums=1)] == [gates.TWO_SUMS]
+
+
+def test_a_launch_beside_the_graph_is_caught() -> None:
+    for graphs in (Graphs(2, 0), Graphs(1, 1), Graphs(0, 30)):
+        assert [each.gate for each in broken_by(graphs=graphs)] == [gates.ONE_GRAPH]
+
+
 # A step in small: layers of experts, a cache, and two ways to walk over them.
 
 LAYERS, EXPERTS, WIDTH = 6, 4, 512
@@ -162,7 +232,9 @@ def miniature(body: Callable[[jax.Array, jax.Array], jax.Array]) -> Findings:
     mesh = mesh_of(TINY_TARGET)
     stack = WeightSpec((LAYERS, EXPERTS, WIDTH, WIDTH), BF16, ("layers", "experts", None, None))
     cache = WeightSpec((LAYERS, 8, 2, 16, 32), BF16, ("layers", "pages", "kv_heads", None, None))
-    specs = StepSpecs({"layers.moe.experts.gate_up_proj.values": stack}, cache)
+    routers = WeightSpec((LAYERS, EXPERTS, WIDTH), BF16, ("layers", None, "embed"))
+    weights = {"layers.moe.experts.gate_up_proj.values": stack, "layers.moe.gate.weight": routers}
+    specs = StepSpecs(weights, cache)
     spread, whole = PartitionSpec(None, "tensor"), PartitionSpec()
     step = jax.jit(
         jax.shard_map(body, mesh=mesh, in_specs=(spread, whole), out_specs=whole, check_vma=False)
@@ -195,6 +267,20 @@ def test_experts_converted_before_a_product_are_caught() -> None:
         return jnp.einsum("td,ledf->tf", x.astype(jnp.float32), wide).astype(x.dtype)
 
     assert any("convert" in how for how in copied_experts(converted))
+
+
+def test_the_kernels_of_a_layer_are_named_in_order() -> None:
+    def layers(stack: jax.Array, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            with jax.named_scope("mix"):
+                x = lax.optimization_barrier(x * index.astype(x.dtype))
+            with jax.named_scope("sum"):
+                return all_reduce(x), None
+
+        return lax.scan(layer, x, jnp.arange(LAYERS))[0]
+
+    names = miniature(layers).layer_kernels
+    assert any("mix" in name for name in names) and any("all-reduce" in name for name in names)
 
 
 def test_experts_read_in_place_are_no_copy() -> None:

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from glm_jax.aot.__main__ import main
-from glm_jax.aot.inspection import InspectionError, _thunks, differences_of, inspect_steps
+from glm_jax.aot.graphs import Graphs, graphs_of, thunks
+from glm_jax.aot.inspection import InspectionError, differences_of, inspect_steps
 from glm_jax.aot.memory import Limits
 from glm_jax.targets.target import parse_target
 from tests.glm_jax.tiny import config_json, make_config
@@ -33,7 +34,8 @@ condition:
 
 
 def test_what_stands_deeper_than_a_command_buffer_is_in_it() -> None:
-    assert list(_thunks(THUNKS)) == [
+    assert graphs_of(THUNKS) == Graphs(command_buffers=2, launches_outside_of_them=2)
+    assert list(thunks(THUNKS)) == [
         ("CommandBuffer", False),
         ("PartitionId", True),
         ("AsyncStart", True),
@@ -80,7 +82,7 @@ def test_a_step_is_reported_whole_and_again_the_same(
     config = config_json(num_hidden_layers=4, num_key_value_heads=2, num_attention_heads=4)
     (tmp_path / "config.json").write_text(json.dumps(config))
     flags = [f"--config={tmp_path}", "--target=b200x2", "--max-concurrency=2", "--max-seq-len=64"]
-    flags += ["--max-batch-tokens=64", "--step=decode-2"]
+    flags += ["--max-batch-tokens=64", "--step=decode-2", "--allow-reference-ops"]
     record = tmp_path / "expected.json"
     first = CliRunner().invoke(main, ["inspect", *flags, f"--write={record}"])
     assert first.exit_code == 0, first.output
@@ -88,7 +90,7 @@ def test_a_step_is_reported_whole_and_again_the_same(
     sums = [each for each in found["collectives"] if each["kind"] == "all-reduce"]
     assert sum(each["executions"] for each in sums) == 2 * 4 + 1
     assert {each["dtype"] for each in sums} == {"bf16"}
-    assert found["kernels_per_step"] > 4 * found["kernels_per_layer"] * 0.9 > 10
+    assert found["kernels_per_step"] > 3 * len(found["layer_kernels"]) > 10
     assert found["command_buffers"] > 0 and found["temporary_bytes"] > 0
     changed = json.loads(record.read_text())
     changed["decode-2"]["command_buffers"] += 1

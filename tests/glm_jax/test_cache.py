@@ -8,7 +8,7 @@ from glm_jax import cache as kv_cache
 from glm_jax.cache import CACHE_AXES, KVCache, cache_spec, page_bytes
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import check_divisible, make_mesh
-from tests.glm_jax.tiny import BF16, F32, compiled, make_config
+from tests.glm_jax.tiny import BF16, F32, FP8, compiled, make_config
 
 LAYERS, PAGES, KV_HEADS, PAGE, HEAD_DIM = 3, 9, 2, 4, 5
 BEFORE = -7.0
@@ -74,6 +74,16 @@ def test_what_is_stored_takes_the_caches_dtype() -> None:
     after = write(cache_of(BF16), 0, table, positions, k + 1 / 3, v)
     assert after.k.dtype == BF16
     np.testing.assert_array_equal(after.k[0, 1, :, 2], (k + 1 / 3)[0, 0].astype(BF16))
+
+
+def test_an_fp8_cache_clamps_what_it_cannot_hold() -> None:
+    table, positions = np.array([[1]], np.int32), np.array([[2]], np.int32)
+    k, v = tokens(1, 1, BF16)
+    k[0, 0, 0, :4] = (1000, -1e30, 449, 3.3)
+    after = write(cache_of(FP8), 0, table, positions, k, v)
+    assert after.k.dtype == FP8
+    stored = after.k[0, 1, 0, 2, :4].astype(np.float32)
+    np.testing.assert_array_equal(stored, [448, -448, 448, 3.25])
 
 
 def test_the_cache_is_pages_of_all_layers_split_by_kv_head() -> None:

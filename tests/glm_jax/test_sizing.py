@@ -12,14 +12,18 @@ from glm_jax.model import abstract_weights
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh
 from glm_jax.sizing import SizingError, choose_shapes, weight_bytes
-from tests.glm_jax.tiny import BF16, F32, make_config
+from tests.glm_jax.tiny import BF16, F32, FP8, make_config
 
 GIB = 1 << 30
 HOST_KV_BYTES = 512 << 20
 
 
-def choose(mesh: Mesh | None = None, config: Any = None, **limits: int) -> StepShapes:
-    defaults = {"max_concurrency": 8, "max_seq_len": 256, "max_batch_tokens": 512}
+def choose(mesh: Mesh | None = None, config: Any = None, **limits: Any) -> StepShapes:
+    defaults: dict[str, Any] = {
+        "max_concurrency": 8,
+        "max_seq_len": 256,
+        "max_batch_tokens": 512,
+    }
     return choose_shapes(config or make_config(), mesh or make_mesh(1), BF16, **defaults | limits)
 
 
@@ -38,6 +42,12 @@ def glm_4_7() -> Any:
         n_routed_experts=160, num_experts_per_tok=8, moe_intermediate_size=1536,
         max_position_embeddings=202752,
     )  # fmt: skip
+
+
+def test_an_fp8_cache_has_room_for_twice_the_pages() -> None:
+    limits: dict[str, Any] = {"max_concurrency": 10**6, "max_seq_len": 256}
+    wide, narrow = (choose(**limits, kv_dtype=dtype).num_pages for dtype in (None, FP8))
+    assert narrow == 2 * wide < 4 * 10**6
 
 
 def test_no_more_pages_than_all_sequences_can_fill() -> None:

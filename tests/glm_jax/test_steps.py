@@ -18,7 +18,7 @@ from glm_jax.model import abstract_weights
 from glm_jax.runner import Runner, compile_steps
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import make_mesh
-from glm_jax.steps import lower
+from glm_jax.steps import DEFAULT_OPTIONS, StepOptions, lower, step_specs
 
 SHAPES = StepShapes(
     num_slots=20,
@@ -124,11 +124,12 @@ def runner(
     num_devices: int,
     shapes: StepShapes = SHAPES,
     dtype: np.dtype = BFLOAT16,
+    options: StepOptions = DEFAULT_OPTIONS,
 ) -> Runner:
     mesh = make_mesh(num_devices)
     weights = dummy_weights(abstract_weights(config, dtype), mesh, seed=1)
-    programs = compile_steps(config, shapes, mesh, dtype)
-    return Runner(config, shapes, mesh, dtype, weights, programs)
+    programs = compile_steps(config, shapes, mesh, dtype, options)
+    return Runner(config, shapes, mesh, dtype, weights, programs, options=options)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,27 @@ def test_two_devices_give_the_bits_of_one(one_device: Runner) -> None:
 
 def test_plain_bfloat16_weights_give_the_same_bits_on_any_mesh() -> None:
     assert crowd(runner(PLAIN, 8, CROWDED), 1.0) == crowd(runner(PLAIN, 1, CROWDED), 1.0)
+
+
+def test_an_fp8_cache_holds_half_the_bytes_and_nearly_the_same_answers(
+    one_device: Runner,
+) -> None:
+    options = StepOptions(kv_dtype=np.dtype(jnp.float8_e4m3fn))
+    specs = [step_specs(FP8, SHAPES, BFLOAT16, o).cache for o in (StepOptions(), options)]
+    assert [spec.dtype.itemsize for spec in specs] == [2, 1]
+    narrow = Writer(runner(FP8, 1, CROWDED, options=options), prompts(20))
+    wide = Writer(one_device, prompts(20))
+    for writer in (narrow, wide):
+        for slot in range(6):
+            writer.prefill(slot, bucket=6)
+        writer.decode(list(range(6)), bucket=20)
+    logprobs = [
+        np.array([[bits for _, bits in writer.answers[slot]] for slot in range(6)], np.int32)
+        for writer in (narrow, wide)
+    ]
+    ours, theirs = (bits.view(np.float32) for bits in logprobs)
+    np.testing.assert_allclose(ours, theirs, atol=0.3)
+    assert (ours != theirs).any()  # an FP8 cache was in use
 
 
 def test_a_prompt_in_chunks_gives_the_bits_of_a_prompt_at_once(one_device: Runner) -> None:
