@@ -4,11 +4,25 @@ Knows neither scores nor weights. Every expert's rows start at a multiple of the
 of tokens meets one expert and is stored whole; rows that only fill a tile belong to nobody.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Int32
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float8e4m3fn, Float32, Int32
+
+from glm_jax.pallas.chip import Chip
+
+_LANES = 128
+_WARPGROUP = 128
+# Rows in flight when tokens are copied: 80 KiB of the model's.
+_CHUNK = 16
+# Every CTA counts all picks: above so many tokens that takes longer than sorting them once.
+_MOST_COUNTED = 256
 
 
 class Dispatch(NamedTuple):
@@ -19,12 +33,16 @@ class Dispatch(NamedTuple):
       rows: the row of each choice of each token; R where its expert lives elsewhere.
       tile_experts: the local expert of each tile that is in use, those in use first.
       num_tiles: how many tiles are in use.
+      values, scale: the quantized token of each row, where stage has copied it; nothing was written
+        for rows of tiles that are not in use.
     """
 
     tokens: Int32[Array, " R"]
     rows: Int32[Array, "T k"]
     tile_experts: Int32[Array, " tiles"]
     num_tiles: Int32[Array, "1"]
+    values: Float8e4m3fn[Array, "R D"] | None = None
+    scale: Float32[Array, "R 1"] | None = None
 
     @property
     def tile(self) -> int:
@@ -79,3 +97,241 @@ def dispatch(
     ends_passed = (jnp.arange(tiles)[:, None] >= tile_ends[None]).sum(1).astype(jnp.int32)
     tile_experts = jnp.minimum(ends_passed, num_local - 1)
     return Dispatch(tokens, rows, tile_experts, tile_ends[-1:])
+
+
+def stage(
+    x: Float8e4m3fn[Array, "T D"],
+    x_scale: Float32[Array, "T 1"],
+    experts: Int32[Array, "T k"],
+    first_expert: Int32[Array, ""],
+    num_local: int,
+    *,
+    chip: Chip,
+    tile: int | None = None,
+    interpret: bool = False,
+) -> Dispatch:
+    """dispatch, and each row's token copied to its place, so that a tile is read at once.
+
+    Few tokens are sorted and copied by one kernel, each CTA counting all picks for itself; many are
+    sorted by dispatch, and copied by a kernel that copies tiles in use only.
+
+    Args:
+      x, x_scale: quantized tokens.
+      experts: distinct experts for each token, of all devices.
+      first_expert: the first of this device's num_local.
+      tile: rows of a tile.
+
+    Raises:
+      NotImplementedError: D is no multiple of 128.
+    """
+    num_tokens, num_choices = experts.shape
+    width = x.shape[1]
+    if width % _LANES:
+        raise NotImplementedError(f"{x.shape=}: D must be a multiple of {_LANES}")
+    tile = tile or default_tile(num_tokens)
+    tiles = max_tiles(num_tokens, num_choices, num_local, tile)
+    sorted_already = None
+    if num_tokens > _MOST_COUNTED:
+        sorted_already = dispatch(experts, first_expert, num_local, tile=tile)
+    is_local = (experts >= first_expert) & (experts < first_expert + num_local)
+    sizes = _Sizes(num_tokens, num_choices, num_local, tile, tiles, width // _LANES)
+    rows_type = [
+        jax.ShapeDtypeStruct((tiles * tile, width // _LANES, _LANES), x.dtype),
+        jax.ShapeDtypeStruct((tiles * tile,), jnp.float32),
+    ]
+    plan_types = [
+        jax.ShapeDtypeStruct((tiles * tile,), jnp.int32),
+        jax.ShapeDtypeStruct((num_tokens, num_choices), jnp.int32),
+        jax.ShapeDtypeStruct((tiles,), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    ]
+    tokens = (x.reshape(num_tokens, -1, _LANES), x_scale.reshape(-1))
+    chunk = min(tile, _CHUNK)
+    num_ctas = min(tiles, chip.num_cores)
+    kernel = plgpu.kernel(
+        functools.partial(_copy_body if sorted_already else _sort_body, sizes, num_ctas=num_ctas),
+        out_type=rows_type if sorted_already else rows_type + plan_types,
+        scratch_types=_scratch(sizes, chunk, is_sorting=sorted_already is None),
+        grid=(num_ctas,),
+        grid_names=("cta",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        kernel_name="dispatch",
+    )
+    if sorted_already:
+        values, scale = kernel(*tokens, sorted_already.tokens, sorted_already.num_tiles)
+        plan = sorted_already
+    else:
+        values, scale, *fields = kernel(*tokens, experts, first_expert.reshape(1))
+        plan = Dispatch(*fields)
+        plan = plan._replace(rows=jnp.where(is_local, plan.rows, tiles * tile))
+    return plan._replace(values=values.reshape(-1, width), scale=scale[:, None])
+
+
+class _Sizes(NamedTuple):
+    num_tokens: int
+    num_choices: int
+    num_local: int
+    tile: int
+    tiles: int
+    lanes: int
+
+    @property
+    def padded_experts(self) -> int:
+        return -(-self.num_local // _WARPGROUP) * _WARPGROUP
+
+
+def _scratch(sizes: _Sizes, chunk: int, *, is_sorting: bool) -> dict[str, Any]:
+    types: dict[str, Any] = {
+        "staged": plgpu.SMEM((chunk, sizes.lanes, _LANES), jnp.float8_e4m3fn),
+        "arrived": plgpu.Barrier(num_arrivals=chunk),
+    }
+    if is_sorting:
+        types["picks"] = plgpu.SMEM((sizes.num_tokens, sizes.num_choices), jnp.int32)
+        types["picked"] = plgpu.Barrier()
+        types["tiles"] = plgpu.SMEM((sizes.padded_experts,), jnp.int32)
+        types["ends"] = plgpu.SMEM((sizes.padded_experts,), jnp.int32)
+        types["taken"] = plgpu.SMEM((_WARPGROUP,), jnp.int32)
+    return types
+
+
+def _copy_rows(
+    sizes: _Sizes,
+    x_ref: Any,
+    x_scale_ref: Any,
+    values_ref: Any,
+    scale_ref: Any,
+    token_of: Callable[[jax.Array], jax.Array],
+    first_row: jax.Array,
+    scratch: dict[str, Any],
+) -> None:
+    """Copies a tile's tokens, a chunk of rows in flight at a time."""
+    staged, arrived = scratch["staged"], scratch["arrived"]
+    chunk = staged.shape[0]
+
+    def copy_chunk(index: jax.Array, _: None) -> None:
+        start = index * chunk
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for row in range(chunk):
+            token = token_of(start + row)
+            plgpu.copy_gmem_to_smem(x_ref.at[token], staged.at[row], arrived)
+            scale_ref[first_row + start + row] = x_scale_ref[token]
+        plgpu.barrier_wait(arrived)
+        plgpu.copy_smem_to_gmem(staged, values_ref.at[pl.ds(first_row + start, chunk)])
+
+    lax.fori_loop(0, sizes.tile // chunk, copy_chunk, None)
+
+
+def _over_tiles(num_tiles: jax.Array, num_ctas: int, visit: Callable[[jax.Array], None]) -> None:
+    cta = lax.axis_index("cta")
+    count = lax.div(num_tiles - cta + num_ctas - 1, jnp.int32(num_ctas))
+    lax.fori_loop(0, count, lambda index, _: visit(cta + index * num_ctas), None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copy_body(
+    sizes: _Sizes,
+    x_ref: Any,
+    x_scale_ref: Any,
+    tokens_ref: Any,
+    num_tiles_ref: Any,
+    values_ref: Any,
+    scale_ref: Any,
+    num_ctas: int,
+    **scratch: Any,
+) -> None:
+    """Copies the tokens of tiles that were sorted before."""
+
+    def copy_tile(index: jax.Array) -> None:
+        first_row = index * sizes.tile
+        refs = (x_ref, x_scale_ref, values_ref, scale_ref)
+        _copy_rows(sizes, *refs, lambda row: tokens_ref[first_row + row], first_row, scratch)
+
+    _over_tiles(num_tiles_ref[0], num_ctas, copy_tile)
+
+
+def _sort_body(
+    sizes: _Sizes,
+    x_ref: Any,
+    x_scale_ref: Any,
+    experts_ref: Any,
+    first_ref: Any,
+    values_ref: Any,
+    scale_ref: Any,
+    tokens_ref: Any,
+    rows_ref: Any,
+    tile_experts_ref: Any,
+    num_tiles_ref: Any,
+    num_ctas: int,
+    **scratch: Any,
+) -> None:
+    """Counts all picks, then finds and copies the tokens of this CTA's tiles."""
+    picks, ends, taken = scratch["picks"], scratch["ends"], scratch["taken"]
+    plgpu.copy_gmem_to_smem(experts_ref, picks, scratch["picked"])
+    plgpu.barrier_wait(scratch["picked"])
+    first_expert = first_ref[0]
+    expert_ends = _count_tiles(sizes, picks, first_expert, scratch["tiles"])
+    ends[...] = expert_ends
+    plgpu.commit_smem()
+    num_tiles = ends[sizes.num_local - 1]
+
+    @pl.when(lax.axis_index("cta") == 0)
+    def _():
+        num_tiles_ref[0] = num_tiles
+
+    def sort_tile(index: jax.Array) -> None:
+        expert = jnp.sum(jnp.where(expert_ends <= index, 1, 0))
+        tile_experts_ref[index] = expert
+        begin = jnp.where(expert > 0, ends[jnp.maximum(expert - 1, 0)], 0)
+        first_row = index * sizes.tile
+        taken[...] = jnp.zeros(taken.shape, jnp.int32)
+        plgpu.commit_smem()
+
+        def visit(token: jax.Array, number: jax.Array) -> jax.Array:
+            row = number - (index - begin) * sizes.tile
+            chosen = [
+                picks[token, choice] == first_expert + expert for choice in range(sizes.num_choices)
+            ]
+            is_taken = functools.reduce(jnp.logical_or, chosen)
+
+            @pl.when(is_taken & (row >= 0) & (row < sizes.tile))
+            def _():
+                taken[row] = token
+                for choice, is_chosen in enumerate(chosen):
+
+                    @pl.when(is_chosen)
+                    def _(choice: int = choice):
+                        rows_ref[token, choice] = first_row + row
+
+            return number + is_taken.astype(jnp.int32)
+
+        lax.fori_loop(0, sizes.num_tokens, visit, jnp.int32(0))
+        plgpu.commit_smem()
+        for row in range(sizes.tile):
+            tokens_ref[first_row + row] = taken[row]
+        refs = (x_ref, x_scale_ref, values_ref, scale_ref)
+        _copy_rows(sizes, *refs, lambda row: taken[row], first_row, scratch)
+
+    _over_tiles(num_tiles, num_ctas, sort_tile)
+
+
+def _count_tiles(sizes: _Sizes, picks: Any, first_expert: jax.Array, tiles: Any) -> jax.Array:
+    """The tile at which each expert's tiles end: int32[padded_experts], an expert a lane."""
+    lanes = plgpu.broadcasted_iota(jnp.int32, (sizes.padded_experts,), 0)
+
+    def count(token: jax.Array, counts: jax.Array) -> jax.Array:
+        for choice in range(sizes.num_choices):
+            expert = picks[token, choice] - first_expert
+            counts = counts + jnp.where(lanes == expert, 1, 0)
+        return counts
+
+    zeros = jnp.zeros((sizes.padded_experts,), jnp.int32)
+    counts = lax.fori_loop(0, sizes.num_tokens, count, zeros)
+    is_local = lanes < sizes.num_local
+    tiles[...] = jnp.where(is_local, lax.div(counts + (sizes.tile - 1), sizes.tile), 0)
+    plgpu.commit_smem()
+
+    def add(expert: jax.Array, ends: jax.Array) -> jax.Array:
+        return ends + jnp.where(lanes >= expert, tiles[expert], 0)
+
+    return lax.fori_loop(0, sizes.num_local, add, zeros)

@@ -57,10 +57,13 @@ def grouped_gate_up(
       NotImplementedError: D, F or S is no multiple of 64.
     """
     config = config or default_config(chip, dispatch.tile, values.shape[3], x.shape[0])
-    rows = Tokens(
-        x.at[dispatch.tokens].get(mode="promise_in_bounds"),
-        x_scale.at[dispatch.tokens].get(mode="promise_in_bounds"),
-    )
+    if dispatch.values is None or dispatch.scale is None:
+        rows = Tokens(
+            x.at[dispatch.tokens].get(mode="promise_in_bounds"),
+            x_scale.at[dispatch.tokens].get(mode="promise_in_bounds"),
+        )
+    else:
+        rows = Tokens(dispatch.values, dispatch.scale)
     shared = None
     if shared_values is not None and shared_scale is not None:
         shared = Tokens(x, x_scale), Weights(shared_values[:, None], shared_scale[:, None])

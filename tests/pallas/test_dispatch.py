@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.pallas.dispatch import Dispatch, default_tile, dispatch, max_tiles
+from glm_jax.fp8 import quantize_rows
+from glm_jax.pallas import dispatch as dispatch_module
+from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.dispatch import Dispatch, default_tile, dispatch, max_tiles, stage
 
 
 def random_picks(seed: int, num_tokens: int, num_choices: int, num_experts: int) -> np.ndarray:
@@ -88,3 +91,41 @@ def test_the_worst_picks_fill_no_more_tiles_than_there_are(
 def test_tiles_grow_with_the_step() -> None:
     tiles = [default_tile(num_tokens) for num_tokens in (1, 64, 256, 1024, 8192)]
     assert tiles == [16, 16, 32, 64, 128]
+
+
+@pytest.mark.parametrize("most_counted", [0, 256])
+@pytest.mark.parametrize(
+    ("seed", "num_tokens", "num_choices", "num_experts", "first", "num_local", "tile"),
+    [(0, 5, 2, 6, 2, 3, 4), (1, 21, 3, 4, 0, 4, 16), (2, 1, 2, 4, 0, 1, 16)],
+)
+def test_staged_rows_are_the_tokens_that_were_sorted(
+    monkeypatch: pytest.MonkeyPatch,
+    most_counted: int,
+    seed: int,
+    num_tokens: int,
+    num_choices: int,
+    num_experts: int,
+    first: int,
+    num_local: int,
+    tile: int,
+) -> None:
+    """Whether a kernel sorts them too, or only copies them."""
+    monkeypatch.setattr(dispatch_module, "_MOST_COUNTED", most_counted)
+    picks = random_picks(seed, num_tokens, num_choices, num_experts)
+    x, x_scale = quantize_rows(jax.random.normal(jax.random.key(seed), (num_tokens, 128)))
+    found = stage(
+        x, x_scale, jnp.asarray(picks), jnp.int32(first), num_local,
+        chip=Chip("sm90", 3), tile=tile, interpret=True,
+    )  # fmt: skip
+    wanted = dispatch(jnp.asarray(picks), jnp.int32(first), num_local, tile=tile)
+    num_tiles = int(wanted.num_tiles[0])
+    num_rows = num_tiles * tile
+    assert found.tile == tile
+    assert found.num_tiles.tolist() == [num_tiles]
+    assert found.rows.tolist() == wanted.rows.tolist()
+    assert found.tile_experts[:num_tiles].tolist() == wanted.tile_experts[:num_tiles].tolist()
+    tokens = np.asarray(wanted.tokens[:num_rows])
+    assert found.tokens[:num_rows].tolist() == tokens.tolist()
+    assert found.values is not None and found.scale is not None
+    np.testing.assert_array_equal(np.asarray(found.values[:num_rows]), np.asarray(x)[tokens])
+    np.testing.assert_array_equal(np.asarray(found.scale[:num_rows]), np.asarray(x_scale)[tokens])
