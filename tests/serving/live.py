@@ -61,7 +61,7 @@ def launched(
         text=True,
     )  # fmt: skip
     try:
-        for _ in range(400):
+        for _ in range(2400):
             try:
                 with socket.create_connection(("127.0.0.1", port), timeout=1):
                     break
