@@ -14,13 +14,21 @@ from jaxtyping import Array, Float, Float32, Int32
 from glm_jax import cache as kv_cache
 from glm_jax import ops, sharding
 from glm_jax.cache import KVCache
-from glm_jax.fp8 import quantize_rows
 from glm_jax.ops import HeadNorms, Layer, NormedRows, Rows
-from glm_jax.pallas import decode_attention, dense_matmul, kv_write, norm, router
+from glm_jax.pallas import (
+    all_reduce,
+    decode_attention,
+    dense_matmul,
+    kv_write,
+    norm,
+    prefill_attention,
+    router,
+)
 from glm_jax.pallas.chip import Chip, chip_in_trace
-from glm_jax.pallas.dispatch import dispatch
+from glm_jax.pallas.dispatch import stage
 from glm_jax.pallas.grouped_down import combine, grouped_down
 from glm_jax.pallas.grouped_gate_up import grouped_gate_up
+from glm_jax.pallas.quantize import quantize_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +47,9 @@ class Kernels:
     Attributes:
       allow_reference: on a GPU, what has no kernel runs as XLA makes it of the reference, which copies
         weights and is many times slower; otherwise it is an error.
+      fused_all_reduce: sums over devices, the addition and the norm in one kernel of ours, which reads
+        the other devices' memory, up to 256 rows; otherwise the sum is XLA's. Off, since no machine
+        with several GPUs has run it yet.
       interpreted: kernels of this chip, interpreted on a CPU: for tests.
 
     Raises:
@@ -47,6 +58,7 @@ class Kernels:
     """
 
     allow_reference: bool = False
+    fused_all_reduce: bool = False
     interpreted: Chip | None = None
 
     @property
@@ -84,9 +96,7 @@ class Kernels:
                 residual, added, weight, _index(layer), eps=eps, chip=chip,
                 interpret=self._interprets,
             )  # fmt: skip
-            if not is_fp8:
-                return NormedRows(normed.residual, Rows(normed.normed))
-            return NormedRows(normed.residual, Rows(*normed[1:]))
+            return _as_ours(normed, is_fp8)
 
         return self._run(
             kernel,
@@ -104,6 +114,15 @@ class Kernels:
         is_fp8: bool,
     ) -> NormedRows:
         """add_norm of what the partials of all devices sum up to."""
+        chip = self.interpreted or chip_in_trace()
+        is_small = residual.shape[0] <= all_reduce.MAX_ROWS
+        if self.fused_all_reduce and chip is not None and is_small and len(partials) == 1:
+            normed = all_reduce.all_reduce_add_norm(
+                partials[0], residual, weight, _index(layer), eps=eps,
+                axis_name=sharding.MESH_AXIS, num_devices=sharding.num_devices(), chip=chip,
+                interpret=self._interprets,
+            )  # fmt: skip
+            return _as_ours(normed, is_fp8)
         added = sharding.sum_partials(partials, residual.dtype)
         return self.add_norm(residual, added, weight, layer, eps=eps, is_fp8=is_fp8)
 
@@ -216,20 +235,22 @@ class Kernels:
         """Attends over the pages; the rows are ready for o_proj, with a scale for each kv head."""
         num_rows, num_tokens, kv_heads = q.shape[:3]
 
+        def as_rows(attended: Float[Array, "B T K G H"]) -> Rows:
+            flat = attended.reshape(num_rows * num_tokens, -1)
+            return ops.as_rows(flat, is_fp8=is_fp8, num_groups=kv_heads)
+
         def kernel(chip: Chip) -> Rows:
-            if num_tokens > 1:
-                raise NotImplementedError(f"{num_tokens=} a row")
             pages = (cache.k, cache.v, layer, page_table, positions)
             on = {"chip": chip, "interpret": self._interprets}
+            if num_tokens > 1:
+                return as_rows(prefill_attention.attend(q, *pages, **on))
             if not is_fp8:
-                return Rows(decode_attention.attend(q, *pages, **on).reshape(num_rows, -1))
+                return as_rows(decode_attention.attend(q, *pages, **on))
             values, scale = decode_attention.attend_quantized(q, *pages, **on)
             return Rows(None, values.reshape(num_rows, -1), scale)
 
         def reference() -> Rows:
-            attended = ops.paged_attention(q, *cache, layer, page_table, positions)
-            flat = attended.reshape(num_rows * num_tokens, -1)
-            return ops.as_rows(flat, is_fp8=is_fp8, num_groups=kv_heads)
+            return as_rows(ops.paged_attention(q, *cache, layer, page_table, positions))
 
         return self._run(kernel, reference)
 
@@ -312,17 +333,18 @@ class Kernels:
         (shared_gate_up, shared_gate_up_scale), (shared_down, shared_down_scale) = shared
         x, x_scale = _quantized(rows, gate_up)
         assert gate_up_scale is not None and down_scale is not None, "quantized like the rows"
-        plan = dispatch(chosen, first, down.shape[1])
+        plan = stage(x, x_scale, chosen, first, down.shape[1], **on)
         inner, shared_inner = grouped_gate_up(
             x, x_scale, plan, gate_up, gate_up_scale, _index(layer),
             shared_values=shared_gate_up, shared_scale=shared_gate_up_scale, **on,
         )  # fmt: skip
-        assert shared_inner is not None
-        hidden, hidden_scale = quantize_rows(inner)
-        shared_hidden, shared_hidden_scale = quantize_rows(shared_inner)
+        hidden, shared_hidden = quantize_hidden(
+            inner, shared_inner, plan, interpret=self._interprets
+        )
+        assert shared_hidden is not None
         out, shared_out = grouped_down(
-            hidden, hidden_scale, plan, down, down_scale, _index(layer),
-            shared_hidden=shared_hidden, shared_hidden_scale=shared_hidden_scale,
+            *hidden, plan, down, down_scale, _index(layer),
+            shared_hidden=shared_hidden[0], shared_hidden_scale=shared_hidden[1],
             shared_values=shared_down, shared_scale=shared_down_scale, **on,
         )  # fmt: skip
         total = combine(out, shared_out, plan, weights)
@@ -341,6 +363,11 @@ class Kernels:
 
 def _index(layer: Layer) -> Int32[Array, ""]:
     return jnp.asarray(layer, jnp.int32)
+
+
+def _as_ours(normed: norm.NormedRows, is_fp8: bool) -> NormedRows:
+    values, scale = (normed.values, normed.scale) if is_fp8 else (None, None)
+    return NormedRows(normed.residual, Rows(normed.normed, values, scale))
 
 
 def _quantized(rows: Rows, values: Array) -> tuple[Array, Array]:

@@ -100,6 +100,11 @@ def device_index() -> Int32[Array, ""]:
     return lax.axis_index(MESH_AXIS)
 
 
+def num_devices() -> int:
+    """Devices of the mesh, inside a step."""
+    return lax.axis_size(MESH_AXIS)
+
+
 def all_reduce(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The sum of x over all devices."""
     return lax.psum(x, MESH_AXIS)
