@@ -243,7 +243,7 @@ def _kernel(
 
     def body(
         q_gmem, visible_gmem, bounds_gmem, layer_gmem, table_gmem, k_gmem, v_gmem, out_gmem,
-        q_smem, k_smem, v_smem, narrow_smem, q_barrier, landed, full, empty,
+        q_smem, k_smem, v_smem, narrow_smem, q_barrier, landed, k_full, v_full, empty,
     ):  # fmt: skip
         row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
         # The last tiles see most: they come first, and the others fill the end of the launch.
@@ -282,6 +282,7 @@ def _kernel(
                 wide[part] = values.astype(jnp.float32).astype(jnp.bfloat16)
 
         caches = ((k_gmem, k_smem), (v_gmem, v_smem))
+        full = (k_full, v_full)
 
         def produce_wide(index, _):
             """Hands tile `index`, landed as FP8, to the consumers; fetches the next."""
@@ -293,7 +294,7 @@ def _kernel(
                 if which == 1:
                     silence(index, smem.at[slot])
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(full.at[which, slot])
+                plgpu.barrier_arrive(full[which].at[slot])
                 pl.when(index + 1 < num_tiles)(
                     lambda: fetch(index + 1, gmem, narrow_smem.at[which], landed.at[which])
                 )
@@ -304,7 +305,7 @@ def _kernel(
             plgpu.barrier_wait(landed.at[slot])
             silence(index, v_smem.at[slot])
             plgpu.commit_smem()
-            plgpu.barrier_arrive(full.at[1, slot])
+            plgpu.barrier_arrive(v_full.at[slot])
             ahead = index + stages - 1
 
             @pl.when(ahead < num_tiles)
@@ -312,7 +313,7 @@ def _kernel(
                 ahead_slot = lax.rem(ahead, stages)
                 for which, (gmem, smem) in enumerate(caches):
                     pl.when(index >= 1)(lambda: plgpu.barrier_wait(empty.at[which, ahead_slot]))
-                    barrier = landed.at[ahead_slot] if which == 1 else full.at[0, ahead_slot]
+                    barrier = landed.at[ahead_slot] if which == 1 else k_full.at[ahead_slot]
                     fetch(ahead, gmem, smem.at[ahead_slot], barrier)
 
         @pl.when((wg == warpgroups) & (num_tiles > 0))
@@ -326,7 +327,7 @@ def _kernel(
 
                     @pl.when(index < num_tiles)
                     def _fetch():
-                        fetch(index, k_gmem, k_smem.at[index], full.at[0, index])
+                        fetch(index, k_gmem, k_smem.at[index], k_full.at[index])
                         fetch(index, v_gmem, v_smem.at[index], landed.at[index])
 
             lax.fori_loop(0, num_tiles, produce_wide if is_fp8 else produce_plain, None)
@@ -345,7 +346,7 @@ def _kernel(
             def visit(index, carry, *, is_masked):
                 largest, total, outs = carry
                 slot = lax.rem(index, stages)
-                plgpu.barrier_wait(full.at[0, slot])
+                plgpu.barrier_wait(k_full.at[slot])
                 scores = [x * _SCALE for x in products.scores(queries, k_smem.at[slot], tile)]
                 plgpu.barrier_arrive(empty.at[0, slot])
                 if is_masked:
@@ -361,7 +362,7 @@ def _kernel(
                     total = total + share.sum(axis=1)
                     shares.append(share.astype(jnp.bfloat16))
                 outs = tuple(out * lax.broadcast_in_dim(fade, out.shape, [0]) for out in outs)
-                plgpu.barrier_wait(full.at[1, slot])
+                plgpu.barrier_wait(v_full.at[slot])
                 outs = products.add(outs, shares, v_smem.at[slot], my_q)
                 plgpu.barrier_arrive(empty.at[1, slot])
                 return new_largest, total, outs
@@ -408,7 +409,9 @@ def _kernel(
             plgpu.SMEM(narrow, FP8, transforms=_swizzled(128)),
             plgpu.Barrier(num_barriers=warpgroups),
             plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=2 if is_fp8 else stages),
-            plgpu.Barrier(num_barriers=(2, stages)),
+            # Plain keys land where they are used, page by page; all else is handed on at once.
+            plgpu.Barrier(num_arrivals=1 if is_fp8 else pages_per_tile, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=(2, stages)),
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
