@@ -140,30 +140,45 @@ def _compile_all(target: str, path: str, name: str) -> dict[str, list[dict[str, 
     for program, (function, arguments) in _load(path, name)(chip).items():
         # What fails below has no name of its own.
         print("program", program, flush=True)
-        before = set(folder.glob("*.ptx"))
+        before = set(folder.iterdir())
         replicated = PartitionSpec()
         sharded = jax.shard_map(
             function, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False
         )
         jax.jit(sharded).lower(*arguments).compile()
-        written = sorted(set(folder.glob("*.ptx")) - before, key=_order)
-        kernels[program] = [asdict(_read(ptx)) for ptx in written]
+        kernels[program] = [asdict(kernel) for kernel in _read_all(set(folder.iterdir()) - before)]
     return kernels
 
 
-def _order(ptx: Path) -> int:
-    return int(ptx.stem.rsplit("_", 1)[1])
+def _read_all(written: set[Path]) -> list[CompiledKernel]:
+    """The kernels of one program, from what was dumped of them."""
+    resources = sorted((path for path in written if ".resources." in path.name), key=_order)
+    kernels = []
+    for ptx in sorted((path for path in written if path.suffix == ".ptx"), key=_order):
+        # Resources are numbered as kernels are traced, PTX as it is made: kernels made before have none.
+        traced = next(path for path in resources if _name(path) == _name(ptx))
+        resources.remove(traced)
+        kernels.append(_read(ptx, traced))
+    return kernels
 
 
-def _read(path: Path) -> CompiledKernel:
+def _order(path: Path) -> int:
+    return int(path.name.split(".")[0].rsplit("_", 1)[1])
+
+
+def _name(path: Path) -> str:
+    return path.name.split(".")[0].rsplit("_", 1)[0]
+
+
+def _read(path: Path, traced: Path) -> CompiledKernel:
     ptx, ptxas = path.read_text(), path.with_suffix(".ptxas").read_text()
-    resources = path.with_suffix(".resources.txt").read_text()
+    resources = traced.read_text()
 
     def number(pattern: str, text: str) -> int:
         return max((int(found) for found in re.findall(pattern, text)), default=0)
 
     return CompiledKernel(
-        name=path.stem.rsplit("_", 1)[0],
+        name=_name(path),
         ptx=ptx,
         registers=number(r"Used (\d+) registers", ptxas),
         stack=number(r"(\d+) bytes stack frame", ptxas),

@@ -1,0 +1,269 @@
+"""How kernels are timed and checked: on fresh inputs, over poisoned memory, against what the card can do.
+
+Knows no kernel.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import profiler
+
+from glm_jax.pallas.chip import Chip
+
+# A step takes the case's operands and a layer, and returns arrays.
+Step = Callable[[Any, jax.Array], Any]
+
+_REPEATS = 5
+_OURS = "mosaic_gpu_kernel"
+# XLA may leave out roundings to bfloat16 that the kernels and the layers make.
+rounded = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape.
+
+    Attributes:
+      kernel: its module and function.
+      shape: what of the shape varies, for people.
+      draw: makes the operands from a key.
+      num_layers: layers that the operands hold; timed calls take them in turn.
+      step: the kernel.
+      reference: the same in XLA's own operations, in float32 where it matters.
+      errors: relative errors of the kernel's outputs against the reference's, by name.
+      tolerance: what the largest of them may be.
+      bytes: fewest bytes of device memory a call moves.
+      operations: floating-point operations, FP8 or bfloat16 as `unit` says.
+      unit: "fp8" or "bf16".
+      is_timed_alone: leaves XLA's own kernels around ours out of the time, where a real step has none.
+      alternatives: other ways to the same end in JAX, by name.
+      peers: the same of other libraries, which time themselves and return microseconds.
+    """
+
+    kernel: str
+    shape: str
+    draw: Callable[[jax.Array], Any]
+    num_layers: int
+    step: Step
+    reference: Step
+    errors: Callable[[Any, Any], dict[str, jax.Array]]
+    tolerance: float
+    bytes: float
+    operations: float = 0.0
+    unit: str = "bf16"
+    is_timed_alone: bool = False
+    alternatives: dict[str, Step] = field(default_factory=dict)
+    peers: dict[str, Callable[[], float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What this GPU reaches, measured here.
+
+    Attributes:
+      name: of the device, as its driver says.
+      chip: what kernels are cut for.
+      copy: bytes per second of a large copy, read and written together.
+      rates: operations per second of a large product, by "fp8" and "bf16".
+    """
+
+    name: str
+    chip: Chip
+    copy: float
+    rates: dict[str, float]
+
+    def floor(self, case: Case) -> float:
+        """Seconds that no version of the case runs much below."""
+        return max(case.bytes / self.copy, case.operations / self.rates[case.unit])
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What a case runs, compiled: many cases' at once, since XLA takes longer to compile than to run.
+
+    Attributes:
+      draw: makes the operands.
+      step: one call; timed: many; reference, errors: as the case's.
+      alternatives: many calls of each.
+      num_calls: of timed; num_alternative_calls: of an alternative.
+    """
+
+    draw: Callable[..., Any]
+    step: Callable[..., Any]
+    timed: Callable[..., Any]
+    reference: Callable[..., Any]
+    errors: Callable[..., Any]
+    alternatives: dict[str, Callable[..., Any]]
+    num_calls: int
+    num_alternative_calls: int
+
+
+def chip_of(device: Any) -> Chip:
+    """The chip of a device that is here."""
+    is_blackwell = float(device.compute_capability) >= 10
+    return Chip("sm100" if is_blackwell else "sm90", device.core_count)
+
+
+def relative_error(got: jax.Array, expected: jax.Array) -> jax.Array:
+    """Norm of the difference over the norm of what is expected; not a number where either is not."""
+    got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
+    return jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+
+
+def mismatches(got: jax.Array, expected: jax.Array) -> jax.Array:
+    """The share of elements that differ."""
+    return jnp.mean((got != expected).astype(jnp.float32))
+
+
+def compile_case(case: Case, card: Card) -> Programs:
+    """Compiles everything the case runs, without running any of it."""
+    # A program of a few milliseconds: outputs of all its calls live until its end.
+    num_calls = max(1, min(64, int(2e-3 / card.floor(case))))
+    operands = jax.eval_shape(case.draw, jax.random.key(0))
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def compiled(step: Step) -> Callable[..., Any]:
+        return rounded(step).lower(operands, layer).compile()
+
+    def many(step: Step, calls: int) -> Callable[..., Any]:
+        return jax.jit(_many(step, calls, case.num_layers)).lower(operands).compile()
+
+    outputs = (jax.eval_shape(step, operands, layer) for step in (case.step, case.reference))
+    return Programs(
+        draw=jax.jit(case.draw),
+        step=compiled(case.step),
+        timed=many(case.step, num_calls),
+        reference=compiled(case.reference),
+        errors=jax.jit(case.errors).lower(*outputs).compile(),
+        # Of XLA's own operations every call is compiled anew.
+        alternatives={
+            name: many(step, min(num_calls, 4)) for name, step in case.alternatives.items()
+        },
+        num_calls=num_calls,
+        num_alternative_calls=min(num_calls, 4),
+    )
+
+
+def check(case: Case, programs: Programs, seed: int, poisoned_bytes: int) -> float:
+    """The largest relative error of one call on fresh inputs; infinite where it is no number."""
+    operands = programs.draw(jax.random.key(seed))
+    layer = jnp.int32(seed % case.num_layers)
+    expected = jax.block_until_ready(programs.reference(operands, layer))
+    _poison(poisoned_bytes)
+    return largest(programs.errors(programs.step(operands, layer), expected))
+
+
+def check_interpreted(case: Case, seed: int) -> float:
+    """The same at once, for kernels that are interpreted."""
+    operands, layer = case.draw(jax.random.key(seed)), jnp.int32(seed % case.num_layers)
+    got, expected = (rounded(step)(operands, layer) for step in (case.step, case.reference))
+    return largest(case.errors(got, expected))
+
+
+def largest(errors: dict[str, jax.Array]) -> float:
+    """The largest error, infinite if one is no number."""
+    values = [float(error) for error in errors.values()]
+    return max(value if value == value else float("inf") for value in values)
+
+
+def measure(case: Case, programs: Programs) -> dict[str, Any]:
+    """Microseconds of one call and of each alternative; see time_program."""
+    operands = jax.block_until_ready(programs.draw(jax.random.key(0)))
+    times = time_program(programs.timed, operands, programs.num_calls)
+    if case.is_timed_alone:
+        times["us"] = sum(us for name, us in times["kernels_us"].items() if _OURS in name)
+    alternatives = {
+        name: time_program(program, operands, programs.num_alternative_calls)
+        for name, program in programs.alternatives.items()
+    }
+    return {**times, "alternatives": alternatives}
+
+
+def time_program(program: Callable[..., Any], operands: Any, num_calls: int) -> dict[str, Any]:
+    """Microseconds of one of the program's calls, the median of several rounds.
+
+    Returns:
+      "us": the GPU's time in kernels, as CUPTI counts it, or us_wall where it does not;
+      "kernels_us": the same by kernel;
+      "us_wall": with the gaps between kernels.
+    """
+    jax.block_until_ready(program(operands))
+    walls = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready([program(operands) for _ in range(3)])
+        walls.append((time.perf_counter() - start) / 3)
+    wall = statistics.median(walls) / num_calls * 1e6
+    _, rounds = profiler.measure(program, aggregate=False, iterations=_REPEATS)(operands)
+    if not rounds:
+        return {"us": wall, "us_wall": wall, "kernels_us": {}}
+    by_name = []
+    for kernels in rounds:
+        sums: dict[str, float] = defaultdict(float)
+        for name, milliseconds in kernels:
+            sums[name] += milliseconds * 1e3 / num_calls
+        by_name.append(sums)
+    return {
+        "us": statistics.median(sum(sums.values()) for sums in by_name),
+        "us_wall": wall,
+        "kernels_us": {
+            name: statistics.median(sums[name] for sums in by_name) for name in by_name[0]
+        },
+    }
+
+
+def measure_card() -> Card:
+    """Copies and multiplies large arrays."""
+    device = jax.devices()[0]
+    source = jax.random.normal(jax.random.key(0), (1 << 28,), jnp.float32)
+    copied = _seconds(lambda operands, layer: operands + layer.astype(jnp.float32), source)
+    rates = {}
+    size = 8192
+    for name, dtype in (("bf16", jnp.bfloat16), ("fp8", jnp.float8_e4m3fn)):
+        square = jax.random.normal(jax.random.key(1), (size, size), jnp.float32).astype(dtype)
+        rates[name] = 2 * size**3 / _seconds(_square, square)
+    return Card(device.device_kind, chip_of(device), 2 * source.nbytes / copied, rates)
+
+
+def _square(operands: jax.Array, layer: jax.Array) -> jax.Array:
+    del layer
+    contract_columns = (((1,), (1,)), ((), ()))
+    return lax.dot_general(
+        operands, operands, contract_columns, preferred_element_type=jnp.bfloat16
+    )
+
+
+def _seconds(step: Step, operands: Any) -> float:
+    program = jax.jit(_many(step, 1, 1)).lower(operands).compile()
+    # The one element that is read of the answer costs what a kernel at least does.
+    return max(time_program(program, operands, 1)["kernels_us"].values()) * 1e-6
+
+
+def _many(step: Step, num_calls: int, num_layers: int) -> Callable[[Any], Any]:
+    """A program of many calls, each on the next layer, none of which can be left out."""
+
+    def program(operands: Any) -> Any:
+        firsts = []
+        for call in range(num_calls):
+            # Beyond the barrier XLA cannot see that one element is all that is asked for.
+            outputs = lax.optimization_barrier(step(operands, jnp.int32(call % num_layers)))
+            first = jax.tree.leaves(outputs)[0]
+            firsts.append(lax.slice(first, (0,) * first.ndim, (1,) * first.ndim).reshape(1))
+        return jnp.concatenate(firsts)
+
+    return program
+
+
+def _poison(num_bytes: int) -> None:
+    """Leaves NaN in memory that the next outputs are likely to be given."""
+    width = 1 << 24
+    blocks = [jnp.full((width,), jnp.nan, jnp.float32) for _ in range(num_bytes // (4 * width))]
+    jax.block_until_ready(blocks)

@@ -1,0 +1,136 @@
+"""The norm's and the router's shapes in GLM-4.7 on one of eight devices.
+
+Knows no other kernel.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from glm_jax import ops
+from glm_jax.fp8 import quantize_rows
+from glm_jax.pallas import norm, router
+from glm_jax.pallas.chip import Chip
+from tests.perf.measure import Case, mismatches, relative_error
+from tests.perf.sizes import Sizes
+
+_EPS = 1e-5
+_SCALING = 2.5
+
+
+def norm_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
+    """Residual add, norm and quantization of a decode or prefill step."""
+    width, layers = sizes.hidden, sizes.layers
+
+    def draw(num_rows: int, key: jax.Array) -> Any:
+        keys = jax.random.split(key, 3)
+        x, added = (jax.random.normal(k, (num_rows, width), jnp.bfloat16) for k in keys[:2])
+        return x, added, 1 + jax.random.normal(keys[2], (layers, width), jnp.bfloat16) / 4
+
+    def step(operands: Any, layer: jax.Array) -> Any:
+        x, added, weight = operands
+        return norm.add_norm_quantize(
+            x, added, weight, layer, eps=_EPS, chip=chip, interpret=interpret
+        )
+
+    def reference(operands: Any, layer: jax.Array) -> norm.NormedRows:
+        x, added, weight = operands
+        residual = x + added
+        wide = residual.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + _EPS)
+        scale = lax.dynamic_index_in_dim(weight, layer)
+        normed = wide.astype(x.dtype) * scale
+        return norm.NormedRows(residual, normed, *quantize_rows(normed))
+
+    def errors(got: Any, expected: Any) -> dict[str, jax.Array]:
+        values, scale = quantize_rows(got.normed)
+        return {
+            "residual": relative_error(got.residual, expected.residual),
+            "normed": relative_error(got.normed, expected.normed),
+            "values": mismatches(got.values, values),
+            "scale": relative_error(got.scale, scale),
+        }
+
+    for num_rows in sizes.tokens:
+        yield Case(
+            kernel="norm.add_norm_quantize",
+            shape=f"T={num_rows}",
+            draw=partial(draw, num_rows),
+            num_layers=layers,
+            step=step,
+            reference=reference,
+            errors=errors,
+            tolerance=1e-3,
+            bytes=num_rows * width * (2 + 2 + 2 + 2 + 1) + 2 * width,
+            alternatives={"XLA": reference},
+        )
+
+
+def router_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
+    """The router of a decode or prefill step."""
+    width, experts, layers = sizes.hidden, sizes.experts, sizes.layers
+
+    def draw(num_rows: int, key: jax.Array) -> Any:
+        keys = jax.random.split(key, 3)
+        x = jax.random.normal(keys[0], (num_rows, width), jnp.bfloat16)
+        weight = jax.random.normal(keys[1], (layers, experts, width), jnp.bfloat16)
+        bias = jax.random.normal(keys[2], (layers, experts), jnp.float32) / 8
+        return x, weight * jnp.bfloat16(width**-0.5), bias
+
+    def step(operands: Any, layer: jax.Array) -> Any:
+        x, weight, bias = operands
+        return router.route(
+            x,
+            weight,
+            bias,
+            layer,
+            num_experts_per_tok=sizes.picks,
+            norm_topk_prob=True,
+            routed_scaling_factor=_SCALING,
+            chip=chip,
+            interpret=interpret,
+        )
+
+    def score(logits: jax.Array, bias: jax.Array, layer: jax.Array) -> Any:
+        scores = jax.nn.sigmoid(logits)
+        _, chosen = lax.top_k(scores + lax.dynamic_index_in_dim(bias, layer), sizes.picks)
+        weights = jnp.take_along_axis(scores, chosen, axis=1)
+        return chosen, weights / (weights.sum(-1, keepdims=True) + 1e-20) * _SCALING
+
+    def reference(operands: Any, layer: jax.Array) -> Any:
+        x, weight, bias = operands
+        return score(ops.router_logits(x, weight, layer), bias, layer)
+
+    def in_bfloat16(operands: Any, layer: jax.Array) -> Any:
+        x, weight, bias = operands
+        weight = lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+        logits = lax.dot_general(
+            x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return score(logits, bias, layer)
+
+    def errors(got: Any, expected: Any) -> dict[str, jax.Array]:
+        # Scores closer than float32 tells apart may change places.
+        return {
+            "experts": jnp.maximum(mismatches(got[0], expected[0]) - 1e-3, 0),
+            "weights": relative_error(got[1], expected[1]),
+        }
+
+    for num_rows in sizes.tokens:
+        yield Case(
+            kernel="router.route",
+            shape=f"T={num_rows}",
+            draw=partial(draw, num_rows),
+            num_layers=layers,
+            step=step,
+            reference=reference,
+            errors=errors,
+            tolerance=1e-3,
+            bytes=2 * width * (num_rows + experts) + 8 * num_rows * sizes.picks,
+            operations=2 * num_rows * width * experts,
+            alternatives={"XLA": in_bfloat16, "XLA float32": reference},
+        )
