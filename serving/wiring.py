@@ -128,9 +128,7 @@ def mock_engine(
         # Text only, so that an answer ends where its request says.
         tokens=range(min(tokenizer.control_tokens.values())),
     )
-    return Engine(
-        runner, shapes, options.queue_size, integrity_interval=options.integrity_interval
-    )
+    return Engine(runner, shapes, options.queue_size, integrity_interval=options.integrity_interval)
 
 
 def mock_shapes(options: Options, vocab_size: int) -> StepShapes:
