@@ -108,7 +108,7 @@ class Answer:
 def forward(model: Checkpoint, dtype: np.dtype) -> Answer:
     """Everything about the prompts and the peer's continuations of them, computed at once."""
     run = forward_function(model.config, make_mesh(1), dtype)
-    logits, trace = jax.tree.map(np.asarray, run(weights_on(model, dtype, 1), model.text))
+    logits, trace, _ = jax.tree.map(np.asarray, run(weights_on(model, dtype, 1), model.text))
     picks, weights = by_expert(trace.routing.experts, trace.routing.weights)
     k = picks.shape[-1]
     shape = (-1, *model.text.shape, k)
