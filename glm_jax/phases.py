@@ -1,0 +1,188 @@
+"""Prefill and decode as pure functions: what a step does on the device, whatever compiles it.
+
+Knows no requests and no mesh: a step is a function of weights, cache, slots, controls and one int32
+array whose columns shapes.py names. The sampled token stays in `Slots` for the next step and is
+returned besides.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from glm_jax import shapes as columns
+from glm_jax.attention import Pages
+from glm_jax.cache import KVCache
+from glm_jax.model import Glm4Moe
+from glm_jax.sampling import Adjustments, SamplingRows, adjust, sample, top_logprobs
+
+
+class Slots(NamedTuple):
+    """What the device remembers of each slot between steps.
+
+    Attributes:
+      tokens: the last sampled token, whose keys and values are not in the cache yet.
+      lengths: positions the sequence has in the cache.
+      history: which token stands at each position of the cache. By page, as keys and values are, so
+        that a sequence finds its whole past there too when it shares or recomputes a part of it.
+    """
+
+    tokens: Int32[Array, " slots"]
+    lengths: Int32[Array, " slots"]
+    history: Int32[Array, "pages page_size"]
+
+
+StepResult = tuple[KVCache, Slots, Int32[Array, "outputs B"]]
+
+
+def prefill(
+    model: Glm4Moe,
+    cache: KVCache,
+    slots: Slots,
+    controls: Int32[Array, "slots control_columns"],
+    batch: Int32[Array, "B columns"],
+    pages_per_sequence: int,
+) -> StepResult:
+    """Runs each row's chunk of a prompt; rows that end their prompt sample and fill their slot."""
+    table = _page_table(batch, pages_per_sequence)
+    tokens = batch[:, columns.NUM_FIELDS + pages_per_sequence :]
+    start, num_tokens = batch[:, columns.START], batch[:, columns.NUM_TOKENS]
+    offsets = jnp.arange(tokens.shape[1])
+    is_valid = offsets[None, :] < num_tokens[:, None]
+    positions = jnp.where(is_valid, start[:, None] + offsets[None, :], -1)
+    slots = _remember(slots, table, positions, tokens)
+    hidden, cache = _forward(model, tokens, positions, cache, table)
+    last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
+    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    lengths = start + num_tokens
+    is_last = (batch[:, columns.IS_LAST] == 1) & (num_tokens > 0)
+    return _finish(model, cache, slots, controls, batch, hidden, lengths, is_last, table)
+
+
+def decode(
+    model: Glm4Moe,
+    cache: KVCache,
+    slots: Slots,
+    controls: Int32[Array, "slots control_columns"],
+    batch: Int32[Array, "B columns"],
+    pages_per_sequence: int,
+) -> StepResult:
+    """Feeds each row's last token and samples the next one."""
+    table = _page_table(batch, pages_per_sequence)
+    slot = jnp.minimum(batch[:, columns.SLOT], slots.tokens.shape[0] - 1)
+    is_valid = batch[:, columns.NUM_TOKENS] > 0
+    positions = jnp.where(is_valid, slots.lengths[slot], -1)
+    tokens = slots.tokens[slot]
+    slots = _remember(slots, table, positions[:, None], tokens[:, None])
+    hidden, cache = _forward(model, tokens[:, None], positions[:, None], cache, table)
+    length = positions + 1
+    return _finish(model, cache, slots, controls, batch, hidden[:, 0], length, is_valid, table)
+
+
+def _remember(
+    slots: Slots,
+    table: Int32[Array, "B P"],
+    positions: Int32[Array, "B T"],
+    tokens: Int32[Array, "B T"],
+) -> Slots:
+    """Writes which tokens a step feeds; position -1 writes nothing."""
+    num_pages, page_size = slots.history.shape
+    page = jnp.take_along_axis(table, jnp.maximum(positions, 0) // page_size, axis=1)
+    page = jnp.where(positions >= 0, page, num_pages)
+    history = slots.history.at[page, positions % page_size].set(tokens, mode="drop")
+    return slots._replace(history=history)
+
+
+def _page_table(batch: Int32[Array, "B columns"], pages_per_sequence: int) -> Int32[Array, "B P"]:
+    return batch[:, columns.NUM_FIELDS : columns.NUM_FIELDS + pages_per_sequence]
+
+
+def _forward(
+    model: Glm4Moe,
+    tokens: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache,
+    table: Int32[Array, "B P"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    hidden, cache_after, _ = model(tokens, positions, cache, Pages(table))
+    assert cache_after is not None
+    return hidden, cache_after
+
+
+def _finish(
+    model: Glm4Moe,
+    cache: KVCache,
+    slots: Slots,
+    controls: Int32[Array, "slots control_columns"],
+    batch: Int32[Array, "B columns"],
+    hidden: Float[Array, "B D"],
+    lengths: Int32[Array, " B"],
+    is_kept: Array,
+    table: Int32[Array, "B P"],
+) -> StepResult:
+    """Samples a token for every row and keeps those of the rows that have one to keep."""
+    with jax.named_scope("sample"):
+        logits = model.logits(hidden)
+        rows = _sampling_rows(batch, lengths)
+
+        def history() -> Int32[Array, "B S"]:
+            return slots.history[table].reshape(len(table), -1)
+
+        adjusted = adjust(logits, _adjustments(batch, controls), lengths, history)
+        tokens, logprobs = sample(logits, rows, adjusted)
+        wanted = batch[:, columns.NUM_LOGPROBS]
+        top_tokens, top = top_logprobs(logits, wanted, columns.MAX_TOP_LOGPROBS)
+    # Rows with nothing to keep name a slot out of range, which the scatter drops.
+    slot = jnp.where(is_kept, batch[:, columns.SLOT], slots.tokens.shape[0])
+    slots = Slots(
+        slots.tokens.at[slot].set(tokens, mode="drop"),
+        slots.lengths.at[slot].set(lengths, mode="drop"),
+        slots.history,
+    )
+    output = [tokens[None], _bits(logprobs)[None], top_tokens, _bits(top)]
+    return cache, slots, jnp.concatenate(output)
+
+
+def _bits(x: Float[Array, "..."]) -> Int32[Array, "..."]:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _adjustments(
+    batch: Int32[Array, "B columns"], controls: Int32[Array, "slots control_columns"]
+) -> Adjustments:
+    # Padding rows name the slot after the last; they get the last one's, and heed nothing of it.
+    own = controls[jnp.minimum(batch[:, columns.SLOT], len(controls) - 1)]
+
+    def floats(bits: Array) -> Array:
+        return lax.bitcast_convert_type(bits, jnp.float32)
+
+    return Adjustments(
+        frequency=floats(batch[:, columns.FREQUENCY_PENALTY]),
+        presence=floats(batch[:, columns.PRESENCE_PENALTY]),
+        repetition=floats(batch[:, columns.REPETITION_PENALTY]),
+        prompt_length=batch[:, columns.PROMPT_LENGTH],
+        num_biases=batch[:, columns.NUM_BIASES],
+        num_bans=batch[:, columns.NUM_BANS],
+        min_length=batch[:, columns.MIN_LENGTH],
+        is_masked=batch[:, columns.IS_MASKED],
+        tokens=own[:, columns.CONTROL_TOKENS],
+        biases=floats(own[:, columns.CONTROL_BIASES]),
+        mask=own[:, columns.CONTROL_MASK],
+    )
+
+
+def _sampling_rows(batch: Int32[Array, "B columns"], position: Int32[Array, " B"]) -> SamplingRows:
+    def floats(column: int) -> Array:
+        return lax.bitcast_convert_type(batch[:, column], jnp.float32)
+
+    seed = batch[:, jnp.array([columns.SEED_HIGH, columns.SEED_LOW])]
+    return SamplingRows(
+        temperature=floats(columns.TEMPERATURE),
+        top_p=floats(columns.TOP_P),
+        min_p=floats(columns.MIN_P),
+        top_k=batch[:, columns.TOP_K],
+        seed=lax.bitcast_convert_type(seed, jnp.uint32),
+        position=position,
+    )
