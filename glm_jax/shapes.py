@@ -54,6 +54,14 @@ OUTPUT_TOP_TOKENS = slice(2, 2 + MAX_TOP_LOGPROBS)
 OUTPUT_TOP_LOGPROBS = slice(2 + MAX_TOP_LOGPROBS, 2 + 2 * MAX_TOP_LOGPROBS)
 NUM_OUTPUTS = 2 + 2 * MAX_TOP_LOGPROBS
 
+# Scoring prompt tokens returns one int32 array [NUM_SCORE_OUTPUTS, tokens]: the float32 bits of each
+# token's log-probability, its rank, then the likeliest tokens in its place, and of these the bits.
+SCORE_LOGPROBS = 0
+SCORE_RANKS = 1
+SCORE_TOP_TOKENS = OUTPUT_TOP_TOKENS
+SCORE_TOP_LOGPROBS = OUTPUT_TOP_LOGPROBS
+NUM_SCORE_OUTPUTS = NUM_OUTPUTS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShapes:
@@ -106,6 +114,11 @@ class StepShapes:
     def prefill_budget(self) -> int:
         """Most tokens one prefill step can take, when every row is full."""
         return self.prefill_buckets[-1] * self.prefill_tile
+
+    @property
+    def score_rows(self) -> int:
+        """Rows of a prefill step that are scored at once."""
+        return self.prefill_buckets[0]
 
     def rows(self, phase: Phase, num_rows: int) -> int:
         """The smallest bucket that holds num_rows.
