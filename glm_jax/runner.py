@@ -4,6 +4,7 @@ Knows neither requests nor policy. Every bucket is compiled before the first ste
 cannot compile again: a batch of another shape is an error, never a pause.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,9 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
 from glm_jax.model import Weights
+from glm_jax.scoring import lower_score
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import sharding_for
-from glm_jax.steps import DEFAULT_OPTIONS, Slots, StepOptions, lower, slot_shapes, step_specs
+from glm_jax.steps import DEFAULT_OPTIONS, Slots, StepOptions, lower, step_specs
 
 Bucket = tuple[Phase, int]
 Programs = dict[Bucket, jax.stages.Compiled]
@@ -102,12 +104,17 @@ class Runner:
             raise ValueError(f"no compiled step for the buckets {sorted(missing)}")
         self.shapes = shapes
         self._weights = weights
+        self._lower_score = partial(lower_score, config, shapes, mesh, dtype, options)
+        self._score: jax.stages.Compiled | None = None
+        self._score_lock = threading.Lock()
         self._programs = programs
         self._replicated = NamedSharding(mesh, PartitionSpec())
         zeros = make_zeros or lower_cache(config, shapes, mesh, dtype, options).compile()
         self._cache = KVCache(zeros(), zeros())
-        nothing = [self._upload(np.zeros(shape, np.int32)) for shape in slot_shapes(shapes)]
-        self._slots = Slots(*nothing)
+        self._slots: Slots = jax.tree.map(
+            lambda spec: jnp.zeros(spec.shape, spec.dtype, device=sharding_for(spec.axes, mesh)),
+            step_specs(config, shapes, dtype, options).slots,
+        )
         self.control(np.zeros((shapes.num_slots, shapes.control_columns), np.int32))
 
     def _upload(self, array: np.ndarray) -> jax.Array:
@@ -126,6 +133,8 @@ class Runner:
 
         Returns:
           int32[NUM_OUTPUTS, rows], being computed: np.asarray waits for it. See shapes.OUTPUT_TOKENS.
+          Of a decode step with drafts int32[tokens_per_step, NUM_OUTPUTS, rows], with token -1 where a
+          row has no further one.
 
         Raises:
           KeyError: rows is not a bucket.
@@ -134,6 +143,29 @@ class Runner:
         self._cache, self._slots, output = program(
             self._weights, self._cache, self._slots, self._controls, self._upload(batch)
         )
+        output.copy_to_host_async()
+        return output
+
+    def prepare_scores(self) -> None:
+        """Compiles what `score` runs, once; any thread. Nobody but who asks for scores needs it."""
+        with self._score_lock:
+            if self._score is None:
+                self._score = self._lower_score().compile()
+
+    def score(self, batch: np.ndarray, targets: np.ndarray) -> jax.Array:
+        """Starts to score rows of a prefill step that was dispatched before, and returns at once.
+
+        Args:
+          batch: int32[shapes.score_rows, shapes.columns("prefill")].
+          targets: int32[shapes.score_rows, shapes.prefill_tile], the token after each position.
+
+        Returns:
+          int32[NUM_SCORE_OUTPUTS, score_rows * prefill_tile]; np.asarray waits for it.
+        """
+        self.prepare_scores()
+        assert self._score is not None
+        uploads = self._upload(batch), self._upload(targets)
+        self._cache, output = self._score(self._weights, self._cache, *uploads)
         output.copy_to_host_async()
         return output
 

@@ -35,6 +35,7 @@ class SamplingParams:
       logit_bias: (token, what is added to its logit), at most MAX_LOGIT_BIASES.
       min_tokens: no stop token before so many tokens.
       num_logprobs: likeliest tokens to deliver beside each token, at most MAX_TOP_LOGPROBS.
+      num_prompt_logprobs: the same for each token of the prompt; None: nothing of the prompt is told.
     """
 
     max_new_tokens: int
@@ -50,6 +51,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     num_logprobs: int = 0
+    num_prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -68,6 +70,9 @@ class SamplingParams:
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
         if not 0 <= self.num_logprobs <= MAX_TOP_LOGPROBS:
             raise ValueError(f"num_logprobs is {self.num_logprobs}, not in 0 … {MAX_TOP_LOGPROBS}")
+        if not 0 <= (self.num_prompt_logprobs or 0) <= MAX_TOP_LOGPROBS:
+            number = self.num_prompt_logprobs
+            raise ValueError(f"num_prompt_logprobs is {number}, not in 0 … {MAX_TOP_LOGPROBS}")
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
             raise ValueError(f"logit_bias has more than {MAX_LOGIT_BIASES} entries")
         if self.min_tokens and len(self.stop_token_ids) > MAX_BANS:
@@ -139,6 +144,23 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """How likely one token of a prompt was, after those before it.
+
+    Attributes:
+      token: the token id.
+      logprob: under the model's own distribution.
+      rank: 1 for the likeliest token there.
+      top: the likeliest tokens there and their log-probabilities, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One token of one request, perhaps its last.
 
@@ -153,6 +175,8 @@ class TokenEvent:
       began: time.monotonic() at which its first step was dispatched; None where none was.
       top_logprobs: the likeliest tokens and their log-probabilities, the likeliest first; as many
         as the request wants.
+      prompt_logprobs: with the first token, if the request wants them: every token of the prompt but
+        the first.
     """
 
     request_id: str
@@ -163,6 +187,7 @@ class TokenEvent:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     num_cached_tokens: int = 0
     began: float | None = None
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +209,8 @@ class EngineStats:
       num_cached_tokens: of them, those found in the cache.
       num_prefill_tokens, num_decode_tokens: tokens fed to steps.
       num_prefill_padding, num_decode_padding: tokens that steps computed beside them for nothing.
+      num_offered: rows of decode steps that could gain a first token, a second one, and so on.
+      num_gained: of them, those that did.
       num_integrity_checks: times that the account of slots and pages was checked.
       integrity_seconds: what the checks took.
     """
@@ -205,6 +232,8 @@ class EngineStats:
     num_decode_tokens: int = 0
     num_prefill_padding: int = 0
     num_decode_padding: int = 0
+    num_offered: tuple[int, ...] = ()
+    num_gained: tuple[int, ...] = ()
     num_integrity_checks: int = 0
     integrity_seconds: float = 0.0
 
