@@ -19,6 +19,8 @@ from glm_jax.pallas.chip import Chip
 
 _LANES = 128
 _WARPGROUP = 128
+# A token's picks are copied to shared memory by 16 bytes.
+_PICKS = 4
 # Rows in flight when tokens are copied: 80 KiB of the model's.
 _CHUNK = 16
 # Every CTA counts all picks: above so many tokens that takes longer than sorting them once.
@@ -134,14 +136,16 @@ def stage(
     if num_tokens > _MOST_COUNTED:
         sorted_already = dispatch(experts, first_expert, num_local, tile=tile)
     is_local = (experts >= first_expert) & (experts < first_expert + num_local)
-    sizes = _Sizes(num_tokens, num_choices, num_local, tile, tiles, width // _LANES)
+    padding = -num_choices % _PICKS
+    nobody = jnp.pad(experts, ((0, 0), (0, padding)), constant_values=-1) if padding else experts
+    sizes = _Sizes(num_tokens, nobody.shape[1], num_local, tile, tiles, width // _LANES)
     rows_type = [
         jax.ShapeDtypeStruct((tiles * tile, width // _LANES, _LANES), x.dtype),
         jax.ShapeDtypeStruct((tiles * tile,), jnp.float32),
     ]
     plan_types = [
         jax.ShapeDtypeStruct((tiles * tile,), jnp.int32),
-        jax.ShapeDtypeStruct((num_tokens, num_choices), jnp.int32),
+        jax.ShapeDtypeStruct(nobody.shape, jnp.int32),
         jax.ShapeDtypeStruct((tiles,), jnp.int32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
     ]
@@ -162,9 +166,10 @@ def stage(
         values, scale = kernel(*tokens, sorted_already.tokens, sorted_already.num_tiles)
         plan = sorted_already
     else:
-        values, scale, *fields = kernel(*tokens, experts, first_expert.reshape(1))
+        values, scale, *fields = kernel(*tokens, nobody, first_expert.reshape(1))
         plan = Dispatch(*fields)
-        plan = plan._replace(rows=jnp.where(is_local, plan.rows, tiles * tile))
+        rows = plan.rows[:, :num_choices] if padding else plan.rows
+        plan = plan._replace(rows=jnp.where(is_local, rows, tiles * tile))
     return plan._replace(values=values.reshape(-1, width), scale=scale[:, None])
 
 

@@ -29,7 +29,7 @@ LAYERS: dict[str, Any] = {
     "head_dim": 128,
     "intermediate_size": 128,
     "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,
     "moe_intermediate_size": 64,
 }
 CONFIG = make_config(is_fp8=True, **LAYERS)
