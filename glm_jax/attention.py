@@ -102,10 +102,7 @@ class Attention(nnx.Module):
         attend: Attend,
     ) -> tuple[Partials, KVCache | None]:
         """Partial sums of the sub-layer's output, one per kv head of this device."""
-        bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[...]
-        with jax.named_scope("qkv_proj"):
-            qkv = self.kernels.product(rows, self.qkv_proj.weights(), bias, layer)
-        qkv = qkv.reshape(*positions.shape, -1, self.query_groups + 2, self.head_dim)
+        qkv = self._project(rows, positions, layer)
         with jax.named_scope("attend"):
             if isinstance(attend, Pages):
                 attended, cache = self._attend_pages(qkv, positions, layer, cache, attend)
@@ -117,6 +114,30 @@ class Attention(nnx.Module):
             group_size = self.query_groups * self.head_dim
             weight = self.o_proj.weights()
             return self.kernels.partial_products(attended, weight, layer, group_size), cache
+
+    def store(
+        self,
+        rows: Rows,
+        positions: Int32[Array, "B T"],
+        layer: Layer,
+        cache: KVCache,
+        pages: Pages,
+    ) -> KVCache:
+        """Keys and values of the rows, for queries to come; nothing attends to them yet."""
+        qkv = self._project(rows, positions, layer)
+        norms = self._norms()
+        _, cache = self.kernels.write(
+            qkv, norms, positions, pages.table, layer, cache, pages.rotary
+        )
+        return cache
+
+    def _project(
+        self, rows: Rows, positions: Int32[Array, "B T"], layer: Layer
+    ) -> Float[Array, "B T K G2 H"]:
+        bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[...]
+        with jax.named_scope("qkv_proj"):
+            qkv = self.kernels.product(rows, self.qkv_proj.weights(), bias, layer)
+        return qkv.reshape(*positions.shape, -1, self.query_groups + 2, self.head_dim)
 
     def _attend_pages(
         self,

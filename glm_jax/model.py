@@ -202,7 +202,12 @@ def abstract_model(
 
 def abstract_weights(config: ModelConfig, dtype: DTypeLike) -> dict[str, WeightSpec]:
     """Every weight's shape, dtype and logical axes, by its dotted path, without making any."""
-    flat = nnx.to_flat_state(nnx.state(abstract_model(config, dtype), nnx.Param))
+    return specs_of(abstract_model(config, dtype))
+
+
+def specs_of(module: nnx.Module) -> dict[str, WeightSpec]:
+    """The shape, dtype and logical axes of each parameter of a module, which may be abstract."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {
         ".".join(map(str, path)): WeightSpec(
             tuple(param.shape), np.dtype(param.dtype), param.get_metadata("axes")
@@ -211,8 +216,8 @@ def abstract_weights(config: ModelConfig, dtype: DTypeLike) -> dict[str, WeightS
     }
 
 
-def bind(model: Glm4Moe, weights: Weights) -> Glm4Moe:
-    """The model holding these arrays in place of its own; `model` may be abstract.
+def bind[M: nnx.Module](model: M, weights: Weights) -> M:
+    """The model, or a part of it, holding these arrays in place of its own; `model` may be abstract.
 
     Raises:
       KeyError: a weight is missing.

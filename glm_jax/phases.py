@@ -19,6 +19,22 @@ from glm_jax.model import Glm4Moe
 from glm_jax.sampling import Adjustments, SamplingRows, adjust, sample, top_logprobs
 
 
+class Drafting(NamedTuple):
+    """What the MTP layer needs to guess how a slot goes on. It decides guesses, never answers.
+
+    Attributes:
+      hidden: the decoder's normed states of the last positions that a step fed, the newest last.
+      num_hidden: of these, the newest ones, after whose positions the layer's cache has no entry yet.
+      ends: the position after the newest state's; the chunk of a prompt that starts there follows it.
+      cache: the layer's own, of the same pages.
+    """
+
+    hidden: Float[Array, "slots tokens_per_step D"]
+    num_hidden: Int32[Array, " slots"]
+    ends: Int32[Array, " slots"]
+    cache: KVCache
+
+
 class Slots(NamedTuple):
     """What the device remembers of each slot between steps.
 
@@ -27,11 +43,13 @@ class Slots(NamedTuple):
       lengths: positions the sequence has in the cache.
       history: which token stands at each position of the cache. By page, as keys and values are, so
         that a sequence finds its whole past there too when it shares or recomputes a part of it.
+      drafting: what speculation needs; None where there is none.
     """
 
     tokens: Int32[Array, " slots"]
     lengths: Int32[Array, " slots"]
     history: Int32[Array, "pages page_size"]
+    drafting: Drafting | None = None
 
 
 StepResult = tuple[KVCache, Slots, Int32[Array, "outputs B"]]
@@ -46,19 +64,52 @@ def prefill(
     pages_per_sequence: int,
 ) -> StepResult:
     """Runs each row's chunk of a prompt; rows that end their prompt sample and fill their slot."""
-    table = _page_table(batch, pages_per_sequence)
+    prompt = prompt_rows(batch, pages_per_sequence)
+    result, _ = run_prompt(model, cache, slots, controls, batch, prompt)
+    return result
+
+
+class PromptRows(NamedTuple):
+    """What the rows of a prefill step feed; position -1 where a row is shorter than its tile."""
+
+    tokens: Int32[Array, "B T"]
+    positions: Int32[Array, "B T"]
+    table: Int32[Array, "B P"]
+
+
+def prompt_rows(batch: Int32[Array, "B columns"], pages_per_sequence: int) -> PromptRows:
+    """The rows of a prefill batch."""
     tokens = batch[:, columns.NUM_FIELDS + pages_per_sequence :]
-    start, num_tokens = batch[:, columns.START], batch[:, columns.NUM_TOKENS]
     offsets = jnp.arange(tokens.shape[1])
-    is_valid = offsets[None, :] < num_tokens[:, None]
-    positions = jnp.where(is_valid, start[:, None] + offsets[None, :], -1)
-    slots = _remember(slots, table, positions, tokens)
-    hidden, cache = _forward(model, tokens, positions, cache, table)
-    last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    is_valid = offsets[None, :] < batch[:, columns.NUM_TOKENS, None]
+    positions = jnp.where(is_valid, batch[:, columns.START, None] + offsets[None, :], -1)
+    return PromptRows(tokens, positions, page_table(batch, pages_per_sequence))
+
+
+def run_prompt(
+    model: Glm4Moe,
+    cache: KVCache,
+    slots: Slots,
+    controls: Int32[Array, "slots control_columns"],
+    batch: Int32[Array, "B columns"],
+    prompt: PromptRows,
+) -> tuple[StepResult, Float[Array, "B T D"]]:
+    """prefill, and the normed hidden states of all it fed."""
+    start, num_tokens = batch[:, columns.START], batch[:, columns.NUM_TOKENS]
+    tokens, positions, table = prompt
+    slots = remember(slots, table, positions, tokens)
+    hidden, cache = forward(model, tokens, positions, cache, table)
+    newest = newest_of(hidden, num_tokens)
     lengths = start + num_tokens
     is_last = (batch[:, columns.IS_LAST] == 1) & (num_tokens > 0)
-    return _finish(model, cache, slots, controls, batch, hidden, lengths, is_last, table)
+    result = _finish(model, cache, slots, controls, batch, newest, lengths, is_last, table)
+    return result, hidden
+
+
+def newest_of(hidden: Float[Array, "B T D"], num_tokens: Int32[Array, " B"]) -> Float[Array, "B D"]:
+    """The state of each row's last token."""
+    last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
 
 def decode(
@@ -70,18 +121,18 @@ def decode(
     pages_per_sequence: int,
 ) -> StepResult:
     """Feeds each row's last token and samples the next one."""
-    table = _page_table(batch, pages_per_sequence)
+    table = page_table(batch, pages_per_sequence)
     slot = jnp.minimum(batch[:, columns.SLOT], slots.tokens.shape[0] - 1)
     is_valid = batch[:, columns.NUM_TOKENS] > 0
     positions = jnp.where(is_valid, slots.lengths[slot], -1)
     tokens = slots.tokens[slot]
-    slots = _remember(slots, table, positions[:, None], tokens[:, None])
-    hidden, cache = _forward(model, tokens[:, None], positions[:, None], cache, table)
+    slots = remember(slots, table, positions[:, None], tokens[:, None])
+    hidden, cache = forward(model, tokens[:, None], positions[:, None], cache, table)
     length = positions + 1
     return _finish(model, cache, slots, controls, batch, hidden[:, 0], length, is_valid, table)
 
 
-def _remember(
+def remember(
     slots: Slots,
     table: Int32[Array, "B P"],
     positions: Int32[Array, "B T"],
@@ -95,17 +146,19 @@ def _remember(
     return slots._replace(history=history)
 
 
-def _page_table(batch: Int32[Array, "B columns"], pages_per_sequence: int) -> Int32[Array, "B P"]:
+def page_table(batch: Int32[Array, "B columns"], pages_per_sequence: int) -> Int32[Array, "B P"]:
+    """The pages of each row."""
     return batch[:, columns.NUM_FIELDS : columns.NUM_FIELDS + pages_per_sequence]
 
 
-def _forward(
+def forward(
     model: Glm4Moe,
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     cache: KVCache,
     table: Int32[Array, "B P"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
+    """The normed last hidden states; keys and values are in the cache."""
     hidden, cache_after, _ = model(tokens, positions, cache, Pages(table))
     assert cache_after is not None
     return hidden, cache_after
@@ -123,9 +176,29 @@ def _finish(
     table: Int32[Array, "B P"],
 ) -> StepResult:
     """Samples a token for every row and keeps those of the rows that have one to keep."""
+    output = choose(model, slots, controls, batch, hidden, lengths, table)
+    # Rows with nothing to keep name a slot out of range, which the scatter drops.
+    slot = jnp.where(is_kept, batch[:, columns.SLOT], slots.tokens.shape[0])
+    slots = slots._replace(
+        tokens=slots.tokens.at[slot].set(output[columns.OUTPUT_TOKENS], mode="drop"),
+        lengths=slots.lengths.at[slot].set(lengths, mode="drop"),
+    )
+    return cache, slots, output
+
+
+def choose(
+    model: Glm4Moe,
+    slots: Slots,
+    controls: Int32[Array, "slots control_columns"],
+    batch: Int32[Array, "B columns"],
+    hidden: Float[Array, "B D"],
+    lengths: Int32[Array, " B"],
+    table: Int32[Array, "B P"],
+) -> Int32[Array, "outputs B"]:
+    """A token after each row's hidden state, for position `lengths`, and what is told of it."""
     with jax.named_scope("sample"):
         logits = model.logits(hidden)
-        rows = _sampling_rows(batch, lengths)
+        rows = sampling_rows(batch, lengths)
 
         def history() -> Int32[Array, "B S"]:
             return slots.history[table].reshape(len(table), -1)
@@ -134,15 +207,7 @@ def _finish(
         tokens, logprobs = sample(logits, rows, adjusted)
         wanted = batch[:, columns.NUM_LOGPROBS]
         top_tokens, top = top_logprobs(logits, wanted, columns.MAX_TOP_LOGPROBS)
-    # Rows with nothing to keep name a slot out of range, which the scatter drops.
-    slot = jnp.where(is_kept, batch[:, columns.SLOT], slots.tokens.shape[0])
-    slots = Slots(
-        slots.tokens.at[slot].set(tokens, mode="drop"),
-        slots.lengths.at[slot].set(lengths, mode="drop"),
-        slots.history,
-    )
-    output = [tokens[None], _bits(logprobs)[None], top_tokens, _bits(top)]
-    return cache, slots, jnp.concatenate(output)
+    return jnp.concatenate([tokens[None], _bits(logprobs)[None], top_tokens, _bits(top)])
 
 
 def _bits(x: Float[Array, "..."]) -> Int32[Array, "..."]:
@@ -173,7 +238,9 @@ def _adjustments(
     )
 
 
-def _sampling_rows(batch: Int32[Array, "B columns"], position: Int32[Array, " B"]) -> SamplingRows:
+def sampling_rows(batch: Int32[Array, "B columns"], position: Int32[Array, " B"]) -> SamplingRows:
+    """How the token at a position is drawn in each row."""
+
     def floats(column: int) -> Array:
         return lax.bitcast_convert_type(batch[:, column], jnp.float32)
 

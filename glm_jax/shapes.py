@@ -15,7 +15,7 @@ Phase = Literal["prefill", "decode"]
 # Floats travel as their float32 bits.
 SLOT = 0  # 0 … num_slots-1; num_slots on a padding row
 START = 1  # prefill: position of the row's first token; ignored by decode
-NUM_TOKENS = 2  # valid tokens in the row: 1 … prefill_tile for prefill, 1 for decode, 0 = padding
+NUM_TOKENS = 2  # prefill: valid tokens; decode: tokens the row may gain; 0 on a padding row
 IS_LAST = 3  # prefill: 1 when the row holds the prompt's last token, so its sample is kept
 TEMPERATURE = 4  # float32 bits; 0 means greedy
 TOP_P = 5  # float32 bits
@@ -38,6 +38,7 @@ MAX_LOGIT_BIASES = 300
 MAX_BANS = 276  # a request's own stop tokens, and the model's
 MAX_BIASES = MAX_LOGIT_BIASES + MAX_BANS
 MAX_TOP_LOGPROBS = 20
+MAX_DRAFTS = 3
 
 # Controls are one int32 array [slots, control_columns], uploaded only when they change and looked at
 # only for rows that say so: the tokens with a bias, then the banned ones; the float32 bits of the
@@ -48,6 +49,9 @@ CONTROL_MASK = slice(2 * MAX_BIASES, None)
 
 # A step returns one int32 array [NUM_OUTPUTS, rows]: sampled tokens, the float32 bits of their
 # log-probabilities, then the likeliest tokens of rows that ask for them, and of these the same.
+# A decode step whose rows can gain several tokens returns int32[tokens_per_step, NUM_OUTPUTS, rows].
+# Every row gains at least one token and at most NUM_TOKENS; in the places after, it has NO_TOKEN.
+NO_TOKEN = -1
 OUTPUT_TOKENS = 0
 OUTPUT_LOGPROBS = 1
 OUTPUT_TOP_TOKENS = slice(2, 2 + MAX_TOP_LOGPROBS)
@@ -76,10 +80,11 @@ class StepShapes:
       prefill_buckets: ascending row counts prefill is compiled for.
       decode_buckets: ascending row counts decode is compiled for; the last is num_slots or more.
       vocab_size: tokens that a mask covers; 0 where no request will have one.
+      num_drafts: tokens that a decode step guesses and verifies in each row; 0: no speculation.
 
     Raises:
-      ValueError: a size is not positive, a bucket set is empty or not ascending, or the largest
-        decode bucket is smaller than num_slots.
+      ValueError: a size is not positive, a bucket set is empty or not ascending, the largest
+        decode bucket is smaller than num_slots, or num_drafts is not 0 … MAX_DRAFTS.
     """
 
     num_slots: int
@@ -90,6 +95,7 @@ class StepShapes:
     prefill_buckets: tuple[int, ...]
     decode_buckets: tuple[int, ...]
     vocab_size: int = 0
+    num_drafts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "num_pages", "page_size", "max_seq_len", "prefill_tile"):
@@ -104,11 +110,18 @@ class StepShapes:
                 f"the largest decode bucket ({self.decode_buckets[-1]}) is smaller than "
                 f"num_slots ({self.num_slots})"
             )
+        if not 0 <= self.num_drafts <= MAX_DRAFTS:
+            raise ValueError(f"num_drafts must be 0 … {MAX_DRAFTS}, got {self.num_drafts}")
 
     @property
     def pages_per_sequence(self) -> int:
         """Width of a page table: pages that hold max_seq_len positions."""
         return -(-self.max_seq_len // self.page_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Most tokens that a row can gain in a decode step."""
+        return 1 + self.num_drafts
 
     @property
     def prefill_budget(self) -> int:

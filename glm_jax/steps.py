@@ -3,6 +3,7 @@
 Knows no requests and not what a step does: shapes and specs in, one program a bucket out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,10 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from glm_jax.cache import CACHE_AXES, KVCache, cache_spec
+from glm_jax import speculation
+from glm_jax.cache import KVCache, cache_spec
 from glm_jax.config import ModelConfig
 from glm_jax.kernels import DEFAULT_KERNELS, Kernels
-from glm_jax.model import Weights, abstract_model, abstract_weights, bind
+from glm_jax.model import Weights, abstract_model, bind
+from glm_jax.mtp import abstract_mtp, bind_mtp, weight_specs
 from glm_jax.phases import Slots, StepResult, decode, prefill
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import WeightSpec, partition_spec, sharding_for
@@ -65,13 +68,8 @@ class StepOptions:
 DEFAULT_OPTIONS = StepOptions()
 
 
-def _each[T: (KVCache, Slots)](kind: type[T], leaf: Any) -> T:
-    """A tuple that holds, in place of its arrays, what is to be said of each."""
-    return kind(*(leaf for _ in kind._fields))
-
-
 def slot_shapes(shapes: StepShapes) -> list[tuple[int, ...]]:
-    """The shape of each array of Slots; all are int32."""
+    """The shape of each array of Slots but those of drafting; all are int32."""
     return [(shapes.num_slots,), (shapes.num_slots,), (shapes.num_pages, shapes.page_size)]
 
 
@@ -81,10 +79,12 @@ class StepSpecs(NamedTuple):
     Attributes:
       weights: by dotted path.
       cache: of keys, and the same of values.
+      slots: of each array of Slots, in its place.
     """
 
     weights: dict[str, WeightSpec]
     cache: WeightSpec
+    slots: Slots
 
 
 def step_specs(
@@ -95,7 +95,16 @@ def step_specs(
 ) -> StepSpecs:
     """The arrays of every step of this model at these shapes."""
     kept = dtype if options.kv_dtype is None else options.kv_dtype
-    return StepSpecs(abstract_weights(config, dtype), cache_spec(config, shapes, kept))
+    is_drafting = shapes.num_drafts > 0
+    integers = [
+        WeightSpec(shape, np.dtype(np.int32), (None,) * len(shape)) for shape in slot_shapes(shapes)
+    ]
+    drafting = speculation.drafting_specs(config, shapes, dtype, kept) if is_drafting else None
+    return StepSpecs(
+        weight_specs(config, dtype, with_mtp=is_drafting),
+        cache_spec(config, shapes, kept),
+        Slots(*integers, drafting),  # type: ignore[arg-type]
+    )
 
 
 def step_function(
@@ -107,31 +116,49 @@ def step_function(
     options: StepOptions = DEFAULT_OPTIONS,
 ) -> jax.stages.Wrapped:
     """The jitted step of a phase: cache and slots are donated, weights stay."""
-    model = abstract_model(config, jnp.dtype(dtype), options.kernels)
-    body = prefill if phase == "prefill" else decode
+    body = _body(config, jnp.dtype(dtype), phase, options.kernels, shapes.num_drafts > 0)
 
     def step(
         weights: Weights, cache: KVCache, slots: Slots, controls: Array, batch: Array
     ) -> StepResult:
-        bound = bind(model, weights)
-        return body(bound, cache, slots, controls, batch, shapes.pages_per_sequence)
+        return body(weights, cache, slots, controls, batch, shapes.pages_per_sequence)
 
     step.__name__ = phase
     replicated = PartitionSpec()
-    weight_specs = {
-        path: partition_spec(spec.axes) for path, spec in abstract_weights(config, dtype).items()
-    }
-    cache_specs = _each(KVCache, partition_spec(CACHE_AXES))
-    slot_specs = _each(Slots, replicated)
+    specs = step_specs(config, shapes, dtype, options)
+    places = jax.tree.map(
+        lambda spec: partition_spec(spec.axes), (specs.weights, _both(specs.cache), specs.slots)
+    )
     # One shard_map around the whole step: sums over devices are where the model says, nowhere else.
     sharded = jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(weight_specs, cache_specs, slot_specs, replicated, replicated),
-        out_specs=(cache_specs, slot_specs, replicated),
+        in_specs=(*places, replicated, replicated),
+        out_specs=(*places[1:], replicated),
         check_vma=False,
     )
     return jax.jit(sharded, donate_argnums=(1, 2), compiler_options=compiler_options(mesh))
+
+
+def _body(
+    config: ModelConfig, dtype: jnp.dtype, phase: Phase, kernels: Kernels, is_drafting: bool
+) -> Callable[..., StepResult]:
+    """The phase as a function of weights in place of a model."""
+    decoder = abstract_model(config, dtype, kernels)
+    if not is_drafting:
+        run = prefill if phase == "prefill" else decode
+        return lambda weights, *arguments: run(bind(decoder, weights), *arguments)
+    speculate = speculation.prefill if phase == "prefill" else speculation.decode
+    mtp = abstract_mtp(config, dtype, kernels)
+
+    def both(weights: Weights) -> speculation.Models:
+        return speculation.Models(bind(decoder, weights), bind_mtp(mtp, weights))
+
+    return lambda weights, *arguments: speculate(both(weights), *arguments)
+
+
+def _both(spec: WeightSpec) -> KVCache:
+    return KVCache(spec, spec)  # type: ignore[arg-type]
 
 
 def lower(
@@ -155,9 +182,7 @@ def lower(
 
     function = step_function(config, shapes, mesh, dtype, phase, options)
     return function.lower(
-        {path: abstract(spec) for path, spec in specs.weights.items()},
-        _each(KVCache, abstract(specs.cache)),
-        Slots(*(integers(*shape) for shape in slot_shapes(shapes))),  # type: ignore[arg-type]
+        *jax.tree.map(abstract, (specs.weights, _both(specs.cache), specs.slots)),
         integers(shapes.num_slots, shapes.control_columns),
         integers(rows, shapes.columns(phase)),
     )
