@@ -6,7 +6,7 @@ Knows neither pages nor devices: these are the only objects that cross between s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,9 +160,10 @@ class PromptLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One token of one request, perhaps its last.
+
+    A tuple, since one is made for every token: a frozen dataclass takes almost thrice as long.
 
     Attributes:
       request_id: whose token this is.
