@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from glm_jax.config import ModelConfig
@@ -63,8 +63,8 @@ class Placement:
 Entry = tuple[str, Placement]
 
 
-def placements(config: ModelConfig) -> dict[str, Placement]:
-    """Every tensor that a checkpoint of this config must hold, except the MTP layer's.
+def placements(config: ModelConfig, *, with_mtp: bool = False) -> dict[str, Placement]:
+    """Every tensor that a checkpoint of this config must hold; the MTP layer's only if it is wanted.
 
     They come in the order of a published checkpoint: embeddings, layers, norm, head.
     """
@@ -74,6 +74,27 @@ def placements(config: ModelConfig) -> dict[str, Placement]:
         table.update(_layer(config, layer))
     table.update([_plain("model.norm.weight", "norm.weight", (), (D,))])
     table.update([_plain("lm_head.weight", "lm_head.values", (), (V, D))])
+    return table | (mtp_placements(config) if with_mtp else {})
+
+
+def mtp_placements(config: ModelConfig) -> dict[str, Placement]:
+    """Every tensor of the MTP layer, as parameters of glm_jax.mtp; empty where the model has none.
+
+    Not those that are copies of the model's own embedding and head: the model's serve for both.
+    """
+    if not config.num_nextn_predict_layers:
+        return {}
+    D = config.hidden_size
+    prefix = f"model.layers.{config.num_hidden_layers}."
+    alone = replace(config, num_hidden_layers=1, first_k_dense_replace=0)
+    table = {
+        prefix + name.removeprefix("model.layers.0."): replace(place, path=f"mtp.{place.path}")
+        for name, place in _layer(alone, 0)
+    }
+    for module, path in (("enorm", "enorm"), ("hnorm", "hnorm"), ("shared_head.norm", "norm")):
+        table.update([_plain(f"{prefix}{module}.weight", f"mtp.{path}.weight", (), (D,))])
+    joined = _plain(f"{prefix}eh_proj.weight", "mtp.eh_proj.values", (0,), (D, 2 * D))
+    table.update([joined])
     return table
 
 
@@ -95,12 +116,15 @@ def mtp_kinds(config: ModelConfig) -> dict[str, Kind]:
     return kinds
 
 
-def compare(config: ModelConfig, names: Collection[str]) -> tuple[list[str], list[str]]:
+def compare(
+    config: ModelConfig, names: Collection[str], *, with_mtp: bool = False
+) -> tuple[list[str], list[str]]:
     """The tensors that are missing from these names, and the names that are no tensor's.
 
-    Nothing is missing when the MTP layers are not there, or not whole: nothing loads them yet.
+    Nothing is missing when the MTP layer is not there, or not whole, unless it is to be loaded.
     """
-    table, optional = placements(config), mtp_kinds(config)
+    table = placements(config, with_mtp=with_mtp)
+    optional = mtp_kinds(config)
     missing = [name for name in table if name not in names]
     return missing, [name for name in names if name not in table and name not in optional]
 

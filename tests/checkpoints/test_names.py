@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints.names import compare, mtp_kinds, placements
+from checkpoints.names import compare, mtp_kinds, mtp_placements, placements
 from glm_jax.config import ModelConfig
-from glm_jax.model import abstract_weights
+from glm_jax.mtp import weight_specs
 from tests.checkpoints.samples import make_config, make_tensors
 
 GLM_4_7: dict[str, Any] = {
@@ -45,15 +45,37 @@ def test_the_table_names_exactly_a_checkpoints_tensors(config: ModelConfig) -> N
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_element_of_every_weight_has_exactly_one_source(config: ModelConfig) -> None:
-    specs = abstract_weights(config, jnp.bfloat16)
+    with_mtp = config.num_nextn_predict_layers > 0
+    specs = weight_specs(config, np.dtype(jnp.bfloat16), with_mtp=with_mtp)
     written = {path: np.zeros(spec.shape, np.int32) for path, spec in specs.items()}
-    for placement in placements(config).values():
+    for placement in placements(config, with_mtp=with_mtp).values():
         assert math.prod(placement.block) == math.prod(placement.shape)
         where = zip(placement.start, placement.block, strict=True)
         region = written[placement.path][tuple(slice(s, s + n) for s, n in where)]
         assert region.shape == placement.block
         region += 1
     assert all((count == 1).all() for count in written.values())
+
+
+def test_the_mtp_layers_tensors_have_places_unless_they_are_copies_of_the_models() -> None:
+    config = make_config()
+    tensors = make_tensors(config)
+    table = mtp_placements(config)
+    assert {name: place.shape for name, place in table.items()} == {
+        name: tensors[name].shape for name in tensors.keys() & table.keys()
+    }
+    copies = {f"model.layers.3.{name}.weight" for name in ("embed_tokens", "shared_head.head")}
+    left = tensors.keys() - table.keys() - placements(config).keys()
+    assert left == copies | {"model.layers.3.shared_head.head.weight_scale"}
+    assert not mtp_placements(make_config(num_nextn_predict_layers=0))
+
+
+def test_an_mtp_layer_is_missing_only_where_it_is_wanted() -> None:
+    config = make_config()
+    tensors = make_tensors(config, has_mtp=False)
+    assert compare(config, tensors) == ([], [])
+    missing, _ = compare(config, tensors, with_mtp=True)
+    assert missing == list(mtp_placements(config))
 
 
 def test_the_published_model_has_the_published_counts_and_bytes() -> None:
