@@ -1,35 +1,63 @@
 """Stream a checkpoint into sharded weights; refuse anything unexpected.
 
-Knows no model: names say where a tensor goes, specs say what the weights are, the mesh where they
-live. Beside the weights, host memory never holds more than twice the largest tensor.
+Knows no model: names or chunks say where a piece goes, specs say what the weights are, the mesh
+where they live. What a device's memory is host memory for is read right into its place.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from tqdm import tqdm
 
-from checkpoints.names import Placement, compare, placements
-from checkpoints.reader import Checkpoint, CheckpointError, TensorInfo
+from checkpoints.checks import check_arrays, check_tensors
+from checkpoints.converted import Converted, is_converted
+from checkpoints.cuts import Job, Part, cut_up
+from checkpoints.names import MTP_PREFIX, Placement, placements
+from checkpoints.reader import DTYPES, Checkpoint, TensorInfo
 from checkpoints.shards import Shard, make_shard
 from glm_jax.config import ModelConfig
 from glm_jax.sharding import WeightSpec, sharding_for
 
-_NUM_READERS = 4
-# Most bytes read ahead, and most on their way to devices; one larger tensor may go alone.
-_MAX_BUDGET = 256 << 20
-_NUM_SHOWN = 5  # faults spelled out in an error; the rest are counted
+_MAX_QUEUED = 4  # reads that wait for each reader, so that none ever waits for work
 
 MakeShard = Callable[[tuple[int, ...], np.dtype, SingleDeviceSharding], Shard]
+
+
+class Source(Protocol):
+    """Where tensors, or pieces of weights by whatever names, are read from; see Checkpoint."""
+
+    def __iter__(self) -> Iterator[TensorInfo]: ...
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray: ...
+
+    def read_into(self, name: str, rows: slice | None, target: np.ndarray) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How files are read.
+
+    Attributes:
+      num_readers: reads at a time. A network volume wants many, each of one chunk or tensor.
+      max_ahead_bytes: most bytes read ahead, and most on their way to devices; one larger tensor
+        may go alone.
+    """
+
+    num_readers: int = 4
+    max_ahead_bytes: int = 256 << 20
+
+
+DEFAULT_READING = Reading()
 
 
 def load_weights(
@@ -39,17 +67,19 @@ def load_weights(
     mesh: Mesh,
     progress: bool = True,
     make_shard: MakeShard = make_shard,
+    reading: Reading = DEFAULT_READING,
 ) -> dict[str, jax.Array]:
-    """Loads every weight, each device receiving only its own part.
+    """Loads every weight from either form of a checkpoint, each device receiving only its own part.
 
     Everything is checked against the files' headers before the first weight is read. Host memory
     holds tensors read ahead and pieces on their way to devices, of either never more bytes than
-    the largest tensor has.
+    `reading` says, nor than the largest tensor has in a checkpoint of the published layout.
 
     Args:
-      directory: the checkpoint.
+      directory: the checkpoint, published or converted.
       config: what its config.json says.
-      specs: every weight's shape, dtype and axes by dotted path, as the model wants them.
+      specs: every weight's shape, dtype and axes by dotted path, as the model wants them; the MTP
+        layer is loaded if its weights are among them.
       mesh: the devices.
       progress: whether to show a progress bar, in bytes.
       make_shard: makes the buffer for a device's part of a weight.
@@ -62,53 +92,33 @@ def load_weights(
         with its shape and a dtype that fits.
       ValueError: the specs are not those of the config.
     """
-    table = placements(config)
-    _check_specs(table, specs)
-    with Checkpoint(directory) as checkpoint:
-        _check_quantization(checkpoint, config, table)
-        _check_names(checkpoint, config)
-        _check_tensors(checkpoint, config, table)
-        parts = {path: _make_parts(spec, mesh, make_shard) for path, spec in specs.items()}
-        jobs = _plan(checkpoint, table, parts)
-        _run(checkpoint, jobs, progress)
+    if is_converted(directory):
+        with Converted(directory) as converted:
+            check_arrays(converted, specs)
+            parts = _all_parts(specs, mesh, make_shard)
+            _run(converted, _plan(converted, converted.table, parts), progress, reading)
+    else:
+        with_mtp = any(path.startswith(MTP_PREFIX) for path in specs)
+        table = placements(config, with_mtp=with_mtp)
+        _check_specs(table, specs)
+        with Checkpoint(directory) as checkpoint:
+            check_tensors(checkpoint, config, with_mtp=with_mtp)
+            parts = _all_parts(specs, mesh, make_shard)
+            jobs = _plan(checkpoint, table, parts)
+            largest = max(job.nbytes for job in jobs)
+            ahead = min(reading.max_ahead_bytes, largest)  # in a small model, too, one tensor
+            _run(checkpoint, jobs, progress, replace(reading, max_ahead_bytes=ahead))
     return {path: _join(specs[path], mesh, parts.pop(path)) for path in list(specs)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A shard, and its first index and size in the whole weight."""
-
-    shard: Shard
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
+_Parts = dict[str, list[Part[Shard]]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """A piece of a tensor that one part needs: where it is in the tensor's block, and in the part."""
-
-    shard: Shard
-    source: tuple[slice, ...]
-    start: tuple[int, ...]
+def _all_parts(specs: Mapping[str, WeightSpec], mesh: Mesh, make_shard: MakeShard) -> _Parts:
+    return {path: _make_parts(spec, mesh, make_shard) for path, spec in specs.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A tensor, or rows of it, to read and to cut up.
-
-    Attributes:
-      block: the shape that what is read takes, as a rectangle of the parameter.
-      rows: the rows to read; None for all.
-    """
-
-    info: TensorInfo
-    block: tuple[int, ...]
-    rows: slice | None
-    nbytes: int
-    cuts: tuple[_Cut, ...]
-
-
-def _make_parts(spec: WeightSpec, mesh: Mesh, make_shard: MakeShard) -> list[_Part]:
+def _make_parts(spec: WeightSpec, mesh: Mesh, make_shard: MakeShard) -> list[Part[Shard]]:
     parts = []
     sharding = sharding_for(spec.axes, mesh)
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
@@ -117,93 +127,74 @@ def _make_parts(spec: WeightSpec, mesh: Mesh, make_shard: MakeShard) -> list[_Pa
         start = tuple(first for first, _, _ in bounds)
         shape = tuple(last - first for first, last, _ in bounds)
         shard = make_shard(shape, np.dtype(spec.dtype), SingleDeviceSharding(device))
-        parts.append(_Part(shard, start, shape))
+        parts.append(Part(shard, start, shape))
     return parts
 
 
-def _join(spec: WeightSpec, mesh: Mesh, parts: list[_Part]) -> jax.Array:
+def _join(spec: WeightSpec, mesh: Mesh, parts: list[Part[Shard]]) -> jax.Array:
     return jax.make_array_from_single_device_arrays(
-        spec.shape, sharding_for(spec.axes, mesh), [part.shard.finish() for part in parts]
+        spec.shape, sharding_for(spec.axes, mesh), [part.target.finish() for part in parts]
     )
 
 
-def _plan(
-    checkpoint: Checkpoint, table: Mapping[str, Placement], parts: Mapping[str, list[_Part]]
-) -> list[_Job]:
+def _plan(source: Source, table: Mapping[str, Placement], parts: _Parts) -> list[Job[Shard]]:
     """One job for each tensor that some device of this process needs, in the order on disk."""
     jobs = []
-    for info in checkpoint:
+    for info in source:
         placement = table.get(info.name)
-        if placement is not None:
-            cuts = []
-            for part in parts[placement.path]:
-                overlap = placement.overlap(part.start, part.shape)
-                if overlap is not None:
-                    start = tuple(where.start for where in overlap.outside)
-                    cuts.append(_Cut(part.shard, overlap.inside, start))
-            if cuts:
-                jobs.append(_narrow(info, placement, cuts))
-    return jobs
+        if placement is not None and placement.path in parts:
+            jobs.append(cut_up(info, placement, parts[placement.path]))
+    return [job for job in jobs if job is not None]
 
 
-def _narrow(info: TensorInfo, placement: Placement, cuts: list[_Cut]) -> _Job:
-    """Leaves out leading rows and trailing rows that no cut needs.
-
-    In: a tensor [K*H, D] placed as [1, K, H, D], of which the cuts need k in 2..3.
-    Out: rows 2H..4H, block [1, 2, H, D], cuts that count k from 0.
-    """
-    axis = next((i for i, size in enumerate(placement.block) if size > 1), 0)
-    size, num_rows = placement.block[axis], info.shape[0]
-    low = min(cut.source[axis].start for cut in cuts)
-    high = max(cut.source[axis].stop for cut in cuts)
-    if (low, high) == (0, size) or num_rows % size:
-        return _Job(info, placement.block, None, info.nbytes, tuple(cuts))
-    step = num_rows // size
-    rows = slice(low * step, high * step)
-    block = tuple(high - low if i == axis else n for i, n in enumerate(placement.block))
-    return _Job(
-        info,
-        block,
-        rows,
-        info.nbytes // num_rows * (rows.stop - rows.start),
-        tuple(_Cut(cut.shard, _shift(cut.source, axis, low), cut.start) for cut in cuts),
-    )
-
-
-def _shift(source: tuple[slice, ...], axis: int, low: int) -> tuple[slice, ...]:
-    return tuple(
-        slice(s.start - low, s.stop - low) if i == axis else s for i, s in enumerate(source)
-    )
-
-
-def _run(checkpoint: Checkpoint, jobs: Sequence[_Job], progress: bool) -> None:
+def _run(source: Source, jobs: Sequence[Job[Shard]], progress: bool, reading: Reading) -> None:
     """Reads the jobs in order, several at a time, and hands each to its shards."""
-    largest = max(job.nbytes for job in jobs)
-    budget = min(_MAX_BUDGET, largest)  # so that in a small model, too, it is at most one tensor
+    budget = reading.max_ahead_bytes
     total = sum(job.nbytes for job in jobs)
-    reading: deque[tuple[_Job, Future[np.ndarray]]] = deque()
+    under_way: deque[tuple[Job[Shard], int, Future[np.ndarray | None]]] = deque()
     held = 0
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar,
-        ThreadPoolExecutor(_NUM_READERS, "checkpoint-reader") as pool,
+        ThreadPoolExecutor(reading.num_readers, "checkpoint-reader") as pool,
     ):
         placer = _Placer(budget)
 
         def finish_oldest() -> int:
             # A function of its own, so that no name keeps the tensor after it is placed.
-            job, future = reading.popleft()
-            placer.place(job, future.result())
+            job, nbytes, future = under_way.popleft()
+            tensor = future.result()
+            if tensor is not None:
+                placer.place(job, tensor)
             bar.update(job.nbytes)
-            return job.nbytes
+            return nbytes
 
         for job in jobs:
-            while reading and held + job.nbytes > budget:
+            memory = _own_memory(job)
+            nbytes = job.nbytes if memory is None else 0
+            while under_way and (
+                held + nbytes > budget or len(under_way) >= _MAX_QUEUED * reading.num_readers
+            ):
                 held -= finish_oldest()
-            reading.append((job, pool.submit(checkpoint.read, job.info.name, job.rows)))
-            held += job.nbytes
-        while reading:
+            under_way.append((job, nbytes, pool.submit(_read, source, job, memory)))
+            held += nbytes
+        while under_way:
             finish_oldest()
         placer.wait()
+
+
+def _own_memory(job: Job[Shard]) -> np.ndarray | None:
+    """Where the job's one piece belongs, if it can be read right there."""
+    if not job.is_one_piece:
+        return None
+    (cut,) = job.cuts
+    return cut.target.memory(cut.start, job.block, DTYPES[job.info.dtype])
+
+
+def _read(source: Source, job: Job[Shard], memory: np.ndarray | None) -> np.ndarray | None:
+    if memory is None:
+        return source.read(job.info.name, job.rows)
+    source.read_into(job.info.name, job.rows, memory)
+    return None
 
 
 class _Placer:
@@ -214,15 +205,15 @@ class _Placer:
         self._under_way = 0
         self._shards: dict[int, Shard] = {}
 
-    def place(self, job: _Job, tensor: np.ndarray) -> None:
+    def place(self, job: Job[Shard], tensor: np.ndarray) -> None:
         block = tensor.reshape(job.block)
         for cut in job.cuts:
             piece = block[cut.source]
             if self._under_way + piece.nbytes > self._budget:
                 self.wait()
-            cut.shard.write(piece, cut.start)
+            cut.target.write(piece, cut.start)
             self._under_way += piece.nbytes
-            self._shards[id(cut.shard)] = cut.shard
+            self._shards[id(cut.target)] = cut.target
 
     def wait(self) -> None:
         for shard in self._shards.values():
@@ -241,72 +232,3 @@ def _check_specs(table: Mapping[str, Placement], specs: Mapping[str, WeightSpec]
         raise ValueError(
             f"the weights' specs are not those of the config; they differ in {differing}"
         )
-
-
-def _check_quantization(
-    checkpoint: Checkpoint, config: ModelConfig, table: Mapping[str, Placement]
-) -> None:
-    for info in checkpoint:
-        placement = table.get(info.name)
-        if placement is None or placement.kind != "values":
-            continue
-        if info.dtype == "F8_E4M3" and not config.is_fp8:
-            raise CheckpointError(
-                f"{info.file}: {info.name} is FP8, but config.json has no quantization_config: "
-                "use the config.json that belongs to the FP8 checkpoint"
-            )
-        if info.dtype != "F8_E4M3" and config.is_fp8:
-            raise CheckpointError(
-                f"{info.file}: {info.name} is {info.dtype}, but config.json's quantization_config "
-                "says that it is FP8: use the config.json that belongs to this checkpoint"
-            )
-
-
-def _check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    missing, unexpected = compare(config, checkpoint.tensors)
-    faults = []
-    if missing:
-        faults.append(f"{_count(missing)} missing: {_first(missing)}")
-    if unexpected:
-        faults.append(f"{_count(unexpected)} unexpected: {_first(unexpected)}")
-    if faults:
-        raise CheckpointError(
-            f"{checkpoint.directory} does not hold the tensors that its config.json describes. "
-            f"{'. '.join(faults)}. Check that the download is complete and of one revision"
-        )
-
-
-def _check_tensors(
-    checkpoint: Checkpoint, config: ModelConfig, table: Mapping[str, Placement]
-) -> None:
-    faults = []
-    for info in checkpoint:
-        placement = table.get(info.name)
-        if placement is None:
-            continue
-        shapes, dtypes = [placement.shape], ["BF16", "F16", "F32"]
-        if placement.kind == "values" and config.is_fp8:
-            dtypes = ["F8_E4M3"]
-        if placement.kind == "scale":
-            shapes.append(placement.shape[:1])
-            dtypes = ["F32", "BF16"]
-        if info.shape not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            faults.append(f"{info.name} has shape {list(info.shape)}, expected {wanted}")
-        if info.dtype not in dtypes:
-            faults.append(f"{info.name} is {info.dtype}, expected {' or '.join(dtypes)}")
-    if faults:
-        raise CheckpointError(
-            f"{checkpoint.directory} does not fit its config.json: {_first(faults, '; ')}. "
-            "Check that both come from the same model"
-        )
-
-
-def _count(names: Sequence[str]) -> str:
-    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-
-
-def _first(items: Sequence[str], separator: str = ", ") -> str:
-    rest = len(items) - _NUM_SHOWN
-    shown = separator.join(items[:_NUM_SHOWN])
-    return f"{shown} and {rest} more" if rest > 0 else shown

@@ -62,6 +62,8 @@ class Placement:
 
 Entry = tuple[str, Placement]
 
+MTP_PREFIX = "mtp."  # of the paths of the MTP layer's parameters, as glm_jax.mtp has them
+
 
 def placements(config: ModelConfig, *, with_mtp: bool = False) -> dict[str, Placement]:
     """Every tensor that a checkpoint of this config must hold; the MTP layer's only if it is wanted.
@@ -88,12 +90,12 @@ def mtp_placements(config: ModelConfig) -> dict[str, Placement]:
     prefix = f"model.layers.{config.num_hidden_layers}."
     alone = replace(config, num_hidden_layers=1, first_k_dense_replace=0)
     table = {
-        prefix + name.removeprefix("model.layers.0."): replace(place, path=f"mtp.{place.path}")
+        prefix + name.removeprefix("model.layers.0."): replace(place, path=MTP_PREFIX + place.path)
         for name, place in _layer(alone, 0)
     }
     for module, path in (("enorm", "enorm"), ("hnorm", "hnorm"), ("shared_head.norm", "norm")):
-        table.update([_plain(f"{prefix}{module}.weight", f"mtp.{path}.weight", (), (D,))])
-    joined = _plain(f"{prefix}eh_proj.weight", "mtp.eh_proj.values", (0,), (D, 2 * D))
+        table.update([_plain(f"{prefix}{module}.weight", f"{MTP_PREFIX}{path}.weight", (), (D,))])
+    joined = _plain(f"{prefix}eh_proj.weight", f"{MTP_PREFIX}eh_proj.values", (0,), (D, 2 * D))
     table.update([joined])
     return table
 

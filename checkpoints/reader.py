@@ -115,28 +115,15 @@ class Checkpoint:
           CheckpointError: the file ends early or cannot be read.
         """
         info = self.tensors[name]
-        shape, offset = info.shape, info.offset
-        if rows is not None:
-            row_bytes = info.nbytes // shape[0]
-            shape = (rows.stop - rows.start, *shape[1:])
-            offset += rows.start * row_bytes
-        array = aligned_empty(shape, DTYPES[info.dtype])
-        self._fill(info, array.reshape(-1).view(np.uint8), offset)
+        array = aligned_empty(rows_shape(info, rows), DTYPES[info.dtype])
+        self.read_into(name, rows, array)
         return array
 
-    def _fill(self, info: TensorInfo, target: np.ndarray, offset: int) -> None:
-        done = 0
-        while done < target.nbytes:
-            try:
-                count = os.preadv(self._descriptors[info.file], [target[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{info.file}: cannot read {info.name}: {error}") from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{info.file} ended while {info.name} was being read: the file has shrunk since "
-                    "it was opened; do not write to a checkpoint that is being loaded"
-                )
-            done += count
+    def read_into(self, name: str, rows: slice | None, target: np.ndarray) -> None:
+        """As read, into a C-contiguous array of the tensor's dtype and of as many elements."""
+        info = self.tensors[name]
+        skipped = rows.start * (info.nbytes // info.shape[0]) if rows is not None else 0
+        fill(self._descriptors[info.file], info, target, info.offset + skipped)
 
     def _add_file(self, file: Path) -> None:
         try:
@@ -169,6 +156,31 @@ class Checkpoint:
                     f"{INDEX_NAME} says tensor {name} is in {path}, but {self.tensors[name].file} "
                     "holds it: download the index again"
                 )
+
+
+def rows_shape(info: TensorInfo, rows: slice | None) -> tuple[int, ...]:
+    """The shape of some rows of a tensor; None is all of them."""
+    return info.shape if rows is None else (rows.stop - rows.start, *info.shape[1:])
+
+
+def fill(descriptor: int, info: TensorInfo, target: np.ndarray, offset: int) -> None:
+    """Reads as many bytes of an open file as a C-contiguous array has.
+
+    Raises:
+      CheckpointError: the file ends early or cannot be read.
+    """
+    raw, done = target.reshape(-1).view(np.uint8), 0
+    while done < raw.nbytes:
+        try:
+            count = os.preadv(descriptor, [raw[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot read {info.name}: {error}") from error
+        if count == 0:
+            raise CheckpointError(
+                f"{info.file} ended while {info.name} was being read: the file has shrunk since "
+                "it was opened; do not write to a checkpoint that is being loaded"
+            )
+        done += count
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -215,6 +227,13 @@ def _files(directory: Path, weight_map: dict[str, str]) -> list[Path]:
     if MTP_NAME not in names and (directory / MTP_NAME).exists():
         names.append(MTP_NAME)
     return [directory / name for name in names]
+
+
+def raw_header(file: Path) -> bytes:
+    """All bytes of a file before its first tensor's."""
+    with file.open("rb") as opened:
+        prefix = opened.read(_LENGTH_BYTES)
+        return prefix + opened.read(struct.unpack("<Q", prefix)[0])
 
 
 def _read_header(file: Path, descriptor: int) -> list[TensorInfo]:

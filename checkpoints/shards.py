@@ -29,6 +29,15 @@ class Shard(Protocol):
         """
         ...
 
+    def memory(
+        self, start: tuple[int, ...], shape: tuple[int, ...], dtype: np.dtype
+    ) -> np.ndarray | None:
+        """The part's own memory for a piece, to be filled before it is finished.
+
+        None where there is none, or none of this dtype in one contiguous run.
+        """
+        ...
+
     def wait(self) -> None:
         """Blocks until every piece written so far has arrived and may be forgotten."""
         ...
@@ -55,6 +64,14 @@ class HostShard:
         """See Shard."""
         where = tuple(slice(s, s + n) for s, n in zip(start, piece.shape, strict=True))
         copy(piece, self._array[where])
+
+    def memory(
+        self, start: tuple[int, ...], shape: tuple[int, ...], dtype: np.dtype
+    ) -> np.ndarray | None:
+        """See Shard."""
+        where = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
+        piece = self._array[where]
+        return piece if piece.flags.c_contiguous and dtype == self._array.dtype else None
 
     def wait(self) -> None:
         """See Shard; a copy in host memory is done when it returns."""
@@ -84,6 +101,13 @@ class DeviceShard:
         if self._buffer is None:
             self._buffer = _zeros(self._shape, self._dtype, self._place)
         self._buffer = _update(self._buffer, piece, np.array(start, np.int32))
+
+    def memory(
+        self, start: tuple[int, ...], shape: tuple[int, ...], dtype: np.dtype
+    ) -> np.ndarray | None:
+        """See Shard; the host cannot write a device's memory."""
+        del start, shape, dtype
+        return None
 
     def wait(self) -> None:
         """See Shard."""

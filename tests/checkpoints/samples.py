@@ -63,6 +63,11 @@ def config_json(**overrides: Any) -> dict[str, Any]:
 
 def make_config(*, is_fp8: bool = True, **overrides: Any) -> ModelConfig:
     """The parsed config of a tiny model."""
+    return ModelConfig.from_dict(raw_config(is_fp8=is_fp8, **overrides))
+
+
+def raw_config(*, is_fp8: bool = True, **overrides: Any) -> dict[str, Any]:
+    """config.json of a tiny model, with the published quantization_config if it is FP8."""
     raw = config_json(**overrides)
     if is_fp8:
         scheme = {"num_bits": 8, "type": "float", "symmetric": True}
@@ -77,7 +82,7 @@ def make_config(*, is_fp8: bool = True, **overrides: Any) -> ModelConfig:
                 }
             },
         }
-    return ModelConfig.from_dict(raw)
+    return raw
 
 
 class _Maker:

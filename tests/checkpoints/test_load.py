@@ -144,7 +144,7 @@ def test_a_device_that_needs_a_part_reads_only_the_rows_of_it(tmp_path: Path) ->
     parts = {p: load._make_parts(spec, mesh, make_shard)[3:4] for p, spec in specs.items()}
     with Checkpoint(tmp_path) as checkpoint:
         jobs = load._plan(checkpoint, load.placements(config), parts)
-        load._run(checkpoint, jobs, progress=False)
+        load._run(checkpoint, jobs, False, load.DEFAULT_READING)
     rows = {job.info.name: job.rows for job in jobs}
     assert rows[QUERY] == slice(3 * 12, 4 * 12)
     assert rows["model.embed_tokens.weight"] == slice(24, 32)
@@ -154,7 +154,7 @@ def test_a_device_that_needs_a_part_reads_only_the_rows_of_it(tmp_path: Path) ->
     for path, weight in assemble(config, tensors).items():
         [part] = parts[path]
         where = tuple(slice(s, s + n) for s, n in zip(part.start, part.shape, strict=True))
-        assert np.asarray(part.shard.finish()).tobytes() == weight[where].tobytes(), path
+        assert np.asarray(part.target.finish()).tobytes() == weight[where].tobytes(), path
 
 
 def drop(*names: str) -> Callable[[Tensors], Tensors]:
