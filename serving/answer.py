@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from glm_jax.engine.request import TokenEvent
+from glm_jax.engine.request import PromptLogprob, TokenEvent
 from serving import errors
 from serving.bridge import Stream
 from serving.detokenizer import Detokenizer, Piece, StopStrings
@@ -103,6 +103,7 @@ class Reading:
       own_stops: stop tokens that the request named, beside the model's.
       keeps_tokens: whether parts tell their tokens.
       leaves_out_all: whether nothing of the answer is wanted, but its prompt's sake.
+      echoed: the prompt's tokens, if parts tell them like the answer's.
     """
 
     detokenizer: Detokenizer
@@ -112,6 +113,12 @@ class Reading:
     own_stops: frozenset[int] = frozenset()
     keeps_tokens: bool = False
     leaves_out_all: bool = False
+    echoed: tuple[int, ...] = ()
+
+    @property
+    def reads_runs(self) -> bool:
+        """Whether tokens may be read several at a time: nothing looks at where one ends."""
+        return not (self.stops.has_any or self.leaves_out_all)
 
 
 class Answer:
@@ -123,6 +130,7 @@ class Answer:
       usage: counts, final when the iteration has ended.
       finish: None until then.
       logprob: of all that was sampled so far, together.
+      prompt_logprobs: of the prompt's tokens but the first, once there is a part, if they are wanted.
 
     Raises, while iterating:
       ApiError: 500, the engine failed; 503, it did not begin in time.
@@ -141,6 +149,8 @@ class Answer:
         self.usage = usage
         self.finish: Finish | None = None
         self.logprob = 0.0
+        self.prompt_logprobs: tuple[PromptLogprob, ...] = ()
+        self._untold: list[Sampled] = []  # of an echo
         self._stream = stream
         self._reading = reading
         self._endpoint = endpoint
@@ -165,29 +175,77 @@ class Answer:
     async def __aiter__(self) -> AsyncIterator[Part]:
         async for events in self._stream:
             self._observe(events)
-            deltas: list[Delta] = []
-            tokens: list[Sampled] = []
-            for event in events:
-                deltas += self._take(event, tokens)
-                if self.finish is not None:
-                    break
-            yield Part(join(deltas) if len(deltas) > 1 else deltas, tokens, self.finish)
+            yield self._part(events)
             if self.finish is not None:
                 break
 
+    def _part(self, events: list[TokenEvent]) -> Part:
+        """What these events add; tokens of mere text that follow each other are read as one."""
+        deltas: list[Delta] = []
+        tokens, self._untold = self._untold, []
+        run: list[TokenEvent] = []
+        data: list[bytes] = []
+        meanings, reads_runs = self._reading.detokenizer.meanings, self._reading.reads_runs
+        for event in events:
+            if event.finish_reason is None and reads_runs:
+                meaning = meanings[event.token]  # type: ignore[index]
+                if isinstance(meaning, bytes):
+                    run.append(event)
+                    data.append(meaning)
+                    continue
+            if run:
+                deltas += self._take_run(run, data, tokens)
+                run, data = [], []
+            deltas += self._take(event, tokens)
+            if self.finish is not None:
+                break
+        if run:
+            deltas += self._take_run(run, data, tokens)
+        return Part(join(deltas) if len(deltas) > 1 else deltas, tokens, self.finish)
+
     def _observe(self, events: list[TokenEvent]) -> None:
-        number = sum(event.token is not None for event in events)
+        number = len(events)
+        if events and events[-1].token is None:  # only the last one can be
+            number -= 1
         if not number:
             return
         now, times = time.monotonic(), self._times
         if times.last is None:
             began = events[0].began
+            self._look_at_prompt(events[0].prompt_logprobs)
             self._times = Times(arrived=times.arrived, began=began, first=now, last=now)
             self._metrics.first_token(self._times)
         else:
             self._metrics.next_tokens(number, now - times.last)
             times.last = now
         self._metrics.tokens(number)
+
+    def _look_at_prompt(self, told: tuple[PromptLogprob, ...]) -> None:
+        self.prompt_logprobs = told
+        if echoed := self._reading.echoed:
+            rest = [Sampled(each.token, each.logprob, each.top) for each in told]
+            self._untold = [Sampled(echoed[0], None), *rest]
+
+    def _take_run(
+        self, run: list[TokenEvent], data: list[bytes], tokens: list[Sampled]
+    ) -> list[Delta]:
+        """The deltas of tokens that are nothing but these bytes, none of them the last."""
+        reading = self._reading
+        # Text alone never ends reasoning, so that what holds for one token holds for all.
+        is_reasoning = reading.parser.is_reasoning
+        self._count(run, is_reasoning)
+        if reading.keeps_tokens:
+            tokens += [_sampled(event, is_reasoning) for event in run]
+        return reading.parser.feed(reading.detokenizer.push_bytes(b"".join(data)))
+
+    def _count(self, events: list[TokenEvent], is_reasoning: bool) -> None:
+        usage = self.usage
+        usage.completion_tokens += len(events)
+        if is_reasoning:
+            usage.reasoning_tokens += len(events)
+        if usage.prompt_tokens:
+            usage.cached_tokens = max(usage.cached_tokens, events[0].num_cached_tokens)
+        self.logprob += sum([event.logprob for event in events])
 
     def _take(self, event: TokenEvent, tokens: list[Sampled]) -> list[Delta]:
         """The deltas of one token; sets finish if it is the last."""
@@ -200,18 +258,13 @@ class Answer:
         if reading.leaves_out_all:
             self.finish = Finish("length")
             return []
-        self.usage.completion_tokens += 1
         is_reasoning = reading.parser.is_reasoning
-        self.usage.reasoning_tokens += is_reasoning
-        self.logprob += event.logprob
-        if self.usage.prompt_tokens:
-            self.usage.cached_tokens = max(self.usage.cached_tokens, event.num_cached_tokens)
+        self._count([event], is_reasoning)
         pieces: list[Piece] = []
         if ended != "stop" or reading.includes_stop:
             pieces = reading.detokenizer.push(event.token)
             if reading.keeps_tokens:
-                sampled = Sampled(event.token, event.logprob, event.top_logprobs, is_reasoning)
-                tokens.append(sampled)
+                tokens.append(_sampled(event, is_reasoning))
         if ended is not None:
             pieces = [*pieces, *reading.detokenizer.finish()]
         pieces = reading.stops.push(pieces)
@@ -229,3 +282,8 @@ class Answer:
                 "length" if is_cut else reason, own if matched is None else matched
             )
         return deltas
+
+
+def _sampled(event: TokenEvent, is_reasoning: bool) -> Sampled:
+    assert event.token is not None
+    return Sampled(event.token, event.logprob, event.top_logprobs, is_reasoning)

@@ -6,6 +6,11 @@ Two threads: the event loop's, where everything here runs, and the engine's. Int
 `submit` and `cancel`; out of it comes one call per step with the events of all requests, which are
 sorted into their streams on the loop. A stream that is left early, for whatever reason, cancels
 its request.
+
+Readers are woken all at once, and then the loop rests for some times as long as they took. Steps
+that end meanwhile wait for the next waking, and a reader then has all their tokens at one go. With
+steps as long as a model's that never happens; but when they come faster than readers can follow,
+reading costs a fixed share of the time and the text of an event grows instead.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol, Self
 
@@ -21,6 +27,9 @@ from glm_jax.engine.request import EngineDeadError, EngineStats, Request, TokenE
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[list[TokenEvent]], None]
+
+# Rest between two wakings, as a multiple of the processor time that the readers took.
+_REST = 3.0
 
 
 class Engine(Protocol):
@@ -31,6 +40,8 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None: ...
 
     def stop(self) -> None: ...
+
+    def prepare_scores(self) -> None: ...
 
     def stats(self) -> EngineStats: ...
 
@@ -57,6 +68,9 @@ class Bridge:
         self._engine: Engine | None = None
         self._streams: dict[str, Stream] = {}
         self._is_stopping = False
+        self._has_news = False  # since the last waking
+        self._is_waking = False  # or about to
+        self._rests_until = 0.0  # time.monotonic()
         self.ended: asyncio.Future[BaseException | None] = (
             asyncio.get_running_loop().create_future()
         )
@@ -93,6 +107,14 @@ class Bridge:
         """The engine's numbers; None before it is there."""
         return None if self._engine is None else self._engine.stats()
 
+    async def prepare_scores(self) -> None:
+        """Makes ready what requests with num_prompt_logprobs need; the first one may wait long for it.
+
+        Others are served meanwhile.
+        """
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.prepare_scores)
+
     def open(self, request: Request) -> Stream:
         """Submits a request.
 
@@ -118,6 +140,33 @@ class Bridge:
             stream = self._streams.get(event.request_id)
             if stream is not None:  # else it was left early
                 stream.push(event)
+        self._has_news = True
+        if not self._is_waking:
+            self._wake_after_rest()
+
+    def _wake_after_rest(self) -> None:
+        self._is_waking = True
+        rest = self._rests_until - time.monotonic()
+        if rest > 0:
+            asyncio.get_running_loop().call_later(rest, self._wake)
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Lets the readers of all streams with news take their turns."""
+        self._has_news = False
+        started = time.thread_time()
+        for stream in self._streams.values():
+            if stream.has_news:
+                stream.wake()
+        # Behind them in the loop's queue.
+        asyncio.get_running_loop().call_soon(self._rest, started)
+
+    def _rest(self, started: float) -> None:
+        self._is_waking = False
+        self._rests_until = time.monotonic() + _REST * (time.thread_time() - started)
+        if self._has_news:
+            self._wake_after_rest()
 
     def _run(self, loop: asyncio.AbstractEventLoop, build: Callable[[], Engine]) -> None:
         """The body of the engine's thread."""
@@ -157,6 +206,7 @@ class Bridge:
                 stream.push(
                     TokenEvent(stream.request_id, None, finish_reason="error", error=message)
                 )
+                stream.wake()
 
 
 class Stream:
@@ -174,11 +224,16 @@ class Stream:
         self._events: list[TokenEvent] = []
         self._waiter: asyncio.Future[None] | None = None
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there are events that the reader has not taken."""
+        return bool(self._events)
+
     def push(self, event: TokenEvent) -> None:
-        """Adds an event and wakes the reader."""
+        """Adds an event; `wake` tells the reader."""
         self._events.append(event)
-        self.is_finished = event.finish_reason is not None
-        self.wake()
+        if event.finish_reason is not None:
+            self.is_finished = True
 
     def wake(self) -> None:
         """Makes the reader look, though nothing may have come: it then gets an empty list."""

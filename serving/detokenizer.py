@@ -20,24 +20,33 @@ class Detokenizer:
 
     A character whose bytes are spread over tokens comes out whole with its last byte. Bytes that
     can be no UTF-8 become U+FFFD, as in the tokenizer's own decoder.
+
+    Attributes:
+      meanings: of tokens, as the tokenizer has them.
     """
 
     def __init__(self, tokenizer: ModelTokenizer) -> None:
-        self._meaning = tokenizer.meaning
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.meanings = tokenizer.meanings
+        self._undecoded = b""  # the beginning of a character
 
     def push(self, token: int) -> list[Piece]:
         """The pieces that this token completes; often one, sometimes none."""
-        meaning = self._meaning(token)
+        meaning = self.meanings[token]
         if isinstance(meaning, Tag):
             return [*self.finish(), meaning]
-        text = self._decoder.decode(meaning)
+        return self.push_bytes(meaning)
+
+    def push_bytes(self, data: bytes) -> list[Piece]:
+        """The piece that the bytes of any number of tokens complete, if they complete one."""
+        data = self._undecoded + data
+        text, num_decoded = codecs.utf_8_decode(data, "replace", False)
+        self._undecoded = data[num_decoded:]
         return [text] if text else []
 
     def finish(self) -> list[Piece]:
         """What an unfinished character leaves behind."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        text = self._undecoded.decode(errors="replace")
+        self._undecoded = b""
         return [text] if text else []
 
 
@@ -53,11 +62,13 @@ class StopStrings:
       include: whether the matched string stays in the output.
 
     Attributes:
+      has_any: whether there is a stop string at all.
       matched: the stop string that ended the output; None so far.
     """
 
     def __init__(self, stops: Iterable[str], *, include: bool = False) -> None:
         self._stops = [_Matcher(stop) for stop in stops]
+        self.has_any = bool(self._stops)
         self._include = include
         self._held: deque[Piece] = deque()
         self._num_held = 0  # characters in _held
@@ -65,7 +76,7 @@ class StopStrings:
 
     def push(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces that are certain now. After a match nothing more may be pushed."""
-        if not self._stops:
+        if not self.has_any:
             return pieces
         released: list[Piece] = []
         for piece in pieces:

@@ -9,13 +9,21 @@ happened in it. The histograms hold the same for a Prometheus that does its own 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from glm_jax.engine.request import EngineStats
 
@@ -33,7 +41,6 @@ _CHOICES = (1, 2, 5, 10, 20)
 # name -> (what it is, buckets); the names are vLLM's behind another prefix.
 _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "time_to_first_token_seconds": ("From the request's arrival to its first token.", _SECONDS),
-    "inter_token_latency_seconds": ("Between two tokens of an answer.", _INTER_TOKEN_SECONDS),
     "request_time_per_output_token_seconds": (
         "Mean time between an answer's tokens.",
         _INTER_TOKEN_SECONDS,
@@ -102,6 +109,32 @@ class Window:
             self._seconds.popleft()
 
 
+class Gaps:
+    """The times between tokens: a histogram that takes the tokens of a step at once.
+
+    The library's own takes one value at a time, under a lock; here is one thread, and every token
+    passes.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._numbers = [0] * (len(_INTER_TOKEN_SECONDS) + 1)
+        self._sum = 0.0
+
+    def add(self, number: int, seconds: float) -> None:
+        """So many tokens came together, so long after the ones before."""
+        self._numbers[bisect_left(_INTER_TOKEN_SECONDS, seconds / number)] += number
+        self._sum += seconds
+
+    def families(self) -> Iterator[Metric]:
+        bounds = [*map(float, _INTER_TOKEN_SECONDS), float("inf")]
+        buckets = list(zip(map(floatToGoString, bounds), accumulate(self._numbers), strict=True))
+        text = "Between two tokens of an answer."
+        yield HistogramMetricFamily("glm_inter_token_latency_seconds", text, buckets, self._sum)
+        text = "Tokens generated."
+        yield CounterMetricFamily("glm_generation_tokens", text, value=self.num_tokens)
+
+
 class Metrics:
     """All metrics of one server, in a registry of its own.
 
@@ -114,7 +147,10 @@ class Metrics:
         self._latencies = Window()
         self._ttfts = Window()
         self._tokens = Window()
-        self._registry.register(_Gauges(stats, self._tokens, self._latencies, self._ttfts))
+        self._gaps = Gaps()
+        self._registry.register(
+            _Gauges(stats, self._tokens, self._latencies, self._ttfts, self._gaps)
+        )
         self._startup_seconds = Gauge(
             "glm_startup_seconds",
             "What the start took, by phase; phases run side by side, total is all of them.",
@@ -130,9 +166,6 @@ class Metrics:
         )
         self._prompt_tokens = Counter(
             "glm_prompt_tokens", "Tokens of accepted prompts.", registry=self._registry
-        )
-        self._generation_tokens = Counter(
-            "glm_generation_tokens", "Tokens generated.", registry=self._registry
         )
         self._finished = Counter(
             "glm_request_success",
@@ -177,13 +210,12 @@ class Metrics:
 
     def next_tokens(self, number: int, seconds: float) -> None:
         """An answer got further tokens, so many seconds after the ones before."""
-        for _ in range(number):
-            self._observe("inter_token_latency_seconds", seconds / number)
+        self._gaps.add(number, seconds)
 
     def tokens(self, number: int) -> None:
         """Tokens of any answer arrived."""
         self._tokens.add(number)
-        self._generation_tokens.inc(number)
+        self._gaps.num_tokens += number
 
     def finished(self, endpoint: str, status: str, times: Times, num_tokens: int = 0) -> None:
         """An answer has ended with so many tokens; its times count if it is complete."""
@@ -231,11 +263,13 @@ class _Gauges(Collector):
         tokens: Window,
         latencies: Window,
         ttfts: Window,
+        gaps: Gaps,
     ) -> None:
         self._stats = stats
         self._tokens = tokens
         self._latencies = latencies
         self._ttfts = ttfts
+        self._gaps = gaps
 
     def describe(self) -> list[Metric]:
         return []
@@ -243,6 +277,7 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         yield from self._gauges(stats)
+        yield from self._gaps.families()
         if stats is not None:
             yield from _totals(stats)
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from itertools import groupby
 from typing import Protocol
 
 from serving.detokenizer import Piece
@@ -64,16 +65,12 @@ Delta = Content | Reasoning | ToolCall | Arguments
 def join(deltas: Iterable[Delta]) -> list[Delta]:
     """The same deltas, neighbors joined where they continue each other."""
     joined: list[Delta] = []
-    for delta in deltas:
-        match joined[-1] if joined else None, delta:
-            case Content(begun), Content(text):
-                joined[-1] = Content(begun + text)
-            case Reasoning(begun), Reasoning(text):
-                joined[-1] = Reasoning(begun + text)
-            case Arguments(index, begun), Arguments(same, text) if index == same:
-                joined[-1] = Arguments(index, begun + text)
-            case _:
-                joined.append(delta)
+    for _, neighbors in groupby(deltas, lambda delta: (type(delta), getattr(delta, "index", None))):
+        first, *others = neighbors
+        if others and not isinstance(first, ToolCall):
+            text = "".join([first.text, *(other.text for other in others)])  # type: ignore[union-attr]
+            first = replace(first, text=text)
+        joined.append(first)
     return joined
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
+from glm_jax.engine.request import PromptLogprob
 from serving.answer import Answer, Finish, Part, Sampled, Usage
 from serving.parsers import Delta
 
@@ -22,11 +23,13 @@ class Choice:
     Attributes:
       deltas, tokens: of all its parts.
       finish: how it ended.
+      prompt: the prompt's tokens but the first, if they are wanted.
     """
 
     deltas: list[Delta]
     tokens: list[Sampled]
     finish: Finish
+    prompt: tuple[PromptLogprob, ...] = ()
 
 
 class Reply:
@@ -52,6 +55,8 @@ class Reply:
     @property
     def usage(self) -> Usage:
         """Tokens so far, of all answers together."""
+        if len(self._answers) == 1:
+            return self._answers[0].usage
         return sum((answer.usage for answer in self._answers), Usage(0))
 
     @property
@@ -117,7 +122,7 @@ class Reply:
             tokens[index] += part.tokens
         finishes = [answer.finish for answer in self._answers]
         return [
-            Choice(deltas[index], tokens[index], finish)
+            Choice(deltas[index], tokens[index], finish, self._answers[index].prompt_logprobs)
             for index in self._best()
             if (finish := finishes[index]) is not None
         ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 
@@ -36,6 +36,17 @@ class Tag(StrEnum):
 Meaning = Tag | bytes
 
 
+class _Meanings(dict[int, Meaning]):
+    """Fills itself as tokens are asked for: most of a vocabulary never is."""
+
+    def __init__(self, find: Callable[[int], Meaning]) -> None:
+        self._find = find
+
+    def __missing__(self, token: int) -> Meaning:
+        meaning = self[token] = self._find(token)
+        return meaning
+
+
 class ModelTokenizer:
     """Wraps a byte-level tokenizer that has the model's control tokens.
 
@@ -45,6 +56,7 @@ class ModelTokenizer:
       control_pattern: matches any control token, in one group.
       longest_token: characters of the longest token; no prompt has fewer tokens than its length
         divided by it.
+      meanings: what every token contributes to an answer; ids beyond the vocabulary are silent.
 
     Raises:
       ValueError: the tokenizer is not byte-level, or a tag is not one of its tokens.
@@ -70,7 +82,8 @@ class ModelTokenizer:
         # The longest first, so that no token hides one that begins with it.
         names = sorted(self.control_tokens, key=len, reverse=True)
         self.control_pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
-        self._meanings: dict[int, Meaning] = {self.control_tokens[tag]: tag for tag in Tag}
+        self.meanings = _Meanings(self._bytes)
+        self.meanings.update((self.control_tokens[tag], tag) for tag in Tag)
 
     @classmethod
     def from_directory(cls, model_dir: Path) -> ModelTokenizer:
@@ -99,14 +112,11 @@ class ModelTokenizer:
 
     def meaning(self, token: int) -> Meaning:
         """What a token contributes to an answer; ids beyond the vocabulary are silent."""
-        meaning = self._meanings.get(token)
-        if meaning is None:
-            meaning = self._meanings[token] = self._bytes(token)
-        return meaning
+        return self.meanings[token]
 
     def spelling(self, token: int) -> bytes:
         """A token as it would be written, control tokens too; nothing for unknown ids."""
-        meaning = self.meaning(token)
+        meaning = self.meanings[token]
         if not meaning:
             return (self._tokenizer.id_to_token(token) or "").encode()
         return meaning if isinstance(meaning, bytes) else meaning.encode()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 
 import pytest
 
@@ -73,6 +74,21 @@ async def test_a_reader_that_falls_behind_gets_all_that_waited_at_once():
     with bridge.open(request("a")) as stream:
         await asyncio.sleep(0.05)
         assert [len(events) async for events in stream] == [10]
+    await ended(bridge)
+
+
+async def test_readers_that_take_long_are_woken_less_often_and_miss_nothing(monkeypatch):
+    monkeypatch.setattr("serving.bridge._REST", 100.0)
+    bridge = await started(ScriptedEngine(lambda request: range(50), pause=0.001))
+    lists = []
+    with bridge.open(request("a", 40)) as stream:
+        async for events in stream:
+            lists.append([event.token for event in events])
+            busy_until = time.thread_time() + 0.003
+            while time.thread_time() < busy_until:
+                pass
+    assert [token for some in lists for token in some][:-1] == list(range(39))
+    assert len(lists) < 8
     await ended(bridge)
 
 
