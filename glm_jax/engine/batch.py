@@ -73,7 +73,9 @@ class Packer:
             return self._pack_prefill(plan)
         slots = self._padding_slots(plan)
         slots[: plan.num_rows] = [self._refresh(sequence) for _, sequence in plan.samples]
-        return self._rows[slots]
+        batch = self._rows[slots]
+        batch[: plan.num_rows, NUM_TOKENS] = plan.gains
+        return batch
 
     def _pack_prefill(self, plan: Plan) -> NDArray[np.int32]:
         tile = self._shapes.prefill_tile
@@ -125,7 +127,6 @@ class Packer:
         sampling = sequence.request.sampling
         row = self._rows[slot]
         row[START:] = 0
-        row[NUM_TOKENS] = 1
         floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32)
         row[[TEMPERATURE, TOP_P, MIN_P]] = floats.view(np.int32)
         row[TOP_K] = sampling.top_k

@@ -13,11 +13,16 @@ The life of a turn, on the engine's own thread:
 4. Commit step n-1: wait for its tokens, append each to its sequence, free the pages and the slot
    of those that finished, and deliver all events of the turn in one call.
 
-One surplus token: step n is dispatched before step n-1 is read, so a sequence that n-1 ends, or
-that is cancelled meanwhile, can have one more token in flight. Commit drops it. A step in flight
-remembers the sequences it samples for, not their slots; so it cannot be taken for a token of the
-next sequence in the slot. Pages and slots are reused at once: the device runs steps in order, so
-what the surplus token still writes, it writes before the next owner does.
+Several tokens: a decode step can bring a row more than one, up to a number that its plan says, and
+the host learns how many only when it reads the step. Until then it counts with the most: pages are
+there for all of them, and a sequence that may have reached its length sits out until it is known.
+
+Surplus tokens: step n is dispatched before step n-1 is read, so a sequence that n-1 ends, or
+that is cancelled meanwhile, can have more tokens in flight; and a step's later tokens may follow
+one that ends the sequence. Commit drops them. A step in flight remembers the sequences it samples
+for, not their slots; so it cannot be taken for a token of the next sequence in the slot. Pages and
+slots are reused at once: the device runs steps in order, so what a surplus token still writes, it
+writes before the next owner does.
 
 A preempted sequence keeps what it has delivered, and a token of it in flight is committed all the
 same. When its turn comes it prefills prompt and completion, less what the cache still holds, and
@@ -48,6 +53,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_jax.engine.batch import Packer
+from glm_jax.engine.outcome import Outcome
 from glm_jax.engine.plan import Plan
 from glm_jax.engine.request import (
     EngineDeadError,
@@ -58,15 +64,9 @@ from glm_jax.engine.request import (
     TokenEvent,
 )
 from glm_jax.engine.scheduler import Scheduler
+from glm_jax.engine.score_steps import PromptScorer, Scoring, ask
 from glm_jax.engine.sequence import Sequence
-from glm_jax.shapes import (
-    OUTPUT_LOGPROBS,
-    OUTPUT_TOKENS,
-    OUTPUT_TOP_LOGPROBS,
-    OUTPUT_TOP_TOKENS,
-    Phase,
-    StepShapes,
-)
+from glm_jax.shapes import Phase, StepShapes
 
 Deliver = Callable[[list[TokenEvent]], None]
 
@@ -75,11 +75,14 @@ class Output(Protocol):
     """What a dispatched step will have computed."""
 
     def __array__(self) -> NDArray[Any]:
-        """int32[NUM_OUTPUTS, rows], as `glm_jax.shapes` lays it out. Waits for the step."""
+        """int32[NUM_OUTPUTS, rows], as `glm_jax.shapes` lays it out. Waits for the step.
+
+        Of a decode step whose rows can gain several tokens, int32[M, NUM_OUTPUTS, rows].
+        """
         ...
 
 
-class Runner(Protocol):
+class Runner(PromptScorer, Protocol):
     """Computes steps, in the order of dispatch."""
 
     def dispatch(self, phase: Phase, batch: NDArray[np.int32], /) -> Output:
@@ -93,10 +96,21 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """A step in flight: its output, and the (row, sequence) pairs it samples for."""
+    """A step in flight.
+
+    Attributes:
+      output: what it will have computed.
+      phase: which step it is.
+      samples: the (row, sequence) pairs it samples for.
+      gains: how many tokens each of these may gain.
+      scorings: what tells of its prompts' tokens.
+    """
 
     output: Output
+    phase: Phase
     samples: tuple[tuple[int, Sequence], ...]
+    gains: tuple[int, ...]
+    scorings: list[Scoring]
 
 
 class Engine:
@@ -126,6 +140,8 @@ class Engine:
         self._num_steps: dict[Phase, int] = {"prefill": 0, "decode": 0}
         self._num_tokens: dict[Phase, int] = {"prefill": 0, "decode": 0}
         self._num_padding: dict[Phase, int] = {"prefill": 0, "decode": 0}
+        self._num_offered = [0] * shapes.tokens_per_step
+        self._num_gained = [0] * shapes.tokens_per_step
         self._num_timeouts = 0
         self._integrity_interval = integrity_interval
         self._num_turns = 0
@@ -206,9 +222,15 @@ class Engine:
                 num_decode_tokens=self._num_tokens["decode"],
                 num_prefill_padding=self._num_padding["prefill"],
                 num_decode_padding=self._num_padding["decode"],
+                num_offered=tuple(self._num_offered),
+                num_gained=tuple(self._num_gained),
                 num_integrity_checks=self._num_integrity_checks,
                 integrity_seconds=self._integrity_seconds,
             )
+
+    def prepare_scores(self) -> None:
+        """Makes ready what num_prompt_logprobs needs, which the engine would else wait for. Any thread."""
+        self._runner.prepare_scores()
 
     def check_integrity(self) -> None:
         """Checks the account of slots and pages. Only on the engine's thread, or once it ended.
@@ -290,39 +312,57 @@ class Engine:
         for chunk in plan.chunks:
             if chunk.sequence.began is None:
                 chunk.sequence.began = time.monotonic()
-        self._count(plan, batch.shape[0])
-        return Dispatched(output, plan.samples)
-
-    def _count(self, plan: Plan, num_rows: int) -> None:
-        tokens_per_row = self._shapes.prefill_tile if plan.phase == "prefill" else 1
-        num_tokens = plan.num_tokens
         self._num_steps[plan.phase] += 1
-        self._num_tokens[plan.phase] += num_tokens
-        self._num_padding[plan.phase] += num_rows * tokens_per_row - num_tokens
+        if plan.phase == "prefill":
+            self._count("prefill", plan.num_prompt_tokens, len(batch) * self._shapes.prefill_tile)
+        scorings = ask(self._runner, self._shapes, plan, batch)
+        return Dispatched(output, plan.phase, plan.samples, plan.gains, scorings)
+
+    def _count(self, phase: Phase, num_tokens: int, num_computed: int) -> None:
+        self._num_tokens[phase] += num_tokens
+        self._num_padding[phase] += num_computed - num_tokens
 
     def _commit(self, step: Dispatched) -> list[TokenEvent]:
         # Also without samples: waiting here keeps the host from running further ahead.
-        output = np.asarray(step.output)
-        tokens: list[int] = output[OUTPUT_TOKENS].tolist()
-        logprobs: list[float] = output[OUTPUT_LOGPROBS].view(np.float32).tolist()
+        outcome = Outcome(np.asarray(step.output))
+        for scoring in step.scorings:
+            scoring.collect()
+        gained = [outcome.num_gained(row) for row, _ in step.samples]
+        if step.phase == "decode":
+            self._count("decode", sum(gained), outcome.num_places * outcome.num_rows)
+            for place in range(outcome.num_places):
+                self._num_offered[place] += sum(gain > place for gain in step.gains)
+                self._num_gained[place] += sum(number > place for number in gained)
         events: list[TokenEvent] = []
-        for row, sequence in step.samples:
-            if sequence.finish_reason is not None:
-                continue  # the surplus token
-            finish_reason = self._scheduler.commit(sequence, tokens[row])
-            number = sequence.request.sampling.num_logprobs
+        for (row, sequence), gain, number in zip(step.samples, step.gains, gained, strict=True):
+            assert 1 <= number <= gain, f"{number} tokens for {sequence.request.id}, not 1 … {gain}"
+            if sequence.finish_reason is None:  # else they are surplus
+                self._scheduler.fall_short(sequence, gain - number)
+                self._append(sequence, outcome, row, number, events)
+        return events
+
+    def _append(
+        self, sequence: Sequence, outcome: Outcome, row: int, number: int, events: list[TokenEvent]
+    ) -> None:
+        """Takes a row's tokens in, up to the one that ends the sequence."""
+        num_top = sequence.request.sampling.num_logprobs
+        for place in range(number):
+            token = outcome.tokens[place][row]
+            finish_reason = self._scheduler.commit(sequence, token)
             events.append(
                 TokenEvent(
                     sequence.request.id,
-                    tokens[row],
-                    logprobs[row],
+                    token,
+                    outcome.logprobs[place][row],
                     finish_reason,
-                    top_logprobs=_top_logprobs(output, row, number) if number else (),
+                    top_logprobs=outcome.top_logprobs(place, row, num_top),
                     num_cached_tokens=sequence.num_cached or 0,
                     began=sequence.began,
+                    prompt_logprobs=sequence.told_of_prompt(),
                 )
             )
-        return events
+            if finish_reason is not None:
+                break
 
     def _hand_over(self, events: list[TokenEvent], deliver: Deliver) -> None:
         finished = [event.request_id for event in events if event.finish_reason is not None]
@@ -353,11 +393,3 @@ class Engine:
         for sequence in live:
             if sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "error")
-
-
-def _top_logprobs(
-    output: NDArray[np.int32], row: int, number: int
-) -> tuple[tuple[int, float], ...]:
-    tokens = output[OUTPUT_TOP_TOKENS, row][:number].tolist()
-    logprobs = output[OUTPUT_TOP_LOGPROBS, row][:number].view(np.float32).tolist()
-    return tuple(zip(tokens, logprobs, strict=True))

@@ -16,6 +16,7 @@ from glm_jax.shapes import (
     CONTROL_MASK,
     IS_LAST,
     IS_MASKED,
+    NO_TOKEN,
     NUM_OUTPUTS,
     NUM_TOKENS,
     OUTPUT_LOGPROBS,
@@ -35,7 +36,7 @@ class MockOutput:
     """The result of a step; np.asarray waits until its time has come.
 
     Attributes:
-      values: int32[NUM_OUTPUTS, rows], as `glm_jax.shapes` lays a step's output out.
+      values: int32[NUM_OUTPUTS, rows] or, with drafts, int32[M, NUM_OUTPUTS, rows], as `glm_jax.shapes` lays a step's output out.
       ready_at: time.monotonic() at which the step ends.
     """
 
@@ -56,10 +57,11 @@ class MockRunner:
       shapes: the steps' shapes.
       vocab_size: tokens are in 0 … vocab_size-1.
       seconds_per_step: how long a step takes, of either phase; steps queue up.
+      hit_rate: how often a guessed token turns out to be right, where shapes have drafts.
       tokens: draw tokens from this range only, for instance one without stop tokens.
 
     Raises:
-      ValueError: `tokens` is empty or leaves the vocabulary.
+      ValueError: `tokens` is empty or leaves the vocabulary, or hit_rate is not in [0, 1].
     """
 
     def __init__(
@@ -69,11 +71,16 @@ class MockRunner:
         *,
         seconds_per_step: float = 0.0,
         tokens: range | None = None,
+        hit_rate: float = 1.0,
     ) -> None:
         drawn = range(vocab_size) if tokens is None else tokens
         if not drawn or min(drawn) < 0 or max(drawn) >= vocab_size:
             raise ValueError(f"{drawn} must be a part of the vocabulary, 0 … {vocab_size - 1}")
+        if not 0 <= hit_rate <= 1:
+            raise ValueError(f"hit_rate must be in [0, 1], got {hit_rate}")
         self.shapes = shapes
+        self._hit_rate = hit_rate
+        self._random = np.random.default_rng(0)
         self._seconds_per_step = seconds_per_step
         self._tokens = np.array(drawn, np.int32)
         # The last entry takes what padding rows write.
@@ -98,24 +105,45 @@ class MockRunner:
             raise ValueError(f"{num_rows} rows are no {phase} bucket")
         if num_columns != self.shapes.columns(phase):
             raise ValueError(f"{phase} takes {self.shapes.columns(phase)} columns, {num_columns=}")
-        slots = batch[:, SLOT]
-        if phase == "prefill":
-            num_tokens = batch[:, NUM_TOKENS]
-            last = batch[:, -self.shapes.prefill_tile :][np.arange(num_rows), num_tokens - 1]
-            lengths = batch[:, START] + num_tokens
-            slots = np.where(batch[:, IS_LAST] != 0, slots, self.shapes.num_slots)
-        else:
-            last = self._last_tokens[slots]
-            lengths = self._lengths[slots] + 1
+        output = self._prefill(batch) if phase == "prefill" else self._decode(batch)
+        self._ready_at = max(self._ready_at, time.monotonic()) + self._seconds_per_step
+        return MockOutput(output, self._ready_at)
+
+    def _prefill(self, batch: NDArray[np.int32]) -> NDArray[np.int32]:
+        num_tokens = batch[:, NUM_TOKENS]
+        last = batch[:, -self.shapes.prefill_tile :][np.arange(len(batch)), num_tokens - 1]
+        lengths = batch[:, START] + num_tokens
+        return self._take(batch, last, lengths, batch[:, IS_LAST] != 0)
+
+    def _decode(self, batch: NDArray[np.int32]) -> NDArray[np.int32]:
+        slots, planes = batch[:, SLOT], []
+        goes_on = np.full(len(batch), True)
+        for place in range(self.shapes.tokens_per_step):
+            if place:
+                is_hit = self._random.random(len(batch)) < self._hit_rate
+                goes_on = goes_on & is_hit & (batch[:, NUM_TOKENS] > place)
+            plane = self._take(batch, self._last_tokens[slots], self._lengths[slots] + 1, goes_on)
+            plane[OUTPUT_TOKENS, ~goes_on] = NO_TOKEN
+            planes.append(plane)
+        return np.stack(planes) if len(planes) > 1 else planes[0]
+
+    def _take(
+        self,
+        batch: NDArray[np.int32],
+        last: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        is_kept: NDArray[np.bool_],
+    ) -> NDArray[np.int32]:
+        """Samples a token for every row and keeps those of the rows that have one to keep."""
         output = self._sample(last, lengths)
         for row in np.flatnonzero(batch[:, IS_MASKED]):
             bits = np.unpackbits(self._masks[batch[row, SLOT]].view(np.uint8), bitorder="little")
             allowed = np.flatnonzero(bits)
             output[OUTPUT_TOKENS, row] = allowed[output[OUTPUT_TOKENS, row] % allowed.size]
+        slots = np.where(is_kept, batch[:, SLOT], self.shapes.num_slots)
         self._last_tokens[slots] = output[OUTPUT_TOKENS]
         self._lengths[slots] = lengths
-        self._ready_at = max(self._ready_at, time.monotonic()) + self._seconds_per_step
-        return MockOutput(output, self._ready_at)
+        return output
 
     def prepare_scores(self) -> None:
         """There is nothing to make ready."""

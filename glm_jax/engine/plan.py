@@ -39,18 +39,18 @@ class Plan:
     Attributes:
       phase: which compiled step runs.
       num_rows: rows the step needs, padding excluded.
-      samples: (row, sequence) of every token the step samples, in row order.
+      samples: (row, sequence) of every row that the step samples for, in row order.
+      gains: how many tokens each of these may gain, at least one.
       chunks: the prompts' parts, in row order; empty for decode, where `samples` says it all.
     """
 
     phase: Phase
     num_rows: int
     samples: tuple[tuple[int, Sequence], ...]
+    gains: tuple[int, ...]
     chunks: tuple[Chunk, ...] = ()
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens the step feeds, padding excluded."""
-        if self.phase == "decode":
-            return self.num_rows
+    def num_prompt_tokens(self) -> int:
+        """Tokens of prompts that the step feeds, padding excluded."""
         return sum(chunk.num_tokens for chunk in self.chunks)

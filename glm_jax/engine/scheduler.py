@@ -12,7 +12,8 @@ The policy:
   of its prompt when another is just computing it.
 * Decode takes pages one by one. When there is none, the running sequence of the highest rank
   number is preempted, and waits again; a waiting sequence preempts those that run at a worse
-  priority. So the first by rank always gets on, and with it, in the end, everybody.
+  priority. So the first by rank always gets on, and with it, in the end, everybody. Where a step
+  can bring several tokens, nobody is preempted for more than the first of them.
 * Prefill comes before decode, in chunks that fit one step, but never twice in a row while a
   sequence could decode.
 """
@@ -28,6 +29,7 @@ from glm_jax.engine.pages import PagePool
 from glm_jax.engine.plan import Chunk, Plan
 from glm_jax.engine.prefix import extend_keys
 from glm_jax.engine.request import FinishReason, Request
+from glm_jax.engine.scores import PromptScores
 from glm_jax.engine.sequence import Sequence
 from glm_jax.engine.waiting import Waiting, by_rank
 from glm_jax.shapes import StepShapes
@@ -97,6 +99,7 @@ class Scheduler:
                 f"{max_pages} cache pages of {shapes.page_size} tokens, but there are only "
                 f"{shapes.num_pages}; shorten the prompt or lower max_new_tokens"
             )
+        number = request.sampling.num_prompt_logprobs
         tokens = np.zeros(num_prompt + max_new_tokens, np.int32)
         tokens[:num_prompt] = request.prompt
         sequence = Sequence(
@@ -105,6 +108,7 @@ class Scheduler:
             max_new_tokens=max_new_tokens,
             max_pages=max_pages,
             tokens=tokens,
+            scores=None if number is None else PromptScores(request.prompt, number),
         )
         self._extend_keys(sequence)
         return sequence
@@ -132,6 +136,13 @@ class Scheduler:
         if plan is None:
             plan = self._plan_prefill([s for s in self._running if s.is_prefilling])
         return plan
+
+    def fall_short(self, sequence: Sequence, num_missing: int) -> None:
+        """Takes in that a step brings an unfinished sequence so many tokens fewer than it could.
+
+        The pages stay: the sequence will need them soon.
+        """
+        sequence.num_dispatched -= num_missing
 
     def commit(self, sequence: Sequence, token: int) -> FinishReason | None:
         """Takes in a sampled token of an unfinished sequence; returns why it was the last.
@@ -171,7 +182,10 @@ class Scheduler:
         for sequence in running:
             assert sequence.slot is not None, sequence
             target = sequence.num_to_prefill if sequence.is_prefilling else sequence.length
-            assert len(sequence.pages) == self._num_pages(target), sequence
+            # Two steps may have fallen short of what pages were taken for.
+            most = target + 2 * (shapes.tokens_per_step - 1)
+            assert len(sequence.pages) >= self._num_pages(target), sequence
+            assert len(sequence.pages) <= self._num_pages(most), sequence
             assert len(sequence.pages) <= sequence.max_pages, sequence
             assert sequence.num_published <= len(sequence.keys), sequence
             assert sequence.num_published * shapes.page_size <= sequence.length, sequence
@@ -207,7 +221,7 @@ class Scheduler:
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
         """Whether most of what it lacks is in the prompt of a sequence that prefills."""
-        if sequence.request.sampling.needs_history:
+        if sequence.computes_all:
             return False
         start, end = len(self._shared_pages(sequence)), self._last_shared(sequence)
         lacking = sequence.keys[start:end]
@@ -224,8 +238,8 @@ class Scheduler:
         return (sequence.num_tokens - 1) // self._shapes.page_size
 
     def _shared_pages(self, sequence: Sequence) -> list[int]:
-        if sequence.request.sampling.needs_history:
-            return []  # only what is prefilled leaves its tokens on the device
+        if sequence.computes_all:
+            return []
         unit = self._pages_per_unit
         pages = self.pool.match(sequence.keys[: self._last_shared(sequence)])
         return pages[: len(pages) // unit * unit]
@@ -280,29 +294,42 @@ class Scheduler:
             sequence.num_dispatched += is_last
             self._publish(sequence)
         samples = tuple((c.row + c.num_rows - 1, c.sequence) for c in chunks if c.is_last)
-        return Plan("prefill", row, samples, tuple(chunks))
+        return Plan("prefill", row, samples, (1,) * len(samples), tuple(chunks))
 
     def _plan_decode(self, decoding: list[Sequence]) -> Plan | None:
-        """One token more for those that keep their slots: the first by rank get pages first."""
+        """A token or more for those that keep their slots: the first by rank get pages first."""
         page_size = self._shapes.page_size
         for sequence in decoding:
-            if sequence.slot is None:
-                continue
-            if sequence.length == len(sequence.pages) * page_size and not self._grow(sequence):
-                continue
-            sequence.num_dispatched += 1
+            if sequence.slot is not None and sequence.length == len(sequence.pages) * page_size:
+                self._grow(sequence)
         rows = [sequence for sequence in decoding if sequence.slot is not None]
-        return Plan("decode", len(rows), tuple(enumerate(rows))) if rows else None
+        if not rows:
+            return None
+        gains = tuple(self._gain(sequence) for sequence in rows)
+        return Plan("decode", len(rows), tuple(enumerate(rows)), gains)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Gives a sequence its next page, taken from the last by rank; False if that is itself."""
+    def _gain(self, sequence: Sequence) -> int:
+        """Counts the tokens that a sequence with room for one may gain; takes free pages for more."""
+        gain = 1
+        # A constraint says what may come next, not what may come after that.
+        if self._shapes.tokens_per_step > 1 and sequence.request.constraint is None:
+            left = sequence.max_new_tokens - sequence.num_dispatched
+            gain = min(self._shapes.tokens_per_step, left)
+            num_missing = self._num_pages(sequence.length + gain) - len(sequence.pages)
+            sequence.pages += self.pool.allocate(min(max(num_missing, 0), self.pool.num_free))
+            room = len(sequence.pages) * self._shapes.page_size - sequence.length
+            gain = min(gain, room)
+        sequence.num_dispatched += gain
+        return gain
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Gives a sequence its next page, taken from the last by rank, which may be itself."""
         while not self.pool.num_free:
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
-                return False
+                return
         sequence.pages += self.pool.allocate(1)
-        return True
 
     def _extend_keys(self, sequence: Sequence) -> None:
         extend_keys(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_jax.engine.request import FinishReason, Request
+from glm_jax.engine.request import FinishReason, PromptLogprob, Request
+from glm_jax.engine.scores import PromptScores
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -18,7 +19,8 @@ class Sequence:
     """The engine's mutable record of one request. Two sequences are never equal.
 
     The host runs ahead of what it has read, so progress is counted twice: what has been
-    dispatched (`num_prefilled`, `num_dispatched`), and what has been read (`completion`).
+    dispatched (`num_prefilled`, `num_dispatched`), and what has been read (`completion`). Where a
+    step may bring fewer tokens than it could, what is dispatched is a bound until it is read.
 
     A preempted sequence gives up slot and pages and keeps its completion. Once admitted again it
     prefills prompt and completion together, and goes on with the next token.
@@ -39,9 +41,10 @@ class Sequence:
       num_prefilled: of them, those in dispatched prefill steps or found in the cache.
       num_cached: prompt tokens that its first admission found in the cache.
       began: time.monotonic() at which its first step was dispatched.
-      num_dispatched: completion tokens that dispatched steps sample.
+      num_dispatched: completion tokens that dispatched steps sample, at most.
       completion: tokens read and delivered.
       finish_reason: None while more is to come.
+      scores: of the prompt's tokens, until they are delivered; None where none are wanted.
     """
 
     request: Request
@@ -61,6 +64,7 @@ class Sequence:
     num_dispatched: int = 0
     completion: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    scores: PromptScores | None = None
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -74,8 +78,13 @@ class Sequence:
 
     @property
     def num_in_flight(self) -> int:
-        """Completion tokens that are sampled but not read."""
+        """Completion tokens that are sampled but not read, at most; 0 only if there is none."""
         return self.num_dispatched - len(self.completion)
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether no part of it may come from the cache: the device must see every token."""
+        return self.scores is not None or self.request.sampling.needs_history
 
     @property
     def is_prefilling(self) -> bool:
@@ -103,13 +112,18 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Positions valid in the cache once every dispatched step has run.
+        """Positions valid in the cache once every dispatched step has run, at most.
 
         The newest token is not among them: the next decode step writes it, at this position.
         """
         if self.num_prefilled < self.num_to_prefill:
             return self.num_prefilled
         return self.num_prompt + self.num_dispatched - 1
+
+    def told_of_prompt(self) -> tuple[PromptLogprob, ...]:
+        """The scores of the prompt's tokens, once: they are then forgotten."""
+        scores, self.scores = self.scores, None
+        return () if scores is None else scores.result()
 
     def append(self, token: int) -> FinishReason | None:
         """Takes the next completion token in; returns why it is the last one, if it is."""

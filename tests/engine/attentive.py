@@ -7,6 +7,7 @@ shared by what only looks alike, a stale table or a column in the wrong row chan
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,7 @@ from glm_jax.engine.request import Request, SamplingParams, TokenEvent
 from glm_jax.shapes import (
     IS_LAST,
     MIN_P,
+    NO_TOKEN,
     NUM_FIELDS,
     NUM_TOKENS,
     SEED_HIGH,
@@ -75,7 +77,11 @@ def expected_tokens(request: Request, shapes: StepShapes) -> list[int]:
 
 
 class AttentiveRunner:
-    """Keeps a paged cache, and calls `before_step` with the step's number first."""
+    """Keeps a paged cache, and calls `before_step` with the step's number first.
+
+    Where a row may gain several tokens, chance says how many it does. The places that its guesses
+    would have had are written first, with what no token leaves there.
+    """
 
     def __init__(
         self, shapes: StepShapes, before_step: Callable[[int], None] = lambda step: None
@@ -87,9 +93,16 @@ class AttentiveRunner:
         self._cache = np.full((shapes.num_pages, shapes.page_size), -1, np.int64)
         self._last_tokens = np.full(shapes.num_slots, -1)
         self._lengths = np.full(shapes.num_slots, -1)
+        self._random = random.Random(0)
 
     def control(self, controls: NDArray[np.int32]) -> None:
         raise AssertionError("no request of these tests has controls")
+
+    def score(self, batch: NDArray[np.int32], targets: NDArray[np.int32]) -> NDArray[np.int32]:
+        raise AssertionError("no request of these tests wants scores")
+
+    def prepare_scores(self) -> None:
+        raise AssertionError("no request of these tests wants scores")
 
     def dispatch(self, phase: Phase, batch: NDArray[np.int32]) -> NDArray[np.int32]:
         """Runs a step: every row is written, in order, before any row is sampled."""
@@ -98,12 +111,38 @@ class AttentiveRunner:
         self.batches.append(batch)
         assert batch.dtype == np.int32
         assert batch.shape == (self.shapes.rows(phase, len(batch)), self.shapes.columns(phase))
-        ends = [self._write(phase, row) for row in batch]
-        output = np.zeros((2, len(batch)), np.int32)
+        most = self.shapes.tokens_per_step
+        if phase == "prefill" or most == 1:
+            return self._run(phase, batch, [True] * len(batch))
+        gains = [self._guess(row) for row in batch]
+        return np.stack(
+            [self._run(phase, batch, [gain > place for gain in gains]) for place in range(most)]
+        )
+
+    def _run(
+        self, phase: Phase, batch: NDArray[np.int32], is_live: list[bool]
+    ) -> NDArray[np.int32]:
+        ends = [
+            self._write(phase, row) if live else None
+            for row, live in zip(batch, is_live, strict=True)
+        ]
+        output = np.full((2, len(batch)), NO_TOKEN, np.int32)
         for index, (row, end) in enumerate(zip(batch, ends, strict=True)):
             if end is not None:
                 output[:, index] = self._sample(row, end)
         return output
+
+    def _guess(self, row: NDArray[np.int32]) -> int:
+        """Writes guesses wherever a row may; returns how many tokens it gains."""
+        slot, most = int(row[SLOT]), int(row[NUM_TOKENS])
+        if slot == self.shapes.num_slots:
+            assert most == 0
+            return 1
+        assert 1 <= most <= self.shapes.tokens_per_step
+        start = int(self._lengths[slot])
+        for position in range(start, start + most):
+            self._cache[self._place(row, position)] = -7 - position
+        return self._random.randint(1, most)
 
     def _write(self, phase: Phase, row: NDArray[np.int32]) -> int | None:
         """Caches a row's tokens; returns the length to sample after, None for no sample."""
@@ -112,7 +151,7 @@ class AttentiveRunner:
             assert row[NUM_TOKENS] == 0
             return None
         if phase == "decode":
-            assert row[NUM_TOKENS] == 1
+            assert 1 <= row[NUM_TOKENS] <= self.shapes.tokens_per_step
             start, tokens = int(self._lengths[slot]), [int(self._last_tokens[slot])]
         else:
             start = int(row[START])
@@ -211,6 +250,7 @@ def small_shapes(
     max_seq_len: int = 32,
     prefill_tile: int = 4,
     max_prefill_rows: int = 2,
+    num_drafts: int = 0,
 ) -> StepShapes:
     """Shapes so small that every limit is met."""
     return StepShapes(
@@ -221,6 +261,7 @@ def small_shapes(
         prefill_tile=prefill_tile,
         prefill_buckets=tuple(sorted({1, max_prefill_rows})),
         decode_buckets=tuple(sorted({1, num_slots})),
+        num_drafts=num_drafts,
     )
 
 

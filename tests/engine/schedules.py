@@ -122,7 +122,7 @@ def _draw_request(rng: random.Random, id: str, family: list[int], vocab_size: in
     )
 
 
-def draw_shapes(rng: random.Random) -> StepShapes:
+def draw_shapes(rng: random.Random, num_drafts: int = 0) -> StepShapes:
     """Shapes so tight that most schedules meet a full pool: one sequence fits, barely two do."""
     page_size, max_seq_len = rng.choice([1, 4, 5, 8]), 32
     per_sequence = -(-max_seq_len // page_size)
@@ -135,4 +135,5 @@ def draw_shapes(rng: random.Random) -> StepShapes:
         prefill_tile=rng.choice([2, 4, 8]),
         prefill_buckets=tuple(sorted({1, prefill_rows})),
         decode_buckets=tuple(sorted({1, num_slots})),
+        num_drafts=num_drafts,
     )

@@ -92,6 +92,7 @@ def test_the_host_dispatches_a_step_before_it_reads_the_last_one():
     class Lazy:
         def __init__(self, runner: AttentiveRunner) -> None:
             self._runner = runner
+            self.score, self.prepare_scores = runner.score, runner.prepare_scores
 
         def control(self, controls) -> None:
             raise AssertionError

@@ -141,6 +141,12 @@ def test_a_result_that_cannot_be_read_fails_the_same_way():
         def dispatch(self, phase, batch) -> Broken:
             return Broken()
 
+        def score(self, batch, targets) -> Broken:
+            raise AssertionError
+
+        def prepare_scores(self) -> None:
+            raise AssertionError
+
     shapes = small_shapes(num_slots=1)
     engine = Engine(BrokenRunner(), shapes, 10)
     engine.submit(request("a"))

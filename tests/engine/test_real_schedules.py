@@ -52,6 +52,7 @@ class Asking:
     def __init__(self, runner: Runner, act: Callable[[int], None]) -> None:
         self._runner, self._act, self._step = runner, act, 0
         self.control = runner.control
+        self.score, self.prepare_scores = runner.score, runner.prepare_scores
 
     def dispatch(self, phase: Phase, batch: np.ndarray):
         self._act(self._step)
