@@ -46,6 +46,8 @@ _SUITES = (
 )
 _POISONED = 2 << 30
 _SEEDS = (1, 2)
+# Lowering holds Python's lock: more at a time and none is ever ready.
+_COMPILERS = 4
 _HEADER = (
     "| kernel | shape | error | us | floor, us | of floor | best other, us |\n"
     "|---|---|---|---|---|---|---|"
@@ -104,15 +106,25 @@ def rehearse(only: str = "") -> list[str]:
     return wrong
 
 
-def run(only: str, seconds: float) -> dict[str, Any]:
-    """Measures the card and every case, as many as the time allows; prints the table as it goes."""
+def run(only: str, seconds: float, path: Path | None = None) -> dict[str, Any]:
+    """Measures the card and every case, as many as the time allows.
+
+    Prints the table as it goes, and writes what there is to `path`.
+    """
     end = time.perf_counter() + seconds
     card = measure_card()
     rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in card.rates.items())
     print(f"{card.name}, jax {jax.__version__}: copy {card.copy / 1e12:.2f} TB/s, {rates}")
     print(_HEADER)
     results = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    report = {
+        "device": card.name,
+        "jax": jax.__version__,
+        "copy_bytes_per_second": card.copy,
+        "operations_per_second": card.rates,
+        "results": results,
+    }
+    with ThreadPoolExecutor(_COMPILERS) as pool:
         pending = [
             (case, pool.submit(compile_case, case, card))
             for case in cases(GLM_4_7, card.chip, False, only)
@@ -125,14 +137,10 @@ def run(only: str, seconds: float) -> dict[str, Any]:
                 failed = f"{type(error).__name__}: {error}"
                 results.append({"kernel": case.kernel, "shape": case.shape, "failed": failed})
             print(row(results[-1]), flush=True)
+            if path:
+                path.write_text(json.dumps(report, indent=1) + "\n")
         pool.shutdown(wait=False, cancel_futures=True)
-    return {
-        "device": card.name,
-        "jax": jax.__version__,
-        "copy_bytes_per_second": card.copy,
-        "operations_per_second": card.rates,
-        "results": results,
-    }
+    return report
 
 
 def main(arguments: list[str]) -> int:
@@ -145,9 +153,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.interpret:
         return bool(rehearse(options.only))
-    report = run(options.only, options.seconds)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = run(options.only, options.seconds, options.json)
     return any(not result.get("is_right") for result in report["results"])
 
 

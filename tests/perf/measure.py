@@ -24,7 +24,10 @@ Step = Callable[[Any, jax.Array], Any]
 _REPEATS = 5
 _OURS = "mosaic_gpu_kernel"
 # XLA may leave out roundings to bfloat16 that the kernels and the layers make.
-rounded = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+_ROUNDED = {"xla_allow_excess_precision": False}
+rounded = partial(jax.jit, compiler_options=_ROUNDED)
+# References are run once: trying ways to run them would take longer than anything else here.
+_UNTUNED = _ROUNDED | {"xla_gpu_autotune_level": 0}
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def compile_case(case: Case, card: Card) -> Programs:
     layer = jax.ShapeDtypeStruct((), jnp.int32)
 
     def compiled(step: Step) -> Callable[..., Any]:
-        return rounded(step).lower(operands, layer).compile()
+        return jax.jit(step, compiler_options=_UNTUNED).lower(operands, layer).compile()
 
     def many(step: Step, calls: int) -> Callable[..., Any]:
         return jax.jit(_many(step, calls, case.num_layers)).lower(operands).compile()
@@ -252,11 +255,14 @@ def _seconds(step: Step, operands: Any) -> float:
 def _many(step: Step, num_calls: int, num_layers: int) -> Callable[[Any], Any]:
     """A program of many calls, each on the next layer, none of which can be left out."""
 
+    # A function of its own is lowered once, which of a kernel takes most of a second.
+    one = jax.jit(step)
+
     def program(operands: Any) -> Any:
         firsts = []
         for call in range(num_calls):
             # Beyond the barrier XLA cannot see that one element is all that is asked for.
-            outputs = lax.optimization_barrier(step(operands, jnp.int32(call % num_layers)))
+            outputs = lax.optimization_barrier(one(operands, jnp.int32(call % num_layers)))
             first = jax.tree.leaves(outputs)[0]
             firsts.append(lax.slice(first, (0,) * first.ndim, (1,) * first.ndim).reshape(1))
         return jnp.concatenate(firsts)
