@@ -1,54 +1,177 @@
-"""The command line: `python -m checkpoints inspect DIR` lists tensors, `evaluate DIR` examines nano.
+"""The command line: `python -m checkpoints --help` lists what can be done with a checkpoint.
 
-Knows what to print, not how anything is found out.
+Knows what to print, not how anything is found out or done.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
-from checkpoints.names import compare
-from checkpoints.reader import Checkpoint, CheckpointError
+from checkpoints.converted import Converted, is_converted
+from checkpoints.inspection import contents_of, device_bytes, parameters_of
+from checkpoints.reader import Checkpoint
 from glm_jax.config import ConfigError, ModelConfig
+from glm_jax.targets.target import parse_target
+
+_DIRECTORY = click.Path(path_type=Path)
+_TARGET_HELP = "The machine, as in b200x8."
 
 
-@click.group(help="Tools for checkpoints in the published layout.")
+@click.group(help="Tools for checkpoints, in the published layout or converted.")
 def main() -> None:
-    """Takes a subcommand."""
+    """Takes a subcommand. What needs JAX is imported there: it takes seconds to import."""
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # ConfigError, CheckpointError, TargetError are ValueErrors
+        raise click.ClickException(str(error)) from None
 
 
 @main.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=_DIRECTORY)
 @click.option("--all", "show_all", is_flag=True, help="List every tensor, not only the faults.")
-def inspect(directory: Path, show_all: bool) -> None:
+@click.option("--target", help=f"{_TARGET_HELP} Adds the bytes of weights on each device.")
+def inspect(directory: Path, show_all: bool, target: str | None) -> None:
     """Checks a checkpoint's files against its config.json; exits with 1 if they do not fit."""
-    try:
+    with _explained():
         config = ModelConfig.from_directory(directory)
-        with Checkpoint(directory) as checkpoint:
-            tensors = checkpoint.tensors
-    except (CheckpointError, ConfigError) as error:
-        raise click.ClickException(str(error)) from None
-    missing, unexpected = compare(config, tensors)
-    nbytes: Counter[str] = Counter()
-    for info in tensors.values():
-        nbytes[info.dtype] += info.nbytes
-        if show_all:
-            click.echo(f"{info.file.name}  {info.dtype:7}  {list(info.shape)!s:18}  {info.name}")
-    for dtype, count in nbytes.most_common():
-        click.echo(f"{count / 1e9:10.3f} GB  {dtype}")
-    click.echo(f"{nbytes.total() / 1e9:10.3f} GB  in {len(tensors)} tensors")
-    for fault, names in (("missing", missing), ("unexpected", unexpected)):
+        opened = Converted(directory) if is_converted(directory) else Checkpoint(directory)
+        with opened as source:
+            contents = contents_of(config, source)
+            count = len(contents.lines)
+    for line in contents.lines if show_all else []:
+        click.echo(line)
+    for dtype, nbytes in contents.nbytes.most_common():
+        click.echo(f"{nbytes / 1e9:10.3f} GB  {dtype}")
+    what = "arrays" if is_converted(directory) else "tensors"
+    click.echo(f"{contents.nbytes.total() / 1e9:10.3f} GB  in {count} {what}")
+    found = parameters_of(config)
+    click.echo(f"{found.total / 1e9:10.3f} B   parameters, {found.active / 1e9:.3f} B active")
+    if found.mtp:
+        click.echo(f"{found.mtp / 1e9:10.3f} B   parameters of the MTP layer besides")
+    if target is not None:
+        _show_device(config, target)
+    for fault, names in (("missing", contents.missing), ("unexpected", contents.unexpected)):
         for name in names:
             click.echo(f"{fault}: {name}")
-    sys.exit(1 if missing or unexpected else 0)
+    sys.exit(1 if contents.missing or contents.unexpected else 0)
+
+
+def _show_device(config: ModelConfig, target: str) -> None:
+    with _explained():
+        machine = parse_target(target)
+        decoder, mtp = device_bytes(config, machine.num_devices)
+    memory = f" of {machine.memory / 1e9:.1f} GB" if machine.memory else ""
+    click.echo(f"{decoder / 1e9:10.3f} GB  of weights on each device of {machine}{memory}")
+    if mtp:
+        click.echo(f"{mtp / 1e9:10.3f} GB  of the MTP layer on each besides")
 
 
 @main.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("source", type=_DIRECTORY)
+@click.argument("destination", type=_DIRECTORY)
+@click.option("--target", default="b200x8", show_default=True, help=_TARGET_HELP)
+def convert(source: Path, destination: Path, target: str) -> None:
+    """Turns SOURCE into sharded chunks that each device reads alone; a killed run goes on."""
+    from checkpoints.convert import convert
+
+    with _explained():
+        is_new = convert(source, destination, parse_target(target).num_devices)
+    click.echo(f"{destination} is whole" if is_new else f"{destination} was whole already")
+
+
+@main.command()
+@click.argument("source", type=_DIRECTORY)
+@click.argument("destination", type=_DIRECTORY)
+def export(source: Path, destination: Path) -> None:
+    """Writes the files again that the conversion SOURCE was made of, byte for byte."""
+    from checkpoints.export import export
+
+    with _explained():
+        export(source, destination)
+    click.echo(f"{destination} is whole")
+
+
+@main.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.option("--original", type=_DIRECTORY, help="What a conversion must have been made of.")
+def verify(directory: Path, original: Path | None) -> None:
+    """Reads all of a checkpoint; exits with 1 and names what is damaged if anything is."""
+    from checkpoints.verify import verify
+
+    with _explained():
+        verdict = verify(directory, original)
+    for fault in verdict.faults:
+        click.echo(fault)
+    state = f"{len(verdict.faults)} faults in" if verdict.faults else "nothing wrong with"
+    click.echo(f"{state} {verdict.nbytes / 1e9:.3f} GB")
+    sys.exit(1 if verdict.faults else 0)
+
+
+@main.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.option(
+    "--config",
+    "name",
+    default="glm-4.7",
+    show_default=True,
+    help="A published model's name, or a directory with a config.json.",
+)
+@click.option("--layers", type=click.IntRange(min=1), help="So many decoder layers instead.")
+@click.option("--dense-layers", type=click.IntRange(min=0), help="So many of them dense instead.")
+@click.option("--seed", default=0, show_default=True)
+def dummy(
+    directory: Path, name: str, layers: int | None, dense_layers: int | None, seed: int
+) -> None:
+    """Writes a random checkpoint, the MTP layer included."""
+    from checkpoints.dummy_files import write_dummy
+
+    with _explained():
+        raw = _raw_config(name)
+        if layers is not None:
+            raw["num_hidden_layers"] = layers
+        if dense_layers is not None:
+            raw["first_k_dense_replace"] = dense_layers
+        write_dummy(directory, raw, seed)
+
+
+def _raw_config(name: str) -> dict[str, Any]:
+    from glm_jax.aot.presets import PRESETS
+
+    if name in PRESETS:
+        return dict(PRESETS[name])
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{name} is neither a directory with a config.json nor {list(PRESETS)}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@main.command()
+@click.argument("source", type=_DIRECTORY)
+@click.argument("destination", type=_DIRECTORY)
+def quantize(source: Path, destination: Path) -> None:
+    """Writes the FP8 form, as published, of a checkpoint in bf16."""
+    from checkpoints.quantize_files import quantize_files
+
+    with _explained():
+        quantize_files(source, destination)
+
+
+@main.command()
+@click.argument("directory", type=_DIRECTORY)
 @click.option(
     "--limit",
     default=1000,
@@ -59,12 +182,10 @@ def inspect(directory: Path, show_all: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 def evaluate(directory: Path, limit: int, as_json: bool) -> None:
     """Accuracy per skill in FP8 and in bf16, and MTP acceptance, of a checkpoint of nano."""
-    from checkpoints import evaluation  # JAX takes seconds, which inspect need not wait
+    from checkpoints import evaluation
 
-    try:
+    with _explained():
         found = evaluation.evaluate(directory, limit)
-    except ValueError as error:  # ConfigError and CheckpointError are such
-        raise click.ClickException(str(error)) from None
     click.echo(found.to_json() if as_json else found.to_table())
 
 

@@ -48,7 +48,7 @@ from checkpoints.reader import (
 from checkpoints.shards import copy
 from glm_jax.config import ModelConfig
 from glm_jax.mtp import weight_specs
-from glm_jax.sharding import MESH_AXIS, check_divisible
+from glm_jax.sharding import MESH_AXIS, WeightSpec, check_divisible
 
 # Chunks and tensors in memory at a time; one larger piece goes alone.
 _BUDGET = 1 << 30
@@ -87,8 +87,7 @@ def convert(
             and not (compare(config, checkpoint.tensors, with_mtp=True)[0])
         )
         check_tensors(checkpoint, config, with_mtp=with_mtp)
-        specs = weight_specs(config, np.dtype(DTYPES["BF16"]), with_mtp=with_mtp)
-        check_divisible(specs, AbstractMesh((num_devices,), (MESH_AXIS,)))
+        specs = sharded_specs(config, num_devices, with_mtp=with_mtp)
         plan = plan_conversion(checkpoint, config, specs, num_devices, max_chunk_bytes)
         header = {
             "format": FORMAT,
@@ -107,6 +106,19 @@ def convert(
             _finish(checkpoint, plan, destination, journal, header)
     (destination / JOURNAL_NAME).unlink()
     return True
+
+
+def sharded_specs(
+    config: ModelConfig, num_devices: int, *, with_mtp: bool
+) -> dict[str, WeightSpec]:
+    """Every weight of the model as published, for so many devices.
+
+    Raises:
+      ValueError: they cannot share the weights.
+    """
+    specs = weight_specs(config, DTYPES["BF16"], with_mtp=with_mtp)
+    check_divisible(specs, AbstractMesh((num_devices,), (MESH_AXIS,)))
+    return specs
 
 
 def _fingerprint(checkpoint: Checkpoint) -> Record:

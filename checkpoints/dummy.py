@@ -19,8 +19,8 @@ _GAIN = 0.7  # standard deviation of an output when its inputs have 1
 _FP8 = np.dtype(jnp.float8_e4m3fn)
 # An FP8 value here is a random sign, mantissa and two low bits of the exponent, under this one:
 # from 2^1 to 2^4 times 1 to 1.875.
-_FP8_EXPONENT = 0b0_1000_000
-_FP8_RANDOM = 0b1_0011_111
+FP8_EXPONENT = 0b0_1000_000
+FP8_RANDOM = 0b1_0011_111
 
 
 def dummy_weights(specs: Mapping[str, WeightSpec], mesh: Mesh, seed: int) -> dict[str, jax.Array]:
@@ -39,7 +39,7 @@ def dummy_weights(specs: Mapping[str, WeightSpec], mesh: Mesh, seed: int) -> dic
 def _make(path: str, specs: Mapping[str, WeightSpec], mesh: Mesh, seed: int) -> jax.Array:
     spec = specs[path]
     start = np.uint32(zlib.crc32(f"{seed} {path}".encode()))
-    center, deviation = _distribution(path, specs)
+    center, deviation = distribution(path, specs)
 
     def make(start: jax.Array) -> jax.Array:
         bits = _hash_indices(start, spec.shape)
@@ -50,7 +50,7 @@ def _make(path: str, specs: Mapping[str, WeightSpec], mesh: Mesh, seed: int) -> 
     return jax.jit(make, out_shardings=sharding_for(spec.axes, mesh))(start)
 
 
-def _distribution(path: str, specs: Mapping[str, WeightSpec]) -> tuple[float, float]:
+def distribution(path: str, specs: Mapping[str, WeightSpec]) -> tuple[float, float]:
     """Mean and standard deviation of a weight that is not FP8."""
     kind = path.rsplit(".", 1)[-1]
     if kind == "scale":
@@ -88,13 +88,13 @@ def _uniform(bits: jax.Array) -> jax.Array:
 
 
 def _fp8(bits: jax.Array) -> jax.Array:
-    patterns = (bits & _FP8_RANDOM).astype(jnp.uint8) + np.uint8(_FP8_EXPONENT)
+    patterns = (bits & FP8_RANDOM).astype(jnp.uint8) + np.uint8(FP8_EXPONENT)
     return jax.lax.bitcast_convert_type(patterns, _FP8)
 
 
 def _fp8_deviation() -> float:
-    patterns = np.arange(256, dtype=np.uint8) & _FP8_RANDOM
-    return float((patterns + np.uint8(_FP8_EXPONENT)).view(_FP8).astype(np.float64).std())
+    patterns = np.arange(256, dtype=np.uint8) & FP8_RANDOM
+    return float((patterns + np.uint8(FP8_EXPONENT)).view(_FP8).astype(np.float64).std())
 
 
 _FP8_DEVIATION = _fp8_deviation()

@@ -58,7 +58,7 @@ class Journal:
         """Writes a record and brings it to the disk."""
         body = canonical(record)
         with explained(Path(self._file.name)):
-            self._file.write(b"%08x %s\n" % (zlib.crc32(body), body))
+            os.write(self._file.fileno(), b"%08x %s\n" % (zlib.crc32(body), body))
             os.fsync(self._file.fileno())
         self.records.append(record)
 

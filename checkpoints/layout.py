@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from glm_jax.sharding import Axes, partition_spec
 
 # A chunk is read, checked and written as one: enough bytes that a disk or a network streams, few
 # enough that several at once are no burden.
@@ -54,7 +52,7 @@ def chunk_key(index: tuple[int, ...]) -> str:
 
 def grid_for(
     shape: tuple[int, ...],
-    axes: Axes | None,
+    is_shared: Sequence[bool],
     itemsize: int,
     num_devices: int,
     max_bytes: int = MAX_CHUNK_BYTES,
@@ -65,12 +63,11 @@ def grid_for(
     Out: [1, 4, 2, 1536, 5120], 63 MB; a device's part is 89 x 5 of them.
 
     Args:
-      axes: the array's logical axes; None for an array that no devices share.
+      is_shared: of each axis, whether the devices divide it among them.
     """
-    places = [None] * len(shape) if axes is None else list(partition_spec(axes))
     part = [
-        size if place is None else size // num_devices
-        for size, place in zip(shape, places, strict=True)
+        size // num_devices if shared else size
+        for size, shared in zip(shape, is_shared, strict=True)
     ]
     for axis, size in enumerate(part):
         row_bytes = itemsize * math.prod(part[axis + 1 :])

@@ -64,7 +64,7 @@ def tree_json(grids: Mapping[str, Grid]) -> bytes:
                 "write_shape": grid.shape,
             },
         }
-        for path, grid in grids.items()
+        for path, grid in sorted(grids.items())
     }
     content = {
         "tree_metadata": tree,

@@ -6,7 +6,7 @@ Knows no files' contents: headers in, a plan out. The same headers and devices g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from checkpoints.layout import MAX_CHUNK_BYTES, Grid, chunk_key, grid_for
 from checkpoints.names import MTP_PREFIX, Placement, placements
 from checkpoints.reader import DTYPES, Checkpoint, CheckpointError, TensorInfo
 from glm_jax.config import ModelConfig
-from glm_jax.sharding import Axes, WeightSpec
+from glm_jax.sharding import WeightSpec, partition_spec
 
 Index = tuple[int, ...]
 
@@ -108,7 +108,7 @@ def _targets(
     checkpoint: Checkpoint,
     table: Mapping[str, Placement],
     specs: Mapping[str, WeightSpec],
-    grid_of: Callable[[tuple[int, ...], Axes | None, int], Grid],
+    grid_of: Callable[[tuple[int, ...], Sequence[bool], int], Grid],
 ) -> dict[str, Target]:
     dtypes: dict[str, set[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -122,8 +122,13 @@ def _targets(
     for path, found in dtypes.items():
         spec = specs.get(path)
         dtype = found.pop() if len(found) == 1 else "F32"
-        shape, axes = (shapes[path], None) if spec is None else (spec.shape, spec.axes)
-        targets[path] = Target(dtype, grid_of(shape, axes, DTYPES[dtype].itemsize))
+        itemsize = DTYPES[dtype].itemsize
+        if spec is None:
+            grid = grid_of(shapes[path], [False] * len(shapes[path]), itemsize)
+        else:
+            shared = [place is not None for place in partition_spec(spec.axes)]
+            grid = grid_of(spec.shape, shared, itemsize)
+        targets[path] = Target(dtype, grid)
     return targets
 
 

@@ -236,6 +236,15 @@ def raw_header(file: Path) -> bytes:
         return prefix + opened.read(struct.unpack("<Q", prefix)[0])
 
 
+def parse_raw_header(file: Path, raw: bytes) -> list[TensorInfo]:
+    """The tensors that a file beginning with this raw header has, in the order of their bytes.
+
+    Raises:
+      CheckpointError: the header is broken.
+    """
+    return _parse_header(file, raw[_LENGTH_BYTES:], len(raw))
+
+
 def _read_header(file: Path, descriptor: int) -> list[TensorInfo]:
     """The tensors of one file in the order of their bytes, which must tile it exactly."""
     file_bytes = os.fstat(descriptor).st_size
