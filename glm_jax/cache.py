@@ -47,9 +47,16 @@ def cache_spec(config: ModelConfig, shapes: StepShapes, dtype: np.dtype) -> Weig
     return WeightSpec(shape, np.dtype(dtype), CACHE_AXES)
 
 
-def page_bytes(config: ModelConfig, page_size: int, dtype: np.dtype) -> int:
-    """Bytes of one page, keys and values of all layers, over all devices together."""
-    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+def page_bytes(
+    config: ModelConfig, page_size: int, dtype: np.dtype, *, with_mtp: bool = False
+) -> int:
+    """Bytes of one page, keys and values of all layers, over all devices together.
+
+    Args:
+      with_mtp: whether the MTP layer is among them.
+    """
+    num_layers = config.num_hidden_layers + with_mtp
+    width = num_layers * config.num_key_value_heads * config.head_dim
     return 2 * width * page_size * np.dtype(dtype).itemsize
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from glm_jax.cache import page_bytes
 from glm_jax.config import ModelConfig
-from glm_jax.model import abstract_weights
+from glm_jax.mtp import weight_specs
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import check_divisible, partition_spec
 
@@ -24,6 +24,12 @@ MEMORY_SHARE = 0.9
 _TEMPORARIES = 5 * _GIB
 # A developer's machine has no memory set aside: enough for 64 conversations with a small model.
 _HOST_KV_BYTES = 512 * _MIB
+
+
+NO_MTP_LAYER = (
+    "the model has no MTP layer to guess tokens with (num_nextn_predict_layers is 0); leave out "
+    "--speculative-tokens"
+)
 
 
 class SizingError(ValueError):
@@ -63,6 +69,7 @@ def choose_shapes(
     max_concurrency: int,
     max_seq_len: int,
     max_batch_tokens: int,
+    num_drafts: int = 0,
     kv_dtype: np.dtype | None = None,
 ) -> StepShapes:
     """The shapes to compile: every bucket up to the limits, and all the pages that fit.
@@ -73,21 +80,23 @@ def choose_shapes(
       max_concurrency: sequences that decode at once.
       max_seq_len: positions of one sequence.
       max_batch_tokens: tokens of one prefill step, at most; the device's own bound may be lower.
+      num_drafts: tokens that a decode step guesses; 0: no speculation.
 
     Raises:
-      SizingError: the mesh cannot share the model, the sequences are longer than the model's, or
-        not even one sequence fits beside the weights; says by how much.
+      SizingError: the mesh cannot share the model, the sequences are longer than the model's, it has
+        no MTP layer to guess with, or not even one sequence fits beside the weights; says by how much.
     """
     return shapes_within(
         config,
         mesh,
         dtype,
         platform=_platform(mesh),
-        kv_bytes=_kv_bytes(config, mesh, dtype),
+        kv_bytes=_kv_bytes(config, mesh, dtype, with_mtp=num_drafts > 0),
         kv_dtype=dtype if kv_dtype is None else kv_dtype,
         max_concurrency=max_concurrency,
         max_seq_len=max_seq_len,
         max_batch_tokens=max_batch_tokens,
+        num_drafts=num_drafts,
     )
 
 
@@ -102,6 +111,7 @@ def shapes_within(
     max_concurrency: int,
     max_seq_len: int,
     max_batch_tokens: int,
+    num_drafts: int = 0,
 ) -> StepShapes:
     """choose_shapes for a mesh whose memory is known from elsewhere, as a plan's is.
 
@@ -118,14 +128,17 @@ def shapes_within(
             f"max_seq_len = {max_seq_len} is more than the model's max_position_embeddings = "
             f"{config.max_position_embeddings}; lower --max-seq-len"
         )
+    with_mtp = num_drafts > 0
+    if with_mtp and not config.num_nextn_predict_layers:
+        raise SizingError(NO_MTP_LAYER)
     try:
-        check_divisible(abstract_weights(config, dtype), mesh)
+        check_divisible(weight_specs(config, dtype, with_mtp=with_mtp), mesh)
     except ValueError as error:
         raise SizingError(f"{error} (--num-gpus)") from error
     geometry = _GEOMETRY[platform]
     page_size = min(geometry.page_size, max_seq_len)
     per_sequence = math.ceil(max_seq_len / page_size)
-    fitting = kv_bytes // page_bytes(config, page_size, kv_dtype)
+    fitting = kv_bytes // page_bytes(config, page_size, kv_dtype, with_mtp=with_mtp)
     if fitting < per_sequence:
         raise SizingError(
             f"one sequence of {max_seq_len} positions needs {per_sequence} KV pages and "
@@ -142,6 +155,7 @@ def shapes_within(
         prefill_buckets=_up_to(tuple(n // tile for n in geometry.prefill_tokens), most_rows),
         decode_buckets=_up_to(geometry.decode_rows, max_concurrency),
         vocab_size=config.vocab_size,
+        num_drafts=num_drafts,
     )
 
 
@@ -154,16 +168,18 @@ def _platform(mesh: Mesh) -> str:
     return "cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"
 
 
-def weight_bytes(config: ModelConfig, dtype: np.dtype, num_devices: int) -> int:
+def weight_bytes(
+    config: ModelConfig, dtype: np.dtype, num_devices: int, *, with_mtp: bool = False
+) -> int:
     """Bytes of weights on each device; replicated arrays count on every one."""
     total = 0
-    for spec in abstract_weights(config, dtype).values():
+    for spec in weight_specs(config, dtype, with_mtp=with_mtp).values():
         sharded = any(place is not None for place in partition_spec(spec.axes))
         total += math.prod(spec.shape) * spec.dtype.itemsize // (num_devices if sharded else 1)
     return total
 
 
-def _kv_bytes(config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> int:
+def _kv_bytes(config: ModelConfig, mesh: Mesh, dtype: np.dtype, *, with_mtp: bool) -> int:
     """Bytes that can hold keys and values, over all devices together."""
     if _platform(mesh) == "cpu":
         return _HOST_KV_BYTES
@@ -171,4 +187,4 @@ def _kv_bytes(config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> int:
     if "bytes_limit" not in stats:
         raise SizingError("the device does not say how much memory it has")
     free = int(stats["bytes_limit"] * MEMORY_SHARE) - _TEMPORARIES
-    return mesh.size * (free - weight_bytes(config, dtype, mesh.size))
+    return mesh.size * (free - weight_bytes(config, dtype, mesh.size, with_mtp=with_mtp))

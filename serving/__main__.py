@@ -14,6 +14,7 @@ from typing import Any
 import click
 import uvloop
 
+from glm_jax.shapes import MAX_DRAFTS
 from serving.app import HttpOptions
 from serving.gate import Access
 from serving.operations import Profiler
@@ -94,6 +95,12 @@ def main() -> None:
     "auto",
     click.Choice(["auto", "bf16", "fp8_e4m3"]),
     "Of keys and values; auto: as the activations. FP8 holds twice the tokens, less exactly.",
+)
+@option(
+    "--speculative-tokens",
+    0,
+    click.IntRange(0, MAX_DRAFTS),
+    "Tokens that the model's MTP layer guesses in each decode step; answers stay the same.",
 )
 @option(
     "--allow-reference-ops",

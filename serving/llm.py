@@ -82,6 +82,8 @@ class LLM:
       num_devices: of the mesh; on a CPU as many of them as exist.
       load_format: "auto", or "dummy" for random weights.
       kv_cache_dtype: "auto", "bf16" or "fp8_e4m3".
+      speculative_tokens: tokens that the MTP layer guesses in each decode step, 0 … 3; they change
+        how fast answers come, not the answers.
 
     Attributes:
       tokenizer, template, defaults: the model's.
@@ -103,6 +105,7 @@ class LLM:
         num_devices: int = 1,
         load_format: str = "auto",
         kv_cache_dtype: str = "auto",
+        speculative_tokens: int = 0,
     ) -> None:
         directory = Path(model_dir)
         self._options = Options(
@@ -118,6 +121,7 @@ class LLM:
             queue_size=2**31,
             load_format=load_format,
             kv_cache_dtype=kv_cache_dtype,
+            speculative_tokens=speculative_tokens,
             served_model_names=(),
         )
         self.tokenizer = ModelTokenizer.from_directory(directory)

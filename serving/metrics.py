@@ -328,6 +328,8 @@ def _totals(stats: EngineStats) -> Iterator[Metric]:
         ("integrity_check_seconds", "What these checks took.", stats.integrity_seconds),
     ):
         yield CounterMetricFamily(f"glm_{name}", help_, value=float(value))
+    if len(stats.num_gained) > 1:
+        yield from _speculation(stats)
     for name, help_, prefill, decode in (
         ("steps", "Steps dispatched.", stats.num_prefill_steps, stats.num_decode_steps),
         ("step_tokens", "Tokens fed.", stats.num_prefill_tokens, stats.num_decode_tokens),
@@ -342,3 +344,22 @@ def _totals(stats: EngineStats) -> Iterator[Metric]:
         family.add_metric(["prefill"], prefill)
         family.add_metric(["decode"], decode)
         yield family
+
+
+def _speculation(stats: EngineStats) -> Iterator[Metric]:
+    """Guesses by what became of them, by vLLM's names; position 0 is the first guess of a step."""
+    drafted, accepted = stats.num_offered[1:], stats.num_gained[1:]
+    for name, help_, value in (
+        ("num_drafts", "Times that tokens of an answer were guessed.", drafted[0]),
+        ("num_draft_tokens", "Tokens guessed.", sum(drafted)),
+        ("num_accepted_tokens", "Of these, tokens of the answer.", sum(accepted)),
+    ):
+        yield CounterMetricFamily(f"glm_spec_decode_{name}", help_, value=float(value))
+    family = CounterMetricFamily(
+        "glm_spec_decode_num_accepted_tokens_per_pos",
+        "Guesses that were right, by position.",
+        labels=["position"],
+    )
+    for position, number in enumerate(accepted):
+        family.add_metric([str(position)], float(number))
+    yield family

@@ -28,11 +28,12 @@ from glm_jax.cache import KV_DTYPES
 from glm_jax.config import ConfigError, ModelConfig
 from glm_jax.engine.engine import Engine
 from glm_jax.kernels import Kernels
-from glm_jax.model import Weights, abstract_weights
+from glm_jax.model import Weights
+from glm_jax.mtp import weight_specs
 from glm_jax.runner import Programs, Runner, buckets, compile_steps
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh
-from glm_jax.sizing import SizingError, choose_shapes
+from glm_jax.sizing import NO_MTP_LAYER, SizingError, choose_shapes
 from glm_jax.steps import StepOptions
 from serving.bridge import CannotStartError
 from serving.tokenizer import ModelTokenizer
@@ -170,6 +171,7 @@ def _limits(options: Options) -> dict[str, int]:
         "max_concurrency": options.max_concurrency,
         "max_seq_len": options.max_seq_len,
         "max_batch_tokens": options.max_batch_tokens,
+        "num_drafts": options.speculative_tokens,
     }
 
 
@@ -270,7 +272,9 @@ def _compile(
 
 
 def _weights(options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> Weights:
-    specs = abstract_weights(config, dtype)
+    if options.speculative_tokens and not config.num_nextn_predict_layers:
+        raise SizingError(NO_MTP_LAYER)
+    specs = weight_specs(config, dtype, with_mtp=options.speculative_tokens > 0)
     if options.load_format == "dummy":
         weights = dummy_weights(specs, mesh, _DUMMY_SEED)
     else:

@@ -49,6 +49,7 @@ class Options:
     queue_timeout: float = 0.0
     integrity_interval: int = 1000
     kv_cache_dtype: str = "auto"
+    speculative_tokens: int = 0
     allow_reference_ops: bool = False
     served_model_names: tuple[str, ...]
     http: HttpOptions = field(default_factory=HttpOptions)
@@ -143,4 +144,5 @@ def mock_shapes(options: Options, vocab_size: int) -> StepShapes:
         prefill_buckets=(rows,),
         decode_buckets=(options.max_concurrency,),
         vocab_size=vocab_size,
+        num_drafts=options.speculative_tokens,
     )

@@ -24,6 +24,7 @@ from glm_jax.cache import KV_DTYPES
 from glm_jax.config import ConfigError
 from glm_jax.kernels import Kernels
 from glm_jax.runner import Bucket, buckets
+from glm_jax.shapes import MAX_DRAFTS
 from glm_jax.sizing import SizingError
 from glm_jax.steps import StepOptions
 from glm_jax.targets.target import TargetError, parse_target
@@ -35,6 +36,14 @@ _USER_ERRORS = (
     ConfigError, SizingError, TargetError, InspectionError, saved.EngineMismatchError,
     NotImplementedError,
 )  # fmt: skip
+_DRAFTS = click.option(
+    "--speculative-tokens",
+    "num_drafts",
+    default=0,
+    type=click.IntRange(0, MAX_DRAFTS),
+    show_default=True,
+    help="Tokens that the MTP layer guesses in each decode step; 0: none.",
+)
 _TARGET = "b200, gb200, h200, h100 or cpu, then x and the number of devices."
 
 
@@ -96,6 +105,7 @@ def plan(
 @click.option("--max-batch-tokens", default=32768, type=_COUNT, show_default=True)
 @click.option("--kv-cache-dtype", default="auto", type=click.Choice(list(KV_DTYPES)), show_default=True, help="Of keys and values; auto: as the activations.")  # fmt: skip
 @click.option("--allow-reference-ops", is_flag=True, help="Let what has no kernel on the target be a plain operation, many times slower.")  # fmt: skip
+@_DRAFTS
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory of the engine; an engine that is there is replaced.")  # fmt: skip
 def build(
     model: str,
@@ -146,6 +156,7 @@ def build(
 @click.option("--max-batch-tokens", default=8192, type=_COUNT, show_default=True)
 @click.option("--kv-cache-dtype", default="auto", type=click.Choice(list(KV_DTYPES)), show_default=True, help="Of keys and values; auto: as the activations.")  # fmt: skip
 @click.option("--allow-reference-ops", is_flag=True, help="Let what has no kernel on the target be a plain operation, many times slower.")  # fmt: skip
+@_DRAFTS
 @click.option("--step", "steps", multiple=True, help="As decode-64 or prefill-64, rows of the bucket; may be repeated. [default: every bucket]")  # fmt: skip
 @click.option("--expect", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Fail where the programs differ from those this file describes.")  # fmt: skip
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="Write what was found, for a later --expect.")  # fmt: skip

@@ -32,11 +32,16 @@ _UNBOUNDED = 1 << 62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a server is asked to hold, as its options of the same names."""
+    """What a server is asked to hold, as its options of the same names.
+
+    Attributes:
+      num_drafts: the server's --speculative-tokens.
+    """
 
     max_concurrency: int
     max_seq_len: int
     max_batch_tokens: int
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +94,7 @@ def shapes_for(
         max_concurrency=limits.max_concurrency,
         max_seq_len=limits.max_seq_len,
         max_batch_tokens=limits.max_batch_tokens,
+        num_drafts=limits.num_drafts,
     )
 
 
@@ -132,8 +138,9 @@ def estimate_temporaries(
         for path, spec in abstract_weights(config, dtype).items()
         if ".experts." in path and path.endswith(".values")
     )
-    tokens = max(shapes.prefill_budget, shapes.decode_buckets[-1])
-    rows = max(shapes.prefill_buckets[-1], shapes.decode_buckets[-1])
+    decoded = shapes.decode_buckets[-1] * shapes.tokens_per_step
+    tokens = max(shapes.prefill_budget, decoded)
+    rows = max(shapes.prefill_buckets[-1], decoded)
     width = max(2 * config.moe_intermediate_size, config.hidden_size)
     products = 4 * tokens * config.n_routed_experts // target.num_devices * width
     return copied + products + 8 * rows * config.vocab_size
@@ -184,8 +191,9 @@ def measure(
     else:
         temporaries = estimate_temporaries(config, target, shapes, dtype)
     reserved = target.memory - int(MEMORY_SHARE * target.memory)
-    weights = weight_bytes(config, dtype, target.num_devices)
-    page = page_bytes(config, shapes.page_size, kv_dtype)
+    with_mtp = shapes.num_drafts > 0
+    weights = weight_bytes(config, dtype, target.num_devices, with_mtp=with_mtp)
+    page = page_bytes(config, shapes.page_size, kv_dtype, with_mtp=with_mtp)
     free = max(0, target.memory - reserved - weights - temporaries)
     return Memory(
         total=target.memory,

@@ -24,10 +24,9 @@ from jax.sharding import Mesh
 
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
-from glm_jax.model import abstract_weights
 from glm_jax.runner import Bucket, Programs, buckets, compile_steps, lower_cache
 from glm_jax.shapes import StepShapes
-from glm_jax.steps import DEFAULT_OPTIONS, Slots, StepOptions, compiler_options
+from glm_jax.steps import DEFAULT_OPTIONS, StepOptions, compiler_options, step_specs
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -190,10 +189,10 @@ def load(
         key: tuple(v) if isinstance(v, list) else v for key, v in saved["shapes"].items()
     }
     shapes = StepShapes(**fields)
-    weights = dict.fromkeys(abstract_weights(config, dtype), 0)
-    cache, slots = KVCache(0, 0), Slots(0, 0, 0)  # type: ignore[arg-type]
-    arguments = jax.tree.structure(((weights, cache, slots, 0, 0), {}))
-    results = jax.tree.structure((cache, slots, 0))
+    specs = step_specs(config, shapes, dtype, options)
+    cache = KVCache(0, 0)  # type: ignore[arg-type]
+    arguments = jax.tree.structure(((specs.weights, cache, specs.slots, 0, 0), {}))
+    results = jax.tree.structure((cache, specs.slots, 0))
     devices = list(mesh.devices.flat)
 
     def read(name: str) -> jax.stages.Compiled:
