@@ -132,6 +132,7 @@ def admit(
             logit_bias=_logit_bias(request, vocab_size),
             min_tokens=min_tokens,
             num_logprobs=request.num_top_logprobs or 0,
+            num_prompt_logprobs=request.num_prompt_logprobs,
         ),
         constraint=constraint,
         priority=request.priority or 0,

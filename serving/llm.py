@@ -292,6 +292,7 @@ class LLM:
                     completion.text += token.text
                     completion.finish_reason = token.finish_reason
                 completion.num_cached_tokens = reader.num_cached_tokens
+                completion.prompt_logprobs = reader.prompt_logprobs
         return readers
 
     def _submit(self, prompt: tuple[int, ...], sampling: SamplingParams) -> _Events:

@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     StringConstraints,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -38,7 +39,6 @@ _REFUSED: Refused = {
     "logprob_token_ids": (),
     "max_new_tokens": (),
     "min_new_tokens": (0,),
-    "prompt_logprobs": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
@@ -74,6 +74,14 @@ def _token_biases(value: Any) -> Any:
         raise PydanticCustomError("invalid_value", "must map token ids to numbers") from None
 
 
+_TOKEN_IDS: dict[str, Any] = {"propertyNames": {"pattern": "^[0-9]{1,9}$"}}
+
+
+_ONE_STOP = {"type": "string", "minLength": 1, "maxLength": 1000}
+_STOPS = {"type": "array", "maxItems": MAX_STOP_STRINGS, "items": _ONE_STOP}
+_STOP: dict[str, Any] = {"anyOf": [_ONE_STOP, _STOPS, {"type": "null"}]}
+
+
 class StreamOptions(Wire):
     """What a stream carries beside the answer.
 
@@ -102,6 +110,7 @@ class GenerationRequest(RuledRequest):
         list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]],
         BeforeValidator(_stop_strings),
         Field(max_length=MAX_STOP_STRINGS),
+        WithJsonSchema(_STOP),
     ] = []
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool = False
@@ -114,8 +123,9 @@ class GenerationRequest(RuledRequest):
     logit_bias: Annotated[
         dict[int, Annotated[float, Field(ge=-100, le=100)]],
         BeforeValidator(_token_biases),
-        Field(max_length=MAX_LOGIT_BIASES),
+        Field(max_length=MAX_LOGIT_BIASES, json_schema_extra=_TOKEN_IDS),
     ] = {}
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # the lower goes first
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=1000)] | None = None
 
@@ -123,6 +133,13 @@ class GenerationRequest(RuledRequest):
     @classmethod
     def _nothing(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _check_what_is_told_of_the_prompt(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            message = "Invalid 'prompt_logprobs': they come with whole answers, not streamed ones."
+            raise errors.invalid("prompt_logprobs", message)
+        return self
 
     @property
     def num_choices(self) -> int:
@@ -140,6 +157,11 @@ class GenerationRequest(RuledRequest):
         return None
 
     @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt's tokens."""
+        return self.prompt_logprobs
+
+    @property
     def token_limit(self) -> tuple[str, int | None]:
         """The field that limits the completion's tokens, and its value."""
         return "max_tokens", self.max_tokens
@@ -149,10 +171,18 @@ class GenerationRequest(RuledRequest):
         return self.stream_options.include_usage
 
 
+_TEXT = {"type": "string", "minLength": 1}
+_TOKENS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_SEVERAL = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
+_PROMPT: dict[str, Any] = {
+    "anyOf": [_TEXT, _TOKENS, {**_SEVERAL, "items": _TEXT}, {**_SEVERAL, "items": _TOKENS}]
+}
+
+
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: list[str | list[int]]
+    prompt: Annotated[list[str | list[int]], WithJsonSchema(_PROMPT)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     add_special_tokens: bool = True
     echo: bool = False
@@ -181,9 +211,6 @@ class CompletionRequest(GenerationRequest):
         if self.max_tokens == 0 and not self.echo:
             message = "Invalid 'max_tokens': without echo there must be a token at least."
             raise errors.invalid("max_tokens", message)
-        if self.echo and self.logprobs is not None:
-            message = "'echo' with logprobs is not supported: leave one of them out."
-            raise errors.unsupported("echo", message)
         if self.best_of is not None and self.best_of < self.num_choices:
             raise errors.invalid("best_of", "Invalid 'best_of': it must be at least n.")
         if self.stream and self.num_candidates > self.num_choices:
@@ -198,6 +225,16 @@ class CompletionRequest(GenerationRequest):
     @property
     def num_top_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether the prompt's tokens are told like the answer's."""
+        return self.echo and self.logprobs is not None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
 
 
 def _is_prompt(value: Any) -> bool:

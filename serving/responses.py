@@ -51,11 +51,13 @@ class Wanted:
       usage: the usage, at the end of a stream; every event then has the field.
       continuous_usage: with it, the usage so far in every event.
       logprobs: log-probabilities, with so many alternatives a token; None: none at all.
+      prompt_logprobs: the same of the prompt.
     """
 
     usage: bool = False
     continuous_usage: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 class OpenAIFormat(Format):
@@ -142,6 +144,23 @@ class OpenAIFormat(Format):
             "stop_reason": choice.finish.stop,
         }
 
+    def _prompt_logprobs(self, choice: Choice) -> list[dict[str, Any] | None]:
+        """vLLM's form: by token id, the prompt's own token in each place and the likeliest ones."""
+
+        def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
+            text = token_text(self._spell(token))
+            return {"logprob": logprob, "rank": rank, "decoded_token": text}
+
+        told: list[dict[str, Any] | None] = [None]
+        for own in choice.prompt:
+            top = own.top[: self._wanted.prompt_logprobs]
+            entries = {
+                str(token): entry(token, logprob, rank)
+                for rank, (token, logprob) in enumerate(top, start=1)
+            }
+            told.append({str(own.token): entry(own.token, own.logprob, own.rank)} | entries)
+        return told
+
     def _closing(self, logprobs: str, finish: str, usage: dict[str, Any] | None) -> str:
         told = f',"usage":{dumps(usage)}' if self._wanted.usage else ""
         return f',"logprobs":{logprobs},"finish_reason":{finish}}}]{told}}}\n\n'
@@ -158,7 +177,7 @@ class CompletionFormat(OpenAIFormat):
     ) -> None:
         super().__init__(head, wanted, spell, num_choices)
         self._echoes = echoes
-        self._offsets = [len(echo) for echo in echoes] or [0] * num_choices
+        self._offsets = [0] * num_choices  # of tokens; an echo's are among them
 
     def first_events(self, usage: Usage) -> bytes:
         return "".join(
@@ -178,6 +197,8 @@ class CompletionFormat(OpenAIFormat):
         fields = super()._whole_choice(index, choice)
         if self._echoes:
             fields["text"] = self._echoes[index] + fields["text"]
+        if self._wanted.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = self._prompt_logprobs(choice)
         return fields
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
@@ -193,7 +214,10 @@ class CompletionFormat(OpenAIFormat):
             "tokens": texts,
             "token_logprobs": [sampled.logprob for sampled in tokens],
             "top_logprobs": [
-                {token_text(self._spell(token)): logprob for token, logprob in sampled.top}
+                {
+                    token_text(self._spell(token)): logprob
+                    for token, logprob in sampled.top[: self._wanted.logprobs]
+                }
                 if self._wanted.logprobs and sampled.logprob is not None
                 else None
                 for sampled in tokens
@@ -208,6 +232,12 @@ class ChatFormat(OpenAIFormat):
     _kind = "chat.completion"
     _chunk_kind = "chat.completion.chunk"
     _delta_field = '"delta":'
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        fields = super().whole(choices, usage)
+        if self._wanted.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = self._prompt_logprobs(choices[0])
+        return fields
 
     def first_events(self, usage: Usage) -> bytes:
         piece = '{"role":"assistant","content":""}'

@@ -106,6 +106,7 @@ class Service:
         """
         head = self._head("cmpl-", body)
         prompts = [await self._encode(prompt, body) for prompt in body.prompt]
+        await self._prepare(body)
         grammar = await self._grammar(body, None)
         openings = [Opening(tuple(tokens), TextParser, grammar) for tokens in prompts]
         reply = self._open(head.id, body, openings, endpoint, arrived)
@@ -189,6 +190,7 @@ class Service:
             starts_in_reasoning=prompt.starts_in_reasoning,
             reasoning_budget=body.thinking_token_budget,
         )
+        await self._prepare(body)
         return self._open(id, body, [opening], endpoint, arrived)
 
     async def _grammar(self, body: GenerationRequest, tools: Tools | None) -> str | None:
@@ -209,6 +211,10 @@ class Service:
         return (
             await asyncio.to_thread(encode, prompt) if len(prompt) > _LONG_TEXT else encode(prompt)
         )
+
+    async def _prepare(self, body: GenerationRequest) -> None:
+        if body.num_prompt_logprobs is not None:
+            await self.bridge.prepare_scores()
 
     def _head(self, prefix: str, body: GenerationRequest) -> Head:
         name = self.model_name(body.model)
@@ -270,6 +276,7 @@ class Service:
 
     def _reading(self, body: GenerationRequest, opening: Opening) -> Reading:
         includes_stop = body.include_stop_str_in_output
+        echoes = isinstance(body, CompletionRequest) and body.echoes_logprobs
         return Reading(
             detokenizer=Detokenizer(self.tokenizer),
             stops=StopStrings(body.stop, include=includes_stop),
@@ -278,6 +285,7 @@ class Service:
             own_stops=frozenset(body.stop_token_ids or ()),
             keeps_tokens=body.num_top_logprobs is not None,
             leaves_out_all=body.token_limit[1] == 0,
+            echoed=opening.tokens if echoes else (),
         )
 
     def _submit(self, request: Request) -> Stream:
@@ -302,4 +310,5 @@ def _wanted(body: GenerationRequest) -> Wanted:
         usage=options.include_usage,
         continuous_usage=options.include_usage and options.continuous_usage_stats,
         logprobs=body.num_top_logprobs,
+        prompt_logprobs=body.prompt_logprobs,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from glm_jax.engine.request import FinishReason, TokenEvent
+from glm_jax.engine.request import FinishReason, PromptLogprob, TokenEvent
 from serving.detokenizer import Detokenizer, Piece, StopStrings
 from serving.parsers import Arguments, ChatParser, Content, Reasoning, ToolCall
 from serving.tokenizer import ModelTokenizer
@@ -43,6 +43,7 @@ class Completion:
       text: without that token, tags as they are.
       finish_reason: "stop" or "length".
       num_cached_tokens: prompt tokens that were found in the cache.
+      prompt_logprobs: of the prompt's tokens but the first, if they were asked for.
     """
 
     prompt: tuple[int, ...]
@@ -51,6 +52,7 @@ class Completion:
     text: str = ""
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
 
 
 @dataclass(slots=True)
@@ -86,6 +88,7 @@ class Reader:
     Attributes:
       pieces: all text and tags so far.
       num_cached_tokens: prompt tokens that were found in the cache.
+      prompt_logprobs: of the prompt's tokens but the first, if they were asked for.
     """
 
     def __init__(self, tokenizer: ModelTokenizer, stop: Sequence[str]) -> None:
@@ -93,6 +96,7 @@ class Reader:
         self._stops = StopStrings(stop)
         self.pieces: list[Piece] = []
         self.num_cached_tokens = 0
+        self.prompt_logprobs: tuple[PromptLogprob, ...] = ()
 
     def read(self, event: TokenEvent) -> Token:
         """The token of an event.
@@ -113,6 +117,7 @@ class Reader:
             pieces = [*pieces, *self._stops.finish()]
         self.pieces += pieces
         self.num_cached_tokens = event.num_cached_tokens
+        self.prompt_logprobs = self.prompt_logprobs or event.prompt_logprobs
         return Token(event.token, "".join(pieces), event.logprob, event.top_logprobs, reason)
 
 

@@ -19,6 +19,7 @@ from glm_jax.engine.request import (
     EngineDrainingError,
     EngineStats,
     FinishReason,
+    PromptLogprob,
     QueueFullError,
     Request,
     TokenEvent,
@@ -47,6 +48,7 @@ class ScriptedEngine:
     """Answers each request with the tokens of `script(request)`, then with x until it must end.
 
     Attributes:
+      num_prepared: how often it was told to be ready for scores.
       requests: all that were submitted.
       cancelled: ids of those that were cancelled while they ran.
     """
@@ -62,7 +64,9 @@ class ScriptedEngine:
         self._failure: Exception | None = None
         self._is_stopping = False
         self._is_alive = True
+        self._scored: set[str] = set()  # requests whose prompt is told
         self._num_tokens: Counter[str] = Counter()  # of requests with a constraint
+        self.num_prepared = 0
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
 
@@ -86,6 +90,9 @@ class ScriptedEngine:
     def stop(self) -> None:
         self._is_stopping = True
         self._inbox.put(lambda: None)
+
+    def prepare_scores(self) -> None:
+        self.num_prepared += 1
 
     def fail(self, error: Exception) -> None:
         """The next turn dies of this."""
@@ -111,7 +118,24 @@ class ScriptedEngine:
                 self._is_alive = False
                 raise self._failure
             time.sleep(self._pause)
-            deliver([self._next(*entry) for entry in list(self._running.values())])
+            deliver([self._told(*entry) for entry in list(self._running.values())])
+
+    def _told(self, request: Request, answer: Iterator[int]) -> TokenEvent:
+        event = self._next(request, answer)
+        number = request.sampling.num_prompt_logprobs
+        if number is None or request.id in self._scored:
+            return event
+        self._scored.add(request.id)
+        top = ((_FILLER, -1.5), (END, -2.5))[:number]
+        told = (PromptLogprob(token, -token / 4, 3, top) for token in request.prompt[1:])
+        return TokenEvent(
+            event.request_id,
+            event.token,
+            event.logprob,
+            event.finish_reason,
+            top_logprobs=event.top_logprobs,
+            prompt_logprobs=tuple(told),
+        )
 
     def _next(self, request: Request, answer: Iterator[int]) -> TokenEvent:
         token = next(answer, None)

@@ -1,6 +1,7 @@
 """The bundled model from Python: batches, streams, conversations, and a look inside."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,23 @@ def test_the_same_prompt_again_is_found_in_the_cache(llm: LLM):
     first, second = (llm.generate(prompt, DRAWN)[0] for _ in range(2))
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 64)
     assert (first.tokens, first.logprobs) == (second.tokens, second.logprobs)
+
+
+def test_a_prompt_is_as_likely_as_the_answer_that_it_was(llm: LLM):
+    [made] = llm.generate("What is 7 + 5?", replace(GREEDY, num_logprobs=3), ignore_eos=True)
+    whole = [*made.prompt, *made.tokens]
+    [read] = llm.generate([whole], replace(GREEDY, num_prompt_logprobs=3))
+    assert [each.token for each in read.prompt_logprobs] == whole[1:]
+    told = read.prompt_logprobs[len(made.prompt) - 1 :]
+    np.testing.assert_allclose([each.logprob for each in told], made.logprobs, atol=1e-5)
+    assert [each.rank for each in told] == [1] * len(made.tokens)
+    assert [each.top[0][0] for each in told] == made.tokens
+    # The whole pass rounds differently, but not by much.
+    logits = llm.forward(whole).logits[:-1].astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    whole_pass = np.take_along_axis(logprobs, np.array(whole[1:])[:, None], axis=1)[:, 0]
+    gaps = np.abs(whole_pass - [each.logprob for each in read.prompt_logprobs])
+    assert np.median(gaps) < 0.02 and gaps.max() < 0.5
 
 
 def test_what_cannot_fit_is_refused_and_leaves_the_engine_as_it_was(llm: LLM):

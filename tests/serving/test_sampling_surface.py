@@ -153,6 +153,61 @@ async def test_a_completion_tells_how_likely_each_token_was(tmp_path):
         assert choice["logprobs"]["top_logprobs"] == [None] * 4
 
 
+async def test_an_echo_tells_how_likely_the_prompt_was(tmp_path):
+    engine = says("hello é")
+    async with scripted_service(engine, tmp_path) as service:
+        app = create_app(service)
+        prompt = tokens("He said: ")
+        body = {"prompt": prompt, "echo": True, "logprobs": 1}
+        [choice] = (await post(app, COMPLETIONS, body))["choices"]
+        told = choice["logprobs"]
+        assert choice["text"] == "He said: hello é"
+        assert told["tokens"][:2] == ["H", "e"]
+        assert len(told["tokens"]) == len(prompt) + 4
+        assert told["token_logprobs"] == [None, *(-token / 4 for token in prompt[1:]), *[-0.5] * 4]
+        assert told["top_logprobs"][:2] == [None, {"x": -1.5}]
+        assert told["text_offset"][:2] == [0, 1]
+        assert told["text_offset"][len(prompt) :] == [9, 14, 15, 15]
+        streamed: dict[str, list] = {key: [] for key in told}
+        text = ""
+        for event in await stream(app, COMPLETIONS, body):
+            text += event["choices"][0]["text"]
+            for key, values in (event["choices"][0]["logprobs"] or {}).items():
+                streamed[key] += values
+        assert (text, streamed) == (choice["text"], told)
+        for streams in (False, True):
+            only = {**body, "max_tokens": 0, "stream": streams}
+            if streams:
+                event, last = (e["choices"][0] for e in (await stream(app, COMPLETIONS, only))[1:])
+                assert last["finish_reason"] == "length"
+            else:
+                [event] = (await post(app, COMPLETIONS, only))["choices"]
+            assert event["logprobs"]["tokens"] == told["tokens"][: len(prompt)]
+        assert engine.num_prepared == 4
+        await post(app, COMPLETIONS, {"prompt": prompt, "echo": True})
+        assert engine.num_prepared == 4
+
+
+async def test_prompt_logprobs_are_told_by_token_with_ranks(tmp_path):
+    async with scripted_service(says("a"), tmp_path) as service:
+        app = create_app(service)
+        [first, second] = prompt = tokens("Hi")
+        own = {"logprob": -second / 4, "rank": 3, "decoded_token": "i"}
+        body = {"prompt": [prompt, [first]], "prompt_logprobs": 1, "logprobs": 0}
+        choices = (await post(app, COMPLETIONS, body))["choices"]
+        likeliest = {"logprob": -1.5, "rank": 1, "decoded_token": "x"}
+        x = str(tokens("x")[0])
+        told = [None, {str(second): own, x: likeliest}]
+        assert [choice["prompt_logprobs"] for choice in choices] == [told, [None]]
+        assert choices[0]["logprobs"]["token_logprobs"] == [-0.5]
+        assert choices[0]["text"] == "a"
+        answer = await post(app, CHAT, {"messages": HI, "prompt_logprobs": 0})
+        assert answer["prompt_logprobs"][0] is None
+        assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+        assert all(len(entry) == 1 for entry in answer["prompt_logprobs"][1:])
+        assert "prompt_logprobs" not in (await post(app, CHAT, {"messages": HI}))
+
+
 async def test_a_chat_tells_how_likely_each_token_was(tmp_path):
     async with scripted_service(says("ab"), tmp_path) as service:
         app = create_app(service)
