@@ -48,6 +48,12 @@ _ANTHROPIC_ERROR = {
     },
 }
 _USAGE = {"type": "object"}
+# Of a stream, OpenAPI 3.1 describes each event.
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
 
 # path -> (summary, request model, what a whole answer must have, whether it streams too)
 _POSTS: dict[str, tuple[str, type[Wire] | None, dict[str, Any], bool]] = {
@@ -145,7 +151,7 @@ def _operation(
     whole = {"type": "object", "required": list(fields), "properties": fields}
     content: dict[str, Any] = {"application/json": {"schema": whole}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     error = "AnthropicError" if path.startswith("/v1/messages") else "Error"
     refused = {"application/json": {"schema": {"$ref": _REF + error}}}
     operation: dict[str, Any] = {

@@ -1,11 +1,13 @@
 """Requests that the API's description allows, and mutations of them: no 5xx, no answer it does not describe."""
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import schemathesis
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -43,38 +45,55 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         yield process
 
 
-def explore(server: Process, method: str, path: str, num_cases: int) -> int:
-    """Sends so many requests to one operation; returns how many were answered with 2xx."""
+def apt(value: Any, key: str = "") -> Any:
+    """A body nearer to what is answered: of the model that is served, and with integers plain.
+
+    A schema cannot say which model there is, and takes 2.0 for an integer, which the server does not.
+    """
+    if key == "model":
+        return "tiny"
+    if isinstance(value, dict):
+        return {key: apt(entry, key) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [apt(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def explore(server: Process, method: str, path: str, num_cases: int) -> None:
+    """Sends so many requests to one operation, every second one made apt."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operation = schema[path][method]
-    seen = {"ok": 0, "all": 0}
+    statuses: Counter[int] = Counter()
 
     @hypothesis.settings(
         max_examples=num_cases,
         deadline=None,
         database=None,
         derandomize=True,
+        phases=[Phase.generate],  # to make a failing case smaller takes longer than to read it
         suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
     )
     @hypothesis.given(case=operation.as_strategy())
     def run(case: schemathesis.Case) -> None:
-        response = case.call(base_url=server.url)
-        seen["all"] += 1
-        seen["ok"] += response.status_code < 300
+        if statuses.total() % 2 and isinstance(case.body, dict):
+            case.body = apt(case.body)
+        response = case.call(base_url=server.url, timeout=30)
+        statuses[response.status_code] += 1
         case.validate_response(response, checks=CHECKS)
 
     run()
-    assert seen["all"] >= min(num_cases, 10)
-    return seen["ok"]
+    print(f"{method} {path}: {dict(sorted(statuses.items()))}")
+    # Of a few operations there are fewer cases than were asked for.
+    assert statuses.total() >= 0.9 * num_cases, statuses
+    assert statuses[200] or "{" in path, statuses
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_what_the_description_allows_is_answered_as_it_says(server, method, path):
-    explore(server, method, path, 10)
+    explore(server, method, path, 20)
 
 
 @pytest.mark.perf
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_two_thousand_requests_and_more_are_answered_as_described(server, method, path):
-    explore(server, method, path, 260)
+    explore(server, method, path, 300)
