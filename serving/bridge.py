@@ -136,8 +136,9 @@ class Bridge:
             self._engine.cancel(stream.request_id)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
+        find = self._streams.get
         for event in events:
-            stream = self._streams.get(event.request_id)
+            stream = find(event.request_id)
             if stream is not None:  # else it was left early
                 stream.push(event)
         self._has_news = True

@@ -10,6 +10,7 @@ stays open, so that new requests are told to go elsewhere instead of finding nob
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 # Far above slots and queue together: refusals are the engine's to make, with a reason.
 _MAX_CONNECTIONS = 8192
+
+# More than the tokens that wait for their readers: those go without being looked at.
+_YOUNG_OBJECTS = 20_000
 
 # How long the last answers may take to reach their readers, once all are complete.
 _FLUSH_SECONDS = 30
@@ -80,7 +84,7 @@ async def serve(
         loop.add_signal_handler(number, _on_signal, bridge, number)
     server, listening = await _listen(app, address)
     logger.info("listening on %s; /readyz answers 200 once the model is loaded", address.url)
-    bridge.start(build_engine)
+    bridge.start(lambda: _settled(build_engine()))
     await asyncio.wait([listening, bridge.ended], return_when=asyncio.FIRST_COMPLETED)
     if listening.done():
         logger.critical("the listener ended", exc_info=listening.exception())
@@ -95,6 +99,14 @@ async def serve(
         return 1
     logger.info("all requests have finished")
     return 0
+
+
+def _settled(engine: Engine) -> Engine:
+    """Keeps the garbage collector from what is there to stay, and from looking at every token."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, 20, 100)
+    return engine
 
 
 def _on_signal(bridge: Bridge, number: int) -> None:
