@@ -112,7 +112,10 @@ class Runner:
         zeros = make_zeros or lower_cache(config, shapes, mesh, dtype, options).compile()
         self._cache = KVCache(zeros(), zeros())
         self._slots: Slots = jax.tree.map(
-            lambda spec: jnp.zeros(spec.shape, spec.dtype, device=sharding_for(spec.axes, mesh)),
+            # From the host, since a program would be compiled here; the largest are one layer's pages.
+            lambda spec: jax.device_put(
+                np.zeros(spec.shape, spec.dtype), sharding_for(spec.axes, mesh)
+            ),
             step_specs(config, shapes, dtype, options).slots,
         )
         self.control(np.zeros((shapes.num_slots, shapes.control_columns), np.int32))

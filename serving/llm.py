@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.request import Request, SamplingParams, TokenEvent
 from glm_jax.forward import forward_function
+from glm_jax.mtp import PREFIX
 from serving.admission import GenerationDefaults
 from serving.chat import ChatTemplate
 from serving.chat import Prompt as ChatPrompt
@@ -236,7 +237,8 @@ class LLM:
         # What comes after a token has no say in it, so padding at the end is cut off again.
         padded = np.zeros((1, -(-length // _LENGTH_STEP) * _LENGTH_STEP), np.int32)
         padded[0, :length] = tokens
-        seen = jax.tree.map(np.asarray, self._forward(self.model.weights, padded))
+        decoder = {path: w for path, w in self.model.weights.items() if not path.startswith(PREFIX)}
+        seen = jax.tree.map(np.asarray, self._forward(decoder, padded))
         return Insight(
             tokens=tokens,
             logits=seen.logits[0, :length],
