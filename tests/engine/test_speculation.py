@@ -152,7 +152,7 @@ def test_drawn_tokens_have_the_distribution_of_the_model(guessing: Runner) -> No
 
 def exact_shares(
     prompt: tuple[int, ...], tokens: NDArray[np.int_], temperature: float
-) -> NDArray[np.float32]:
+) -> NDArray[np.floating]:
     """The model's distribution in the place of each token, [..., V], from a pass without a cache."""
     starts = np.tile(np.array(prompt), (len(tokens), 1))
     sequences = np.concatenate([starts, tokens], axis=1).astype(np.int32)
@@ -164,7 +164,7 @@ def exact_shares(
     return weighed / weighed.sum(-1, keepdims=True)
 
 
-def chi_square(tokens: NDArray[np.int_], shares: NDArray[np.float32]) -> float:
+def chi_square(tokens: NDArray[np.int_], shares: NDArray[np.floating]) -> float:
     """How far the tokens' places in their distributions, the likeliest first, are from uniform."""
     order = np.argsort(-shares, axis=-1)
     ordered = np.take_along_axis(shares, order, axis=-1)
