@@ -78,12 +78,12 @@ def _random(
     rng: np.random.Generator, place: Placement, dtype: np.dtype, center: float, deviation: float
 ) -> np.ndarray:
     array = np.empty(math.prod(place.shape), dtype)
-    if dtype == DTYPES["F8_E4M3"]:
-        bits = np.frombuffer(rng.bytes(array.size), np.uint8)
-        np.add(bits & FP8_RANDOM, FP8_EXPONENT, out=array.view(np.uint8), dtype=np.uint8)
-        return array.reshape(place.shape)
     for first in range(0, array.size, _SLAB):
         slab = array[first : first + _SLAB]
-        uniform = (rng.random(slab.size, np.float32) - np.float32(0.5)) * np.float32(_UNIFORM)
-        slab[:] = (np.float32(center) + np.float32(deviation) * uniform).astype(dtype)
+        if dtype == DTYPES["F8_E4M3"]:
+            bits = np.frombuffer(rng.bytes(slab.size), np.uint8)
+            np.add(bits & FP8_RANDOM, FP8_EXPONENT, out=slab.view(np.uint8), dtype=np.uint8)
+        else:
+            uniform = (rng.random(slab.size, np.float32) - np.float32(0.5)) * np.float32(_UNIFORM)
+            slab[:] = (np.float32(center) + np.float32(deviation) * uniform).astype(dtype)
     return array.reshape(place.shape)

@@ -14,6 +14,7 @@ from typing import Any
 import click
 import uvloop
 
+from glm_jax.environment import prepare
 from glm_jax.shapes import MAX_DRAFTS
 from serving.app import HttpOptions
 from serving.gate import Access
@@ -91,6 +92,12 @@ def main() -> None:
     "Where weights come from; dummy: random, of the right shapes.",
 )
 @option(
+    "--load-readers",
+    4,
+    click.IntRange(1, 256),
+    "Reads of weights at a time; a network volume may want many more.",
+)
+@option(
     "--kv-cache-dtype",
     "auto",
     click.Choice(["auto", "bf16", "fp8_e4m3"]),
@@ -132,6 +139,7 @@ def main() -> None:
 def serve(**flags: Any) -> None:
     """Serve a model over HTTP."""
     level = flags.pop("log_level").upper()
+    prepare()
     logging.basicConfig(level=level, format=_LOG_FORMAT)
     if level == "INFO":
         logging.getLogger("jax").setLevel("WARNING")  # it tells which back ends are not there

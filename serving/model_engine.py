@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from checkpoints.dummy import dummy_weights
-from checkpoints.load import load_weights
+from checkpoints.load import Reading, load_weights
 from checkpoints.reader import CheckpointError
 from glm_jax.aot.saved import EngineMismatchError, SavedEngine, load
 from glm_jax.cache import KV_DTYPES
@@ -275,10 +275,15 @@ def _weights(options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype)
     if options.speculative_tokens and not config.num_nextn_predict_layers:
         raise SizingError(NO_MTP_LAYER)
     specs = weight_specs(config, dtype, with_mtp=options.speculative_tokens > 0)
+    start = time.perf_counter()
     if options.load_format == "dummy":
         weights = dummy_weights(specs, mesh, _DUMMY_SEED)
     else:
-        weights = load_weights(options.model_dir, config, specs, mesh)
+        reading = Reading(num_readers=options.load_readers)
+        weights = load_weights(options.model_dir, config, specs, mesh, reading=reading)
     num_bytes = sum(weight.nbytes for weight in weights.values())
-    logger.info("loaded %.3f GB of weights", num_bytes / 1e9)
+    seconds = time.perf_counter() - start
+    logger.info(
+        "loaded %.3f GB of weights at %.2f GB/s", num_bytes / 1e9, num_bytes / seconds / 1e9
+    )
     return weights

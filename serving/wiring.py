@@ -46,6 +46,7 @@ class Options:
     num_gpus: int
     queue_size: int
     load_format: str
+    load_readers: int = 4
     queue_timeout: float = 0.0
     integrity_interval: int = 1000
     kv_cache_dtype: str = "auto"
