@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +91,7 @@ class Failing(ScriptedEngine):
     def run(self, deliver: Deliver) -> None:
         super().run(
             lambda events: deliver(
-                [replace(event, finish_reason="error", error="lost") for event in events]
+                [event._replace(finish_reason="error", error="lost") for event in events]
             )
         )
 
