@@ -16,8 +16,8 @@ READY := $(call ready,$(EXTRAS))
 # With the compiler for GPUs that are not there, which exists for Linux only.
 AOT := $(if $(filter Linux,$(shell uname -s)),aot)
 READY_AOT := $(call ready,$(EXTRAS) $(AOT))
-# With the clients that ask the server in its tests besides.
-READY_TEST := $(call ready,$(EXTRAS) $(AOT) clients)
+# With the clients that ask the server in its tests besides, and what describes the deployment.
+READY_TEST := $(call ready,$(EXTRAS) $(AOT) clients modal)
 
 .DEFAULT_GOAL := help
 .PHONY: help env serve plan test check format lock tree nano clean
@@ -70,7 +70,7 @@ clean: ## remove the environment and everything that was built
 # Hashes are demanded of every package, so the project itself is installed in a step of its own.
 # Bytecode is left to the first import: most of what is installed is never imported.
 $(READY_AOT): override EXTRAS += $(AOT)
-$(READY_TEST): override EXTRAS += $(AOT) clients
+$(READY_TEST): override EXTRAS += $(AOT) clients modal
 $(sort $(READY) $(READY_AOT) $(READY_TEST)): constraints.txt pyproject.toml
 	@if [ ! -x $(RUN) ]; then \
 	  python=$$(.ci/find-python) || exit 1; \

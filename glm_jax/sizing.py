@@ -18,8 +18,6 @@ from glm_jax.sharding import check_divisible, partition_spec
 _MIB = 1 << 20
 _GIB = 1 << 30
 
-# Share of a GPU's memory that is ours to plan with; the rest is the driver's, NCCL's and XLA's own.
-MEMORY_SHARE = 0.9
 # Temporaries of the largest step, per device: a prefill of 8192 tokens of GLM-4.7 compiles to 3.95 GB.
 _TEMPORARIES = 5 * _GIB
 # A developer's machine has no memory set aside: enough for 64 conversations with a small model.
@@ -186,5 +184,6 @@ def _kv_bytes(config: ModelConfig, mesh: Mesh, dtype: np.dtype, *, with_mtp: boo
     stats = mesh.devices.flat[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         raise SizingError("the device does not say how much memory it has")
-    free = int(stats["bytes_limit"] * MEMORY_SHARE) - _TEMPORARIES
+    # The limit is JAX's own share of the device already (environment.py).
+    free = stats["bytes_limit"] - _TEMPORARIES
     return mesh.size * (free - weight_bytes(config, dtype, mesh.size, with_mtp=with_mtp))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from glm_jax.aot.findings import Findings, local_shape
 from glm_jax.aot.graphs import Graphs
 from glm_jax.config import ModelConfig
+from glm_jax.environment import MEMORY_SHARE
 from glm_jax.shapes import Phase, StepShapes
-from glm_jax.sizing import MEMORY_SHARE
 from glm_jax.steps import StepSpecs, slot_shapes
 from glm_jax.targets.target import Target
 

@@ -12,13 +12,13 @@ from jax.sharding import AbstractMesh, Mesh
 from glm_jax.aot.topology import mesh_of, missing_wheels
 from glm_jax.cache import page_bytes
 from glm_jax.config import ModelConfig
+from glm_jax.environment import MEMORY_SHARE
 from glm_jax.kernels import Kernels
 from glm_jax.model import abstract_weights
 from glm_jax.runner import compile_steps
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import MESH_AXIS
 from glm_jax.sizing import (
-    MEMORY_SHARE,
     SizingError,
     choose_shapes,
     shapes_within,

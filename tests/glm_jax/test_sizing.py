@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 from glm_jax.cache import page_bytes
+from glm_jax.environment import MEMORY_SHARE
 from glm_jax.model import abstract_weights
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh
@@ -48,6 +49,32 @@ def test_an_fp8_cache_has_room_for_twice_the_pages() -> None:
     limits: dict[str, Any] = {"max_concurrency": 10**6, "max_seq_len": 256}
     wide, narrow = (choose(**limits, kv_dtype=dtype).num_pages for dtype in (None, FP8))
     assert narrow == 2 * wide < 4 * 10**6
+
+
+def test_guessing_takes_room_for_the_mtp_layer_and_its_pages() -> None:
+    limits: dict[str, Any] = {"max_concurrency": 10**6, "max_seq_len": 256}
+    shapes = [choose(**limits, num_drafts=number) for number in (0, 2)]
+    assert [each.num_drafts for each in shapes] == [0, 2]
+    assert [each.tokens_per_step for each in shapes] == [1, 3]
+    layers = make_config().num_hidden_layers
+    assert shapes[1].num_pages == HOST_KV_BYTES // (
+        page_bytes(make_config(), 64, BF16) // layers * (layers + 1)
+    )
+    limits = {"max_concurrency": 1024, "max_seq_len": 202752, "max_batch_tokens": 8192}
+    gpus = gpu_mesh(8, 139 * GIB)
+    without, guessing = (
+        choose(gpus, glm_4_7(), **limits, num_drafts=number).num_pages for number in (0, 1)
+    )
+    assert 0.97 * without < guessing < 0.99 * without
+    more = weight_bytes(glm_4_7(), BF16, 1, with_mtp=True) - weight_bytes(glm_4_7(), BF16, 1)
+    assert more == pytest.approx(4.05e9, rel=1e-3)
+
+
+def test_guessing_needs_an_mtp_layer_and_a_sensible_number() -> None:
+    with pytest.raises(SizingError, match="no MTP layer"):
+        choose(config=make_config(num_nextn_predict_layers=0), num_drafts=1)
+    with pytest.raises(ValueError, match="num_drafts must be 0 … 3, got 4"):
+        choose(num_drafts=4)
 
 
 def test_no_more_pages_than_all_sequences_can_fill() -> None:
@@ -144,10 +171,11 @@ def test_glm_4_7_fp8_takes_its_published_size() -> None:
 
 def test_eight_gpus_hold_glm_4_7_and_a_million_positions() -> None:
     limits = {"max_concurrency": 1024, "max_seq_len": 202752, "max_batch_tokens": 8192}
-    shapes = choose(gpu_mesh(8, 139 * GIB), glm_4_7(), **limits)
+    memory = int(MEMORY_SHARE * 139 * GIB)
+    shapes = choose(gpu_mesh(8, memory), glm_4_7(), **limits)
     assert 1.6e6 < shapes.num_pages * shapes.page_size < 2e6
     per_device = shapes.num_pages * page_bytes(glm_4_7(), shapes.page_size, BF16) // 8
-    assert per_device + weight_bytes(glm_4_7(), BF16, 8) < 0.9 * 139 * GIB
+    assert per_device + weight_bytes(glm_4_7(), BF16, 8) < memory
     assert shapes.prefill_budget == 8192 and shapes.prefill_tile == 128
     assert shapes.prefill_buckets == (1, 4, 8, 16, 24, 32, 48, 64)
     assert shapes.decode_buckets[0] == 1 and shapes.decode_buckets[-1] == 1024
