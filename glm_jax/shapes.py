@@ -32,7 +32,9 @@ NUM_BIASES = 15  # of the slot's controls
 NUM_BANS = 16
 NUM_LOGPROBS = 17  # likeliest tokens to tell beside the sampled one
 IS_MASKED = 18  # 1 when the slot's controls hold a mask to heed
-NUM_FIELDS = 19
+NUM_STOPS = 19
+STOP_TOKENS = slice(20, 28)  # the first NUM_STOPS of these end the row's completion
+NUM_FIELDS = 28
 
 MAX_LOGIT_BIASES = 300
 MAX_BANS = 276  # a request's own stop tokens, and the model's
@@ -81,10 +83,12 @@ class StepShapes:
       decode_buckets: ascending row counts decode is compiled for; the last is num_slots or more.
       vocab_size: tokens that a mask covers; 0 where no request will have one.
       num_drafts: tokens that a decode step guesses and verifies in each row; 0: no speculation.
+      decode_steps: tokens that rows decode one after the other in one step, at most.
 
     Raises:
       ValueError: a size is not positive, a bucket set is empty or not ascending, the largest
-        decode bucket is smaller than num_slots, or num_drafts is not 0 … MAX_DRAFTS.
+        decode bucket is smaller than num_slots, num_drafts is not 0 … MAX_DRAFTS, or both drafts
+        and several decode_steps are wanted.
     """
 
     num_slots: int
@@ -96,9 +100,18 @@ class StepShapes:
     decode_buckets: tuple[int, ...]
     vocab_size: int = 0
     num_drafts: int = 0
+    decode_steps: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "num_pages", "page_size", "max_seq_len", "prefill_tile"):
+        sizes = (
+            "num_slots",
+            "num_pages",
+            "page_size",
+            "max_seq_len",
+            "prefill_tile",
+            "decode_steps",
+        )
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("prefill_buckets", "decode_buckets"):
@@ -112,6 +125,11 @@ class StepShapes:
             )
         if not 0 <= self.num_drafts <= MAX_DRAFTS:
             raise ValueError(f"num_drafts must be 0 … {MAX_DRAFTS}, got {self.num_drafts}")
+        if self.num_drafts and self.decode_steps > 1:
+            raise ValueError(
+                f"a step that verifies drafts ({self.num_drafts}) is run once, not {self.decode_steps} "
+                "times in a row"
+            )
 
     @property
     def pages_per_sequence(self) -> int:
@@ -121,7 +139,7 @@ class StepShapes:
     @property
     def tokens_per_step(self) -> int:
         """Most tokens that a row can gain in a decode step."""
-        return 1 + self.num_drafts
+        return self.decode_steps if self.decode_steps > 1 else 1 + self.num_drafts
 
     @property
     def prefill_budget(self) -> int:

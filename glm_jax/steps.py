@@ -19,6 +19,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.kernels import DEFAULT_KERNELS, Kernels
 from glm_jax.model import Weights, abstract_model, bind
 from glm_jax.mtp import abstract_mtp, bind_mtp, weight_specs
+from glm_jax.multi_step import decode_steps
 from glm_jax.phases import Slots, StepResult, decode, prefill
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import WeightSpec, partition_spec, sharding_for
@@ -118,10 +119,20 @@ def step_function(
     """The jitted step of a phase: cache and slots are donated, weights stay."""
     body = _body(config, jnp.dtype(dtype), phase, options.kernels, shapes.num_drafts > 0)
 
-    def step(
+    def once(
         weights: Weights, cache: KVCache, slots: Slots, controls: Array, batch: Array
     ) -> StepResult:
         return body(weights, cache, slots, controls, batch, shapes.pages_per_sequence)
+
+    def several(
+        weights: Weights, cache: KVCache, slots: Slots, controls: Array, batch: Array
+    ) -> StepResult:
+        def decode(cache: KVCache, slots: Slots, batch: Array) -> StepResult:
+            return once(weights, cache, slots, controls, batch)
+
+        return decode_steps(decode, cache, slots, batch, shapes.decode_steps)
+
+    step = several if phase == "decode" and shapes.decode_steps > 1 else once
 
     step.__name__ = phase
     replicated = PartitionSpec()

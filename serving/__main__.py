@@ -110,6 +110,13 @@ def main() -> None:
     "Tokens that the model's MTP layer guesses in each decode step; answers stay the same.",
 )
 @option(
+    "--decode-steps",
+    1,
+    _COUNT,
+    "Tokens that the device decodes in a row while nobody waits. More of them ask the host less "
+    "often, and let a new request wait longer.",
+)
+@option(
     "--allow-reference-ops",
     False,
     bool,
@@ -145,6 +152,8 @@ def serve(**flags: Any) -> None:
         logging.getLogger("jax").setLevel("WARNING")  # it tells which back ends are not there
     if (flags["tls_cert"] is None) != (flags["tls_key"] is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
+    if flags["speculative_tokens"] and flags["decode_steps"] > 1:
+        raise click.UsageError("--speculative-tokens and --decode-steps exclude each other")
     address = Address(
         host=flags.pop("host"),
         port=flags.pop("port"),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -104,7 +104,7 @@ def engine_of(model: LoadedModel, options: Options) -> Engine:
     """
     config, mesh, dtype, how = model.config, model.mesh, model.dtype, step_options(options)
     try:
-        shapes = choose_shapes(config, mesh, dtype, **_limits(options), kv_dtype=how.kv_dtype)
+        shapes = _shapes(options, config, mesh, dtype)
         programs = _compile(config, shapes, mesh, dtype, how)
     except (SizingError, NotImplementedError) as error:
         raise CannotStartError(str(error)) from error
@@ -133,11 +133,7 @@ def _build(options: Options, tokenizer: ModelTokenizer, report: ReportPhase) -> 
         mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
         saved = _saved_engine(options, config, mesh, dtype, report)
         how = step_options(options)
-        shapes = (
-            saved.shapes
-            if saved
-            else choose_shapes(config, mesh, dtype, **_limits(options), kv_dtype=how.kv_dtype)
-        )
+        shapes = saved.shapes if saved else _shapes(options, config, mesh, dtype)
         _log_shapes(shapes, options.max_batch_tokens)
         with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
             programs = pool.submit(_programs, saved, config, shapes, mesh, dtype, how, report)
@@ -175,6 +171,12 @@ def _limits(options: Options) -> dict[str, int]:
     }
 
 
+def _shapes(options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> StepShapes:
+    kv_dtype = step_options(options).kv_dtype
+    shapes = choose_shapes(config, mesh, dtype, **_limits(options), kv_dtype=kv_dtype)
+    return replace(shapes, decode_steps=options.decode_steps)
+
+
 def step_options(options: Options) -> StepOptions:
     """How steps are to be computed, as the command line says it."""
     return StepOptions(
@@ -190,6 +192,10 @@ def _saved_engine(
     if options.engine is None:
         return None
     try:
+        if options.decode_steps > 1:
+            raise EngineMismatchError(
+                "an engine's decode steps are single: leave --decode-steps out"
+            )
         with _timed(report, "load"):
             how = step_options(options)
             return load(config, mesh, dtype, _limits(options), options.engine, how)

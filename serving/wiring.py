@@ -51,6 +51,7 @@ class Options:
     integrity_interval: int = 1000
     kv_cache_dtype: str = "auto"
     speculative_tokens: int = 0
+    decode_steps: int = 1
     allow_reference_ops: bool = False
     served_model_names: tuple[str, ...]
     http: HttpOptions = field(default_factory=HttpOptions)

@@ -25,6 +25,7 @@ from glm_jax.shapes import (
     NUM_BIASES,
     NUM_FIELDS,
     NUM_LOGPROBS,
+    NUM_STOPS,
     NUM_TOKENS,
     PRESENCE_PENALTY,
     PROMPT_LENGTH,
@@ -33,6 +34,7 @@ from glm_jax.shapes import (
     SEED_LOW,
     SLOT,
     START,
+    STOP_TOKENS,
     TEMPERATURE,
     TOP_K,
     TOP_P,
@@ -134,6 +136,10 @@ class Packer:
         row[[SEED_LOW, SEED_HIGH]] = halves.view(np.int32)
         row[NUM_LOGPROBS] = sampling.num_logprobs
         row[PROMPT_LENGTH] = sequence.num_prompt
+        # Of more stop tokens than there is room for, the host alone takes note, a little later.
+        stops = sorted(sampling.stop_token_ids)[: STOP_TOKENS.stop - STOP_TOKENS.start]
+        row[NUM_STOPS] = len(stops)
+        row[STOP_TOKENS][: len(stops)] = stops
         penalties = np.array(
             [
                 sampling.frequency_penalty,

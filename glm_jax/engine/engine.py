@@ -140,8 +140,8 @@ class Engine:
         self._num_steps: dict[Phase, int] = {"prefill": 0, "decode": 0}
         self._num_tokens: dict[Phase, int] = {"prefill": 0, "decode": 0}
         self._num_padding: dict[Phase, int] = {"prefill": 0, "decode": 0}
-        self._num_offered = [0] * shapes.tokens_per_step
-        self._num_gained = [0] * shapes.tokens_per_step
+        self._num_offered = [0] * (1 + shapes.num_drafts)
+        self._num_gained = [0] * (1 + shapes.num_drafts)
         self._num_timeouts = 0
         self._integrity_interval = integrity_interval
         self._num_turns = 0
@@ -329,8 +329,10 @@ class Engine:
             scoring.collect()
         gained = [outcome.num_gained(row) for row, _ in step.samples]
         if step.phase == "decode":
-            self._count("decode", sum(gained), outcome.num_places * outcome.num_rows)
-            for place in range(outcome.num_places):
+            # Drafts are all verified; steps in a row end with the last row that needs them.
+            num_computed = outcome.num_places if self._shapes.num_drafts else max(gained)
+            self._count("decode", sum(gained), num_computed * outcome.num_rows)
+            for place in range(len(self._num_offered)):
                 self._num_offered[place] += sum(gain > place for gain in step.gains)
                 self._num_gained[place] += sum(number > place for number in gained)
         events: list[TokenEvent] = []

@@ -210,7 +210,8 @@ class EngineStats:
       num_cached_tokens: of them, those found in the cache.
       num_prefill_tokens, num_decode_tokens: tokens fed to steps.
       num_prefill_padding, num_decode_padding: tokens that steps computed beside them for nothing.
-      num_offered: rows of decode steps that could gain a first token, a second one, and so on.
+      num_offered: rows of decode steps that could gain a token, and one more by a first guess, by
+        a second one, and so on.
       num_gained: of them, those that did.
       num_integrity_checks: times that the account of slots and pages was checked.
       integrity_seconds: what the checks took.

@@ -14,6 +14,8 @@ The policy:
   number is preempted, and waits again; a waiting sequence preempts those that run at a worse
   priority. So the first by rank always gets on, and with it, in the end, everybody. Where a step
   can bring several tokens, nobody is preempted for more than the first of them.
+* Several decode steps run as one while nobody waits or prefills, and no constraint must be asked
+  between two tokens.
 * Prefill comes before decode, in chunks that fit one step, but never twice in a row while a
   sequence could decode.
 """
@@ -305,16 +307,24 @@ class Scheduler:
         rows = [sequence for sequence in decoding if sequence.slot is not None]
         if not rows:
             return None
-        gains = tuple(self._gain(sequence) for sequence in rows)
+        most = self._most_tokens(rows)
+        gains = tuple(self._gain(sequence, most) for sequence in rows)
         return Plan("decode", len(rows), tuple(enumerate(rows)), gains)
 
-    def _gain(self, sequence: Sequence) -> int:
+    def _most_tokens(self, decoding: list[Sequence]) -> int:
+        """How many tokens the next decode step brings a sequence at most."""
+        if self._shapes.decode_steps > 1:
+            is_awaited = len(self._waiting) or any(s.is_prefilling for s in self._running)
+            if is_awaited or any(s.request.constraint is not None for s in decoding):
+                return 1
+        return self._shapes.tokens_per_step
+
+    def _gain(self, sequence: Sequence, most: int) -> int:
         """Counts the tokens that a sequence with room for one may gain; takes free pages for more."""
         gain = 1
         # A constraint says what may come next, not what may come after that.
-        if self._shapes.tokens_per_step > 1 and sequence.request.constraint is None:
-            left = sequence.max_new_tokens - sequence.num_dispatched
-            gain = min(self._shapes.tokens_per_step, left)
+        if most > 1 and sequence.request.constraint is None:
+            gain = min(most, sequence.max_new_tokens - sequence.num_dispatched)
             num_missing = self._num_pages(sequence.length + gain) - len(sequence.pages)
             sequence.pages += self.pool.allocate(min(max(num_missing, 0), self.pool.num_free))
             room = len(sequence.pages) * self._shapes.page_size - sequence.length

@@ -1,5 +1,6 @@
 """Schedules on a real model: cache hits, preemptions and company change no bit of any answer."""
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -35,6 +36,7 @@ SHAPES = StepShapes(
 LEAN = replace(SHAPES, prefill_buckets=(3,), decode_buckets=(4,))
 
 
+@functools.cache  # compiled once for all modules that ask for the same
 def make_runner(num_devices: int, shapes: StepShapes) -> Runner:
     mesh, dtype = make_mesh(num_devices), np.dtype(jnp.bfloat16)
     weights = dummy_weights(abstract_weights(CONFIG, dtype), mesh, seed=1)
