@@ -82,6 +82,18 @@ def test_gauges_are_the_engines_numbers_now():
     assert values(Metrics(lambda: None))["glm_engine_up"] == 0
 
 
+def test_guesses_are_counted_by_position_where_there_are_any():
+    guessing = replace(STATS, num_offered=(10, 9, 8), num_gained=(10, 6, 2))
+    found = values(Metrics(lambda: guessing))
+    assert found["glm_spec_decode_num_drafts_total"] == 9
+    assert found["glm_spec_decode_num_draft_tokens_total"] == 17
+    assert found["glm_spec_decode_num_accepted_tokens_total"] == 8
+    by_position = "glm_spec_decode_num_accepted_tokens_per_pos_total"
+    assert (found[f"{by_position}/0"], found[f"{by_position}/1"]) == (6, 2)
+    without = values(Metrics(lambda: replace(STATS, num_offered=(10,), num_gained=(10,))))
+    assert not [name for name in without if "spec_decode" in name]
+
+
 def test_requests_are_counted_by_endpoint_and_end():
     metrics = Metrics(lambda: STATS)
     metrics.accepted(7)
