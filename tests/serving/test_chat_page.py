@@ -40,13 +40,16 @@ def script(request: Request) -> list[int]:
 async def chatting(tmp_path: Path) -> AsyncIterator[tuple[Page, ScriptedEngine]]:
     """The page of a server that answers by `script`, open in a browser."""
     assert CHROMIUM is not None
-    engine = ScriptedEngine(script, pause=0.004)
+    engine = ScriptedEngine(script, pause=0.008)
     async with scripted_service(engine, tmp_path / "tiny") as service:
         port, closing = free_port(), asyncio.Event()
         app = create_app(service)
-        serving = asyncio.create_task(
-            app.run_task("127.0.0.1", port, shutdown_trigger=closing.wait)
-        )
+
+        async def closed() -> None:
+            await closing.wait()
+
+        running = app.run_task("127.0.0.1", port, shutdown_trigger=closed)
+        serving = asyncio.create_task(running)
         try:
             async with opened(CHROMIUM, f"http://127.0.0.1:{port}/", tmp_path / "profile") as page:
                 yield page, engine
