@@ -3,6 +3,7 @@
 Knows neither quantization of tokens nor partial sums over devices.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,11 @@ from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
 from glm_jax.pallas import fp8_product
 from glm_jax.pallas.chip import Chip
-from glm_jax.pallas.fp8_product import SCALE_SLOTS, STEP, TuningConfig, fitting_stages
+from glm_jax.pallas.fp8_product import SCALE_SLOTS
+from glm_jax.pallas.tiling import STEP, TuningConfig, fitting_stages
+
+# Tokens up to which tiles are so few that each has CTAs of its own.
+_MOST_SPREAD = 128
 
 
 class _Place(NamedTuple):
@@ -22,13 +27,37 @@ class _Place(NamedTuple):
     token: jax.Array
 
 
-def default_config(chip: Chip, num_tokens: int, num_rows: int) -> TuningConfig:
+def num_parts(chip: Chip, num_rows: int, width: int) -> int:
+    """Parts that K is cut into: what gives every SM a share of a decode step's product.
+
+    On sm100 the sums of several parts would not fit into tensor memory in prefill, which must make the
+    same bits.
+    """
+    steps, tiles = pl.cdiv(width, STEP), pl.cdiv(num_rows, 2 * 64)
+    if chip.architecture != "sm90" or steps < 8:
+        return 1
+    fitting = (
+        parts for parts in (4, 3, 2) if steps % parts == 0 and tiles * parts <= chip.num_cores
+    )
+    return next(fitting, 1)
+
+
+def default_config(chip: Chip, num_tokens: int, num_rows: int, width: int) -> TuningConfig:
     """Small tiles while weights are all the traffic; square ones once the products are the work."""
     rows = 128 if chip.architecture == "sm100" else 64
+    parts = num_parts(chip, num_rows, width)
     if num_tokens > 512:
         stages = fitting_stages(128, 2 * rows)
-        return TuningConfig(tokens=128, rows=rows, warpgroups=2, stages=stages)
+        return TuningConfig(tokens=128, rows=rows, warpgroups=2, stages=stages, parts=parts)
     tokens = next((size for size in (16, 32, 64) if num_tokens <= size), 64)
+    if parts > 1:
+        # As many CTAs as there are SMs, or nearly: more rows a tile where rows alone are enough.
+        warpgroups = 2 if num_rows * parts > 64 * chip.num_cores else 1
+        stages = fitting_stages(tokens, warpgroups * rows, num_spread=parts)
+        return TuningConfig(
+            tokens=tokens, rows=rows, warpgroups=warpgroups, stages=stages, parts=parts,
+            is_spread=num_tokens <= _MOST_SPREAD,
+        )  # fmt: skip
     # The projections have 1792 and 5120 rows: in tiles of 32 or 64 most SMs have some to read.
     fill = 32 if num_rows < 64 * chip.num_cores // 2 else 64
     return TuningConfig(tokens=tokens, rows=rows, stages=fitting_stages(tokens, rows), fill=fill)
@@ -57,10 +86,17 @@ def matmul(
         raise NotImplementedError(f"{values.shape=}: K and N must be multiples of 64")
     if padding := fp8_product.padding(num_tokens):
         x, x_scale = (jnp.pad(operand, ((0, padding), (0, 0))) for operand in (x, x_scale))
-    config = config or default_config(chip, num_tokens, num_rows)
+    config = config or default_config(chip, num_tokens, num_rows, width)
+    num_steps = pl.cdiv(width, STEP)
+    if num_steps % config.parts:
+        raise NotImplementedError(f"{width=}: {num_steps} steps are not {config.parts=}")
+    if interpret:
+        # The interpreter knows no shared memory of other CTAs.
+        config = replace(config, is_spread=False)
     row_tiles = pl.cdiv(num_rows, config.tile_rows)
     num_tiles = row_tiles * pl.cdiv(num_tokens, config.tokens)
-    num_ctas = min(num_tiles, chip.num_cores)
+    num_ctas = num_tiles if config.is_spread else min(num_tiles, chip.num_cores)
+    num_steps //= config.num_spread
     operands = [x, x_scale.reshape(-1), values, scale, layer.reshape(1)]
     if bias is not None:
         operands.append(bias)
@@ -68,6 +104,7 @@ def matmul(
     def body(*refs: Any, **scratch: Any) -> None:
         x_ref, x_scale_ref, values_ref, scale_ref, layer_ref, *biases, out_ref = refs
         layer_index = layer_ref[0]
+        first_step = lax.axis_index("part") * num_steps if config.num_spread > 1 else 0
 
         def locate(tile: jax.Array) -> _Place:
             # Row tiles vary fastest: CTAs side by side share their tokens, and weights stay in L2.
@@ -77,7 +114,7 @@ def matmul(
             )
 
         def fetch(place: _Place, step: jax.Array, weights: Any, tokens: Any, barrier: Any) -> None:
-            columns = pl.ds(step * STEP, STEP)
+            columns = pl.ds((first_step + step) * STEP, STEP)
             rows = pl.ds(place.row, config.tile_rows)
             plgpu.copy_gmem_to_smem(
                 values_ref.at[layer_index, rows, columns],
@@ -124,7 +161,7 @@ def matmul(
         streams = fp8_product.Streams(
             num_tiles=num_tiles,
             locate=locate,
-            num_steps=lambda place: pl.cdiv(width, STEP),
+            num_steps=lambda place: num_steps,
             fetch=fetch,
             fetch_scales=fetch_scales,
             finish=finish,

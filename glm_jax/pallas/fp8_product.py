@@ -9,12 +9,14 @@ the unit. A kernel is persistent: one CTA per SM takes tiles cta, cta + num_ctas
 stages carries on from tile to tile, so that the next tile's weights are under way while this one's
 products are being stored.
 
-K is walked in steps of 128 from the front and never split, whatever the number of tokens, tiles or
-SMs: the bits of a product depend on its own two rows alone.
+K is walked in steps of 128 from the front, in parts that depend on the weight's shape and the chip
+alone and are added in their order, whatever the number of tokens, tiles or SMs: the bits of a product
+depend on its own two rows. One CTA may walk all parts, or a cluster of CTAs one part each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,15 +26,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.tiling import STEP, TuningConfig
 
 FP8 = jnp.float8_e4m3fn
-# Columns of a stage: as wide as the widest swizzle that TMA and the tensor cores share.
-STEP = 128
 # Tiles whose scales may be under way: more than the ring's stages span where K is two steps short.
 SCALE_SLOTS = 4
 _ACC_SLOTS = 2
-# Of the 227 KiB a CTA may have, what is left when scales and barriers have theirs.
-_SHARED_MEMORY = 216 * 1024
 
 
 def _tiled(columns: int, dtype: Any) -> tuple[plgpu.Transform, ...]:
@@ -42,57 +41,9 @@ def _tiled(columns: int, dtype: Any) -> tuple[plgpu.Transform, ...]:
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
-@dataclass(frozen=True, slots=True)
-class TuningConfig:
-    """How a product is cut.
-
-    Attributes:
-      tokens: tokens per tile, N of an instruction.
-      rows: weight rows per warpgroup, M of an instruction.
-      warpgroups: how many warpgroups share a tile's tokens, each with its own weight rows.
-      stages: steps of 128 along K in flight.
-      fill: how many of a lone warpgroup's rows a tile really has; the others are never loaded nor
-        stored. Small products are cut this way rather than along K, to give every SM a share.
-    """
-
-    tokens: int
-    rows: int
-    warpgroups: int = 1
-    stages: int = 6
-    fill: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.tokens not in (16, 32, 64, 128):
-            raise ValueError(f"tokens={self.tokens} is not 16, 32, 64 or 128")
-        if self.rows not in (64, 128):
-            raise ValueError(f"rows={self.rows} is not 64 or 128")
-        if self.warpgroups not in (1, 2):
-            raise ValueError(f"warpgroups={self.warpgroups} is not 1 or 2")
-        if self.stages < 2:
-            raise ValueError(f"stages={self.stages}: a ring needs at least 2")
-        if self.fill not in (None, 32, 64) or (self.fill and self.warpgroups != 1):
-            raise ValueError(f"fill={self.fill} is not 32 or 64 rows of one warpgroup")
-
-    @property
-    def tile_rows(self) -> int:
-        """Weight rows of a tile."""
-        return self.fill or self.rows * self.warpgroups
-
-    @property
-    def store_rows(self) -> int:
-        """Weight rows that one warpgroup stores."""
-        return self.fill or self.rows
-
-
 def padding(num_tokens: int) -> int:
     """Tokens to add so that TMA, which counts them by eights, can address the last ones."""
     return -num_tokens % 8 if num_tokens > 8 else 0
-
-
-def fitting_stages(tokens: int, rows: int, *, halves: int = 1) -> int:
-    """How many stages a tile of so many tokens and weight rows leaves room for, 16 at most."""
-    staged = tokens * rows * 2
-    return min(16, (_SHARED_MEMORY - staged) // ((halves * rows + tokens) * STEP))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +109,14 @@ def scratch_types(
         "scales_full": plgpu.Barrier(num_arrivals=num_scale_copies, num_barriers=SCALE_SLOTS),
         "scales_empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=SCALE_SLOTS),
     }
+    if config.num_spread > 1:
+        others = config.num_spread - 1
+        types["partials"] = plgpu.SMEM(
+            (others, warpgroups, config.rows, config.tokens),
+            jnp.float32,
+            transforms=_tiled(min(config.tokens, 32), jnp.float32),
+        )
+        types["partials_full"] = plgpu.Barrier(num_arrivals=others, num_barriers=warpgroups)
     if is_sm100:
         accumulator = plgpu.TMEM((config.rows, config.tokens), jnp.float32)
         types["accumulators"] = [accumulator] * (_ACC_SLOTS * warpgroups * halves)
@@ -205,6 +164,8 @@ def launch(
         scratch_types=dict(scratch),
         grid=(num_ctas,),
         grid_names=("cta",),
+        cluster=(config.num_spread,) if config.num_spread > 1 else (),
+        cluster_names=("part",) if config.num_spread > 1 else (),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -293,6 +254,49 @@ class _Loop:
         count: int,
     ) -> None:
         """Rounds, stages and sends a tile's products(first, count), count tokens at a time."""
+        if self.config.num_spread > 1:
+            self._finish_spread(number, place, warpgroup, products)
+            return
+        self._store(number, place, warpgroup, products, count)
+
+    def _finish_spread(
+        self,
+        number: jax.Array,
+        place: Any,
+        warpgroup: jax.Array,
+        products: Callable[[int, int], list[jax.Array]],
+    ) -> None:
+        """Sends this CTA's part to the cluster's first one, which adds what it gets to its own."""
+        part, partials = lax.axis_index("part"), self.scratch["partials"]
+        full = self.scratch["partials_full"].at[warpgroup]
+        [mine] = products(0, self.config.tokens)
+
+        @pl.when(part > 0)
+        def _():
+            plgpu.async_store_smem(
+                mine,
+                partials.at[part - 1, warpgroup],
+                full,
+                cluster_idx=jnp.int32(0),
+                cluster_dim="part",
+            )
+
+        @pl.when(part == 0)
+        def _():
+            plgpu.barrier_wait(full)
+            total = mine
+            for other in range(self.config.num_spread - 1):
+                total = total + partials[other, warpgroup]
+            self._store(number, place, warpgroup, lambda *_: [total], self.config.tokens)
+
+    def _store(
+        self,
+        number: jax.Array,
+        place: Any,
+        warpgroup: jax.Array,
+        products: Callable[[int, int], list[jax.Array]],
+        count: int,
+    ) -> None:
         slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
         staged = self.scratch["staged"].at[warpgroup]
         plgpu.barrier_wait(self.scratch["scales_full"].at[slot])
@@ -329,9 +333,9 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
         _take_registers(config, 232)
 
         def multiply_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
-            num_steps = loop.streams.num_steps(place)
+            num_steps = loop.streams.num_steps(place) // config.num_walked
 
-            def multiply(*accumulators: Any) -> list[jax.Array]:
+            def multiply(first_step: jax.Array, *accumulators: Any) -> list[jax.Array]:
                 def step(index: jax.Array, _: None) -> None:
                     stage = loop.stage(first_step + index)
                     plgpu.barrier_wait(full.at[stage])
@@ -354,7 +358,16 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
                 return products
 
             accumulator = plgpu.WGMMAAccumulatorRef((config.rows, config.tokens), jnp.float32)
-            products = pl.run_scoped(multiply, *[accumulator] * loop.halves)
+            accumulators = [accumulator] * loop.halves
+            products = pl.run_scoped(partial(multiply, first_step), *accumulators)
+
+            def add_part(part: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
+                first = first_step + part * num_steps
+                more = pl.run_scoped(partial(multiply, first), *accumulators)
+                return [a + b for a, b in zip(sums, more, strict=True)]
+
+            if config.num_walked > 1:
+                products = lax.fori_loop(1, config.num_walked, add_part, products)
             loop.finish(number, place, warpgroup, lambda *_: products, config.tokens)
 
         loop.over_tiles(multiply_tile)

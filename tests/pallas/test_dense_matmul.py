@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from glm_jax.pallas.chip import Architecture, Chip
-from glm_jax.pallas.dense_matmul import default_config, matmul
-from glm_jax.pallas.fp8_product import FP8, TuningConfig
+from glm_jax.pallas.dense_matmul import default_config, matmul, num_parts
+from glm_jax.pallas.fp8_product import FP8
+from glm_jax.pallas.tiling import TuningConfig
 
 ROWS: dict[Architecture, int] = {"sm90": 64, "sm100": 128}
 ARCHITECTURES: tuple[Architecture, ...] = ("sm90", "sm100")
@@ -96,6 +97,17 @@ def test_a_token_has_the_same_bits_alone_and_in_any_tiling(architecture: Archite
     np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(together))
 
 
+def test_parts_of_a_wide_k_are_added_in_their_order_whatever_the_tiling() -> None:
+    chip = Chip("sm90", 4)
+    operands = random_operands(7, 17, 1024, 64)
+    assert num_parts(chip, 64, 1024) == 4
+    out = matmul(*operands, jnp.int32(0), chip=chip, interpret=True)
+    assert_close(out, reference(operands, 0, has_bias=True))
+    config = TuningConfig(tokens=16, rows=64, warpgroups=2, stages=3, parts=4, is_spread=True)
+    otherwise = matmul(*operands, jnp.int32(0), chip=chip, config=config, interpret=True)
+    np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(out))
+
+
 def test_neighbors_that_are_not_a_number_stay_where_they_are() -> None:
     operands = random_operands(5, 17, 192, 64)
     clean = matmul(*operands, jnp.int32(1), chip=Chip("sm90", 2), interpret=True)
@@ -114,6 +126,11 @@ def test_unsupported_shapes_and_mistaken_tilings_are_refused() -> None:
     operands = random_operands(6, 2, 24, 64)
     with pytest.raises(NotImplementedError, match="K and N must be multiples of 64"):
         matmul(*operands, jnp.int32(0), chip=Chip("sm90", 2), interpret=True)
+    with pytest.raises(NotImplementedError, match="are not config.parts=2"):
+        config = TuningConfig(tokens=16, rows=64, parts=2)
+        matmul(*random_operands(6, 2, 384, 64), jnp.int32(0), chip=Chip("sm90", 2), config=config)
+    with pytest.raises(ValueError, match="parts=9"):
+        TuningConfig(tokens=16, rows=64, parts=9)
     with pytest.raises(ValueError, match="tokens=24"):
         TuningConfig(tokens=24, rows=64)
     with pytest.raises(ValueError, match="rows=32"):
@@ -123,11 +140,16 @@ def test_unsupported_shapes_and_mistaken_tilings_are_refused() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("num_rows", [1792, 5120])
-def test_tiles_of_a_decode_step_give_a_third_of_the_sms_work(
-    architecture: Architecture, num_rows: int
+@pytest.mark.parametrize(("num_rows", "width"), [(1792, 5120), (5120, 1536)])
+def test_tiles_of_a_decode_step_give_the_sms_work(
+    architecture: Architecture, num_rows: int, width: int
 ) -> None:
-    chip = Chip(architecture, 148)
+    chip = Chip(architecture, 132)
     for num_tokens in (1, 64):
-        config = default_config(chip, num_tokens, num_rows)
-        assert num_rows // config.tile_rows >= chip.num_cores // 3
+        config = default_config(chip, num_tokens, num_rows, width)
+        num_ctas = num_rows // config.tile_rows * config.num_spread
+        assert num_ctas >= chip.num_cores // 3
+        if architecture == "sm90":
+            assert chip.num_cores * 4 // 5 <= num_ctas <= chip.num_cores
+        # What a step of many tokens adds in which order is the same.
+        assert default_config(chip, 8192, num_rows, width).parts == config.parts

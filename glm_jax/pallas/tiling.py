@@ -1,0 +1,78 @@
+"""How an FP8 product is cut into tiles, steps and parts.
+
+Knows no instruction: fp8_product does what is said here.
+"""
+
+from dataclasses import dataclass
+
+# Columns of a stage: as wide as the widest swizzle that TMA and the tensor cores share.
+STEP = 128
+# Of the 227 KiB a CTA may have, what is left when scales and barriers have theirs.
+_SHARED_MEMORY = 216 * 1024
+# CTAs of a cluster that every chip can place.
+_MOST_PARTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TuningConfig:
+    """How a product is cut.
+
+    Attributes:
+      tokens: tokens per tile, N of an instruction.
+      rows: weight rows per warpgroup, M of an instruction.
+      warpgroups: how many warpgroups share a tile's tokens, each with its own weight rows.
+      stages: steps of 128 along K in flight.
+      fill: how many of a lone warpgroup's rows a tile really has; the others are never loaded nor
+        stored. It gives more SMs a share of a small product.
+      parts: sums that K is cut into. Part of the answer: it decides the order of additions.
+      is_spread: whether a cluster of CTAs walks the parts, each one of them, for the first to add up;
+        every tile then has CTAs of its own. The bits are the same.
+    """
+
+    tokens: int
+    rows: int
+    warpgroups: int = 1
+    stages: int = 6
+    fill: int | None = None
+    parts: int = 1
+    is_spread: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens not in (16, 32, 64, 128):
+            raise ValueError(f"tokens={self.tokens} is not 16, 32, 64 or 128")
+        if self.rows not in (64, 128):
+            raise ValueError(f"rows={self.rows} is not 64 or 128")
+        if self.warpgroups not in (1, 2):
+            raise ValueError(f"warpgroups={self.warpgroups} is not 1 or 2")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: a ring needs at least 2")
+        if self.fill not in (None, 32, 64) or (self.fill and self.warpgroups != 1):
+            raise ValueError(f"fill={self.fill} is not 32 or 64 rows of one warpgroup")
+        if not 1 <= self.parts <= _MOST_PARTS:
+            raise ValueError(f"parts={self.parts} is not 1 to {_MOST_PARTS}")
+
+    @property
+    def num_spread(self) -> int:
+        """CTAs that share a tile."""
+        return self.parts if self.is_spread else 1
+
+    @property
+    def num_walked(self) -> int:
+        """Parts that one CTA walks."""
+        return 1 if self.is_spread else self.parts
+
+    @property
+    def tile_rows(self) -> int:
+        """Weight rows of a tile."""
+        return self.fill or self.rows * self.warpgroups
+
+    @property
+    def store_rows(self) -> int:
+        """Weight rows that one warpgroup stores."""
+        return self.fill or self.rows
+
+
+def fitting_stages(tokens: int, rows: int, *, halves: int = 1, num_spread: int = 1) -> int:
+    """How many stages a tile of so many tokens and weight rows leaves room for, 16 at most."""
+    staged = tokens * rows * (2 + 4 * (num_spread - 1))
+    return min(16, (_SHARED_MEMORY - staged) // ((halves * rows + tokens) * STEP))
