@@ -6,6 +6,7 @@ Knows no server: every number on the page stands in one of the files, and the pa
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,10 @@ def write(directory: Path) -> Path:
 def _section(path: Path) -> str:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        title, body = _BODIES[result["kind"]]
+        title, body, conditions = _BODIES[result["kind"]]
     except (ValueError, KeyError, TypeError) as error:
         raise PageError(f"{path} is no result of a measurement: {error}") from error
-    lines = [f"## {title} ({path.stem})", "", *body(result, path), "", *_conditions(result, path)]
+    lines = [f"## {title} ({path.stem})", "", *body(result, path), "", *conditions(result, path)]
     return "\n".join(lines) + "\n"
 
 
@@ -169,23 +170,92 @@ def _ratios(ratios: Sequence[Result]) -> Iterator[str]:
 
 
 def _frontend_peers(result: Result, path: Path) -> Iterator[str]:
+    columns = {
+        "tok/s": ("output_throughput", ",.0f"),
+        "user µs per token": ("user_us_per_token", ".2f"),
+        "system µs": ("system_us_per_token", ".2f"),
+        "tokens per event": ("tokens_per_event", ".1f"),
+    }
+    yield from _medians("server", columns, result["runs"])
+    yield ""
     yield from _ratios(result["ratios"])
 
 
 def _peers(result: Result, path: Path) -> Iterator[str]:
+    columns = {
+        "tok/s": ("output_throughput", ",.1f"),
+        "tok per CPU second": ("tokens_per_cpu_second", ",.1f"),
+    }
     for size, model in result["models"].items():
         yield f"{size}, {model['parameters'] / 1e6:.1f} million parameters:"
         yield ""
+        yield from _medians("engine", columns, model["runs"])
+        yield ""
         yield from _ratios(model["ratios"])
         yield ""
+        for name, why in model["left_out"].items():
+            yield f"{name} was left out: {why}"
+            yield ""
 
 
-_Body = Callable[[Result, Path], Iterator[str]]
-_BODIES: dict[str, tuple[str, _Body]] = {
-    "load": ("A server under load", _load),
-    "startup": ("The start", _startup),
-    "frontend": ("The front end without a model", _frontend),
-    "decode": ("The engine without HTTP", _decode),
-    "frontend-peers": ("The front end beside others", _frontend_peers),
-    "peers": ("The engine beside others on the CPU", _peers),
+def _medians(
+    whose: str, columns: dict[str, tuple[str, str]], runs: Sequence[Result]
+) -> Iterator[str]:
+    """Medians over the rounds, of each server or engine at each concurrency."""
+    groups: dict[tuple[int, str], list[Result]] = {}
+    for run in runs:
+        groups.setdefault((run["concurrency"], run[whose]), []).append(run)
+    yield from _table(
+        ("at a time", whose, *columns),
+        (
+            [str(number), name]
+            + [
+                format(statistics.median(run[field] for run in group), spec)
+                for field, spec in columns.values()
+            ]
+            for (number, name), group in groups.items()
+        ),
+    )
+
+
+def _kernels(result: Result, path: Path) -> Iterator[str]:
+    head = ("kernel", "shape", "error", "µs", "of the floor", "best alternative, µs")
+    yield from _table(head, map(_kernel_cells, result["results"]))
+
+
+def _kernel_cells(found: Result) -> Sequence[str]:
+    cells = (found["kernel"], found["shape"])
+    if "failed" in found:
+        return (*cells, found["failed"][:100].replace("|", "/").replace("\n", " "), "", "", "")
+    others = {name: times["us"] for name, times in found["alternatives"].items()}
+    best = min((others | found["peers_us"]).items(), key=lambda item: item[1], default=None)
+    wrong = "" if found["is_right"] else " **wrong**"
+    return (
+        *cells,
+        f"{found['error']:.1e}{wrong}",
+        f"{found['us']:.1f}",
+        f"{found['floor_us'] / found['us']:.0%}",
+        "-" if best is None else f"{best[1]:.1f} ({best[0]})",
+    )
+
+
+def _card_conditions(result: Result, path: Path) -> Iterator[str]:
+    rates = (f"{name} {rate / 1e12:.0f}" for name, rate in result["operations_per_second"].items())
+    yield f"Measured {result['date']} at commit {result['commit']} on {result['device']}, "
+    yield f"jax {result['jax']}. A floor is what this card's own copies (read and written together"
+    yield f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s) and products (TFLOP/s: "
+    yield f"{', '.join(rates)}) would take for the bytes and operations of the kernel."
+    yield f"Command: `{result['command']}`. File: `results/{path.name}`."
+
+
+_Lines = Callable[[Result, Path], Iterator[str]]
+# kind -> title, what was measured, on what.
+_BODIES: dict[str, tuple[str, _Lines, _Lines]] = {
+    "load": ("A server under load", _load, _conditions),
+    "startup": ("The start", _startup, _conditions),
+    "frontend": ("The front end without a model", _frontend, _conditions),
+    "decode": ("The engine without HTTP", _decode, _conditions),
+    "frontend-peers": ("The front end beside others", _frontend_peers, _conditions),
+    "peers": ("The engine beside others on the CPU", _peers, _conditions),
+    "kernels": ("Kernels", _kernels, _card_conditions),
 }

@@ -9,8 +9,9 @@ engine, through detokenizer, stop strings, parser and formatting; `bare` (Quart 
 ready-made bytes; `fastapi` (on uvicorn with httptools and uvloop) dumps each event's JSON. Every
 server is kept to one core and the client to another. Rounds alternate, and a ratio is of two runs
 of the same round; beside tokens per second there are tokens per second of the server's own CPU
-time, which other work on the machine hardly changes. The other environment needs fastapi,
-uvicorn[standard]; without it that server is left out.
+time, which other work on the machine hardly changes. The others send every token in an event of its
+own; ours joins tokens that come faster than they can be written, so tokens per event are told too.
+The other environment needs fastapi, uvicorn[standard]; without it that server is left out.
 """
 
 import asyncio
@@ -70,11 +71,15 @@ def measured(
     assert not summary["errors"], summary["error_examples"]
     # The warm-up's answers cost the server too.
     tokens = summary["output_tokens"] + concurrency * shape.output_len
-    cpu = after.user + after.system - before.user - before.system
+    user, system = after.user - before.user, after.system - before.system
+    num_events = summary["itl_ms"]["count"] + summary["completed"]
     return {
         "concurrency": concurrency,
         "output_throughput": summary["output_throughput"],
-        "tokens_per_cpu_second": tokens / cpu,
+        "tokens_per_cpu_second": tokens / (user + system),
+        "user_us_per_token": 1e6 * user / tokens,
+        "system_us_per_token": 1e6 * system / tokens,
+        "tokens_per_event": summary["output_tokens"] / num_events,
         "client_cores": summary["client"]["cpu_fraction"],
         "itl_p99_ms": summary["itl_ms"]["p99"],
     }
@@ -100,17 +105,20 @@ def ratios(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def show(runs: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     table = Table(title="tokens streamed, medians", title_justify="left")
-    for name in ("server", "streams", "tokens/s", "tokens per CPU s", "client, cores"):
+    columns = {
+        "tokens/s": ("output_throughput", 0),
+        "user us per token": ("user_us_per_token", 2),
+        "system us": ("system_us_per_token", 2),
+        "tokens per event": ("tokens_per_event", 1),
+        "client, cores": ("client_cores", 2),
+    }
+    for name in ("server", "streams", *columns):
         table.add_column(name, justify="right")
     for server, concurrency in dict.fromkeys((r["server"], r["concurrency"]) for r in runs):
         own = [r for r in runs if (r["server"], r["concurrency"]) == (server, concurrency)]
         cells = [
             f"{statistics.median(run[name] for run in own):,.{digits}f}"
-            for name, digits in (
-                ("output_throughput", 0),
-                ("tokens_per_cpu_second", 0),
-                ("client_cores", 2),
-            )
+            for name, digits in columns.values()
         ]
         table.add_row(server, str(concurrency), *cells)
     console = Console()

@@ -15,12 +15,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 Prompts = list[list[int]]
 # Prompts and tokens for each of them -> tokens generated in all.
 Generate = Callable[[Prompts, int], int]
+
+# What must not be closed before the process ends.
+_OPEN = ExitStack()
 
 
 def glm_jax(model_dir: str, length: int, slots: int) -> Generate:
@@ -29,7 +33,7 @@ def glm_jax(model_dir: str, length: int, slots: int) -> Generate:
     options = options_for(
         Path(model_dir), max_concurrency=slots, length=length, num_gpus=1, load_format="auto"
     )
-    bench = built(options, {}).__enter__()  # until the process ends
+    bench = _OPEN.enter_context(built(options, {}))
     rounds = iter(range(10**9))
 
     def generate(prompts: Prompts, output_len: int) -> int:

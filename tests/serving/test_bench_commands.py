@@ -115,7 +115,37 @@ def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_d
         "peers": {
             **got,
             "kind": "peers",
-            "models": {"small": {"parameters": 5e6, "ratios": [ratio | spread]}},
+            "models": {
+                "small": {
+                    "parameters": 5e6,
+                    "runs": [{**ratio, "engine": "them"}],
+                    "ratios": [ratio | spread],
+                    "left_out": {"others": "it ended"},
+                }
+            },
+        },
+        "kernels-x": {
+            "kind": "kernels",
+            "device": "A card",
+            "jax": "0.12",
+            "date": "today",
+            "commit": "abc",
+            "command": "measure it",
+            "copy_bytes_per_second": 3e12,
+            "operations_per_second": {"bf16": 7e14},
+            "results": [
+                {
+                    "kernel": "norm",
+                    "shape": "T=1",
+                    "error": 1e-3,
+                    "is_right": True,
+                    "us": 2.0,
+                    "floor_us": 1.0,
+                    "alternatives": {"XLA": {"us": 4.0}},
+                    "peers_us": {"torch": 3.0},
+                },
+                {"kernel": "route", "shape": "T=1", "failed": "ValueError: a | b"},
+            ],
         },
     }
     for name, result in several.items():
@@ -127,6 +157,9 @@ def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_d
     assert page.count("| 2 at a time | ") == 2
     assert f"{got['runs'][0]['output_throughput']:,.0f}" in page
     assert "| 8 | them | 2.00 | 1.00 … 3.00 | 5.00 | 4.00 … 6.00 |" in page
+    assert "| 8 | them | 2.0 | 5.0 |" in page and "others was left out: it ended" in page
+    assert "| norm | T=1 | 1.0e-03 | 2.0 | 50% | 3.0 (torch) |" in page
+    assert "| route | T=1 | ValueError: a / b |" in page and "Command: `measure it`" in page
     assert "<svg" in (tmp_path / "results" / "load.svg").read_text()
 
 

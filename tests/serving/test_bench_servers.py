@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from serving.bench.client import Sample, Target, ask, connected
-from serving.bench.summary import Summary
+from tests.serving.bench_runs import assert_agrees, bench, run_of
 from tests.serving.live import ROOT, launched, wait_until_ready
 from tests.serving.model_dir import write_model_dir
 
@@ -133,23 +132,6 @@ async def test_nobody_there_is_refused():
             assert (await ask(session, target, {"prompt": "x"})).error == "refused"
 
 
-def bench(url: str, result: Path, *flags: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "serving.bench", "--url", url, "--quiet", "--json", str(result)),
-        *flags,
-    ]
-
-
-def run_of(url: str, tmp_path: Path, *flags: str, expected: int = 0) -> list[Summary]:
-    """The runs of a benchmark in a process of its own."""
-    result = tmp_path / "result.json"
-    done = subprocess.run(
-        bench(url, result, *flags), cwd=ROOT, capture_output=True, text=True, timeout=90
-    )
-    assert done.returncode == expected, done.stdout + done.stderr
-    return json.loads(result.read_text())["runs"]
-
-
 @contextmanager
 def in_thread(answer: Answer) -> Iterator[str]:
     """A misbehaving server beside a test that blocks."""
@@ -229,13 +211,6 @@ def test_ctrl_c_reports_what_there_was(tmp_path, mock_dir):
     (got,) = json.loads(result.read_text())["runs"]
     assert got["completed"] > 0
     assert got["errors"] == {"unfinished": 8}
-
-
-def assert_agrees(got: Summary, *, ttft_within: float) -> None:
-    assert got["completed"] == got["requests"] > 0
-    assert got["server"]["output_tokens"] == got["output_tokens"]
-    assert got["server"]["input_tokens"] == got["input_tokens"]
-    assert got["ttft_ms"]["mean"] == pytest.approx(got["server"]["ttft_mean_ms"], rel=ttft_within)
 
 
 ASCII_LENGTHS = (
