@@ -9,6 +9,8 @@ there, takes part in the comparison.
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -118,6 +120,10 @@ def run(only: str, seconds: float, path: Path | None = None) -> dict[str, Any]:
     print(_HEADER)
     results = []
     report = {
+        "kind": "kernels",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "command": " ".join(["python tests/perf/kernels.py", *sys.argv[1:]]),
         "device": card.name,
         "jax": jax.__version__,
         "copy_bytes_per_second": card.copy,
@@ -141,6 +147,15 @@ def run(only: str, seconds: float, path: Path | None = None) -> dict[str, Any]:
                 path.write_text(json.dumps(report, indent=1) + "\n")
         pool.shutdown(wait=False, cancel_futures=True)
     return report
+
+
+def _commit() -> str:
+    """What is checked out here; empty where no git says it."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main(arguments: list[str]) -> int:
