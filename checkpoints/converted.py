@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from checkpoints.checksums import crc_of
+from checkpoints.direct import read_directly
 from checkpoints.layout import Grid, chunk_key
 from checkpoints.names import Placement
 from checkpoints.reader import DTYPES, CheckpointError, TensorInfo, aligned_empty, fill, rows_shape
@@ -102,17 +103,20 @@ class Converted:
     def read_into(self, name: str, rows: slice | None, target: np.ndarray) -> None:
         """As read, into a C-contiguous array of the chunk's dtype and of as many elements."""
         info = self.tensors[name]
-        skipped = rows.start * (info.nbytes // info.shape[0]) if rows is not None else 0
+        raw, first = target.reshape(-1).view(np.uint8), 0
+        if rows is not None:
+            first = rows.start * (info.nbytes // info.shape[0])
         try:
+            done = read_directly(info.file, raw) if rows is None else 0
             descriptor = os.open(info.file, os.O_RDONLY)
         except OSError as error:
-            raise CheckpointError(f"cannot open {info.file}: {error}") from error
+            raise CheckpointError(f"cannot read {info.file}: {error}") from error
         try:
-            fill(descriptor, info, target, skipped)
+            fill(descriptor, info, raw[done:], first + done)
         finally:
             os.close(descriptor)
         if rows is None:
-            self._check(name, crc_of(target))
+            self._check(name, crc_of(raw))
 
     def _check(self, name: str, found: int) -> None:
         path, key = name.rsplit("/", 1)

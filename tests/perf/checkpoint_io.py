@@ -1,8 +1,8 @@
 """How fast checkpoints are read and loaded here, against a plain sequential read of the same bytes.
 
-Run as `python tests/perf/checkpoint_io.py CONVERTED [--published DIR] [--without-mtp]`. Every row starts
-with the files out of the page cache; the plain read is taken before and after the rest. Needs as much
-memory as the weights.
+Run as `python tests/perf/checkpoint_io.py CONVERTED PUBLISHED`. Every row starts with the files out of
+the page cache, and plain reads and loads take turns. Needs as much memory as the weights, or as those
+that `--only TEXT` leaves: paths with the text in them, of the converted form alone.
 """
 
 import argparse
@@ -11,7 +11,9 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -24,6 +26,7 @@ from glm_jax.mtp import weight_specs
 from glm_jax.sharding import make_mesh
 
 BUFFER_BYTES = 16 << 20
+SAMPLE_BYTES = 1 << 29  # read in each of the ways to read
 BLOCK_BYTES = 4096  # what O_DIRECT reads in multiples of
 
 
@@ -57,7 +60,12 @@ def read_mapped(file: Path, buffer: np.ndarray) -> None:
         buffer[: piece.size] = piece
 
 
-def all_files(files: list[Path], read: Callable, num_readers: int, *arguments: object) -> None:
+def size_of(files: list[Path]) -> int:
+    """Bytes of the files together."""
+    return sum(file.stat().st_size for file in files)
+
+
+def all_files(files: list[Path], read: Callable, num_readers: int, *arguments: Any) -> None:
     """Every file, several at a time, each reader with a buffer of its own."""
 
     def share(number: int) -> None:
@@ -72,50 +80,47 @@ def all_files(files: list[Path], read: Callable, num_readers: int, *arguments: o
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("converted", type=Path)
-    parser.add_argument("--published", type=Path)
-    parser.add_argument("--without-mtp", action="store_true")
+    parser.add_argument("published", type=Path)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     config = ModelConfig.from_directory(options.converted)
-    specs = weight_specs(config, np.dtype("bfloat16"), with_mtp=not options.without_mtp)
+    specs = weight_specs(config, np.dtype("bfloat16"), with_mtp=True)
+    specs = {path: spec for path, spec in specs.items() if options.only in path}
     chunks = sorted((options.converted / "weights").glob("*/c.*"))
     wanted = [file for file in chunks if file.parent.name in specs]
-    nbytes = sum(file.stat().st_size for file in wanted)
     rates: dict[str, float] = {}
 
-    def measure(name: str, files: list[Path], work: Callable[[], object]) -> None:
+    def measure(name: str, files: list[Path], work: Callable[[], object], nbytes: int) -> None:
         forget(files)
         start = time.perf_counter()
         work()
         rates[name] = nbytes / (time.perf_counter() - start) / 1e9
         share = rates[name] / rates["sequential read"]
-        print(f"{name:40} {rates[name]:7.3f} GB/s  {share:5.2f}", flush=True)
+        print(f"{name:32} {rates[name]:7.3f} GB/s  {share:5.2f}", flush=True)
 
-    def load(directory: Path, num_readers: int) -> None:
+    def measure_files(name: str, files: list[Path], *how: Any) -> None:
+        measure(name, files, lambda: all_files(files, *how), size_of(files))
+
+    def measure_load(name: str, directory: Path, files: list[Path], num_readers: int) -> None:
         reading = Reading(num_readers=num_readers)
-        load_weights(directory, config, specs, make_mesh(1), progress=False, reading=reading)
+        work = partial(load_weights, directory, config, specs, make_mesh(1), False, reading=reading)
+        measure(name, files, work, size_of(wanted))
 
-    direct = os.O_DIRECT
-    print(f"{nbytes / 1e9:.3f} GB of weights in {len(wanted)} chunks")
-    measure("sequential read", wanted, lambda: all_files(wanted, read_plainly, 1))
-    for count in (4, 16):
-        measure(
-            f"pread, {count} readers", wanted, lambda n=count: all_files(wanted, read_plainly, n)
-        )
-        measure(
-            f"mapped, {count} readers", wanted, lambda n=count: all_files(wanted, read_mapped, n)
-        )
-        measure(
-            f"O_DIRECT, {count} readers", wanted,
-            lambda n=count: all_files(wanted, read_plainly, n, direct),
-        )  # fmt: skip
-    for count in (4, 16):
-        measure(
-            f"load converted, {count} readers", wanted, lambda n=count: load(options.converted, n)
-        )
-    if options.published:
-        shards = sorted(options.published.glob("*.safetensors"))
-        measure("load published, 4 readers", shards, lambda: load(options.published, 4))
-    measure("sequential read again", wanted, lambda: all_files(wanted, read_plainly, 1))
+    few = wanted[:: max(1, size_of(wanted) // SAMPLE_BYTES)]
+    print(f"{size_of(few) / 1e9:.3f} GB in {len(few)} chunks")
+    measure_files("sequential read", few, read_plainly, 1)
+    for count in (1, 4, 16):
+        measure_files(f"pread, {count} readers", few, read_plainly, count)
+        measure_files(f"O_DIRECT, {count} readers", few, read_plainly, count, os.O_DIRECT)
+    measure_files("mapped, 1 reader", few[:1], read_mapped, 1)
+    print(f"{size_of(wanted) / 1e9:.3f} GB in {len(wanted)} chunks")
+    for _ in range(options.turns):
+        measure_files("sequential read", wanted, read_plainly, 1)
+        measure_load("load converted", options.converted, wanted, 4)
+        if not options.only:
+            shards = sorted(options.published.glob("*.safetensors"))
+            measure_load("load published", options.published, shards, 4)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""Reads of whole files past the page cache, unless they are in it.
+
+Knows no tensors. A file that is not cached comes straight from the disk into its place: on a busy
+machine two to three times as fast as through the cache. One that is cached, as after a restart,
+comes from there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+
+_BLOCK_BYTES = 4096  # direct reads start, end and land at multiples of it
+_MIN_BYTES = 1 << 20
+# What file systems answer that have no direct reads, or none at this place.
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+
+
+def read_directly(file: Path, raw: np.ndarray) -> int:
+    """Reads a file's beginning, as far as direct reads go, into bytes; returns how many it read.
+
+    The rest, which may be all, is for an ordinary read: the end that fills no block, and everything
+    where the file is small, cached, or on a file system without direct reads.
+
+    Args:
+      raw: uint8, contiguous, as long as the file.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    direct = getattr(os, "O_DIRECT", None)
+    wanted = raw.size // _BLOCK_BYTES * _BLOCK_BYTES
+    if direct is None or raw.size < _MIN_BYTES or raw.ctypes.data % _BLOCK_BYTES:
+        return 0
+    try:
+        descriptor = os.open(file, os.O_RDONLY | direct)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return 0
+        raise
+    try:
+        if _is_cached(file, wanted - _BLOCK_BYTES):
+            return 0
+        done = 0
+        while done < wanted:
+            count = os.preadv(descriptor, [raw[done:wanted]], done)
+            done += count
+            if count == 0 or done % _BLOCK_BYTES:
+                break
+        return done
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return 0
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _is_cached(file: Path, last: int) -> bool:
+    """Whether the first block and the one that begins at byte `last` are in the page cache."""
+    descriptor = os.open(file, os.O_RDONLY)
+    block = bytearray(_BLOCK_BYTES)
+    try:
+        return all(os.preadv(descriptor, [block], at, os.RWF_NOWAIT) for at in (0, last))
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
