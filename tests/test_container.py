@@ -1,0 +1,302 @@
+"""The Dockerfile and the Kubernetes manifest: linted, held against the server, run as far as no engine is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from serving.__main__ import main
+from serving.app import create_app
+from tests.serving.scripted import ScriptedEngine, scripted_service
+
+ROOT = Path(__file__).parents[1]
+STARTING = 300  # seconds; a machine that has run the tests before needs a few
+
+
+class Instruction(NamedTuple):
+    """One instruction of a stage, its lines joined."""
+
+    name: str
+    rest: str
+
+
+def read_stages() -> dict[str, list[Instruction]]:
+    """The Dockerfile's instructions by stage; the last stage's name is empty."""
+    text = "\n".join(
+        line
+        for line in (ROOT / "Dockerfile").read_text().splitlines()
+        if not line.startswith("#") and line
+    )
+    stages: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        name, _, rest = line.partition(" ")
+        if name == "FROM":
+            current = stages.setdefault(rest.partition(" AS ")[2], [])
+        else:
+            current.append(Instruction(name, rest.strip()))
+    return stages
+
+
+STAGES = read_stages()
+
+
+def only(stage: str, name: str) -> str:
+    """The one instruction of this name."""
+    (rest,) = (each.rest for each in STAGES[stage] if each.name == name)
+    return rest
+
+
+def copied_from_checkout() -> set[str]:
+    return {
+        source
+        for stage in STAGES.values()
+        for name, rest in stage
+        if name == "COPY" and not rest.startswith("--from")
+        for source in rest.split()[:-1]
+    }
+
+
+def environment_of(stage: str) -> dict[str, str]:
+    """What ENV sets, variables left as they are."""
+    return dict(
+        pair.partition("=")[::2]
+        for name, rest in STAGES[stage]
+        if name == "ENV"
+        for pair in shlex.split(rest)
+    )
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    run = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_hadolint_would_find_something(tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM python\nRUN cd /tmp && sudo pip install jax\n")
+    hadolint = Path(sys.executable).parent / "hadolint"
+    run = subprocess.run([hadolint, tmp_path / "Dockerfile"], capture_output=True, text=True)
+    assert run.returncode == 1 and "DL3006" in run.stdout
+
+
+def test_what_is_copied_is_what_the_builder_gets() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in lines and "**/__pycache__" in lines
+    let_in = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    assert copied_from_checkout() == let_in
+    assert all((ROOT / name).exists() for name in let_in)
+
+
+@pytest.mark.parametrize(("extra", "has_gpu_packages"), [("cuda12", True), ("none", False)])
+def test_the_packages_are_those_of_the_lock_all_hashed(
+    tmp_path: Path, extra: str, has_gpu_packages: bool
+) -> None:
+    _, sed, install = only("packages", "RUN").split(" && ")
+    assert "--require-hashes -r requirements.txt" in install
+    assert only("packages", "ARG") == "EXTRA=cuda12"
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    subprocess.run(
+        ["sh", "-euc", sed], cwd=tmp_path, env={**os.environ, "EXTRA": extra}, check=True
+    )
+    entries = entries_of(tmp_path / "requirements.txt")
+    assert all("--hash=sha256:" in entry for entry in entries)
+    # pip takes what has no marker, and a marker that names the empty extra.
+    taken = {
+        re.split("[=; ]", entry)[0]
+        for entry in entries
+        if "extra ==" not in entry or "extra == ''" in entry
+    }
+    assert {"jax", "granian", "tokenizers"} <= taken
+    assert ("jax-cuda12-plugin" in taken) == has_gpu_packages
+    assert not taken & {"pytest", "modal"}
+
+
+def test_what_builds_the_wheel_is_pinned_and_hashed(tmp_path: Path) -> None:
+    sed, install = first_run("project").split(" && ")
+    assert "--require-hashes -r builders.txt" in install
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    subprocess.run(["sh", "-euc", sed], cwd=tmp_path, check=True)
+    (entry,) = entries_of(tmp_path / "builders.txt")
+    assert re.match(r"setuptools==[\d.]+ +--hash=sha256:", entry) and "extra" not in entry
+
+
+def first_run(stage: str) -> str:
+    return next(rest for name, rest in STAGES[stage] if name == "RUN")
+
+
+def entries_of(requirements: Path) -> list[str]:
+    text = requirements.read_text().replace("\\\n", " ")
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
+    """The project's stage run in a scratch directory, and the last stage's environment for it.
+
+    The packages are this environment's, which are the lock's too.
+    """
+    build = tmp_path / "build"
+    build.mkdir()
+    for name in copied_from_checkout():
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, build / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, build)
+    *_, install = (rest for name, rest in STAGES["project"] if name == "RUN")
+    assert install.startswith("pip install ")
+    command = inside(f"{shlex.quote(sys.executable)} -m {install}", tmp_path)
+    subprocess.run(["sh", "-euc", command], cwd=build, check=True, capture_output=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ours = environment_of("") | {"PORT": port, "PATH": os.environ["PATH"]}
+    environment = {key: inside(value, tmp_path) for key, value in ours.items()}
+    for name in (
+        "JAX_PLATFORMS",
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    ):
+        environment[name] = os.environ[name]
+    yield environment, tmp_path
+
+
+def inside(text: str, root: Path) -> str:
+    """Paths of the container as paths in the scratch directory."""
+    return re.sub(r"(?<![\w/])/(opt|tmp)\b", rf"{root}/\1", text)
+
+
+@pytest.mark.slow
+def test_the_container_serves_nano_tells_its_health_and_drains(
+    container: tuple[dict[str, str], Path],
+) -> None:
+    environment, root = container
+    work = root / only("", "WORKDIR").strip("/")
+    work.mkdir()
+    _, python, *arguments = ["", *json.loads(only("", "CMD"))]
+    assert python == "python"
+    health = json.loads(only("", "HEALTHCHECK").partition(" CMD ")[2])[1:]
+    url = f"http://127.0.0.1:{environment['PORT']}"
+    log = (root / "log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, *arguments], cwd=work, env=environment, stdout=log, stderr=log
+    )
+    try:
+
+        def is_healthy() -> bool:
+            run = subprocess.run([sys.executable, *health], env=environment, capture_output=True)
+            return run.returncode == 0
+
+        wait_for(is_healthy, server)
+        wait_for(lambda: is_answered(f"{url}/readyz"), server)
+        body = {"model": "nano", "prompt": "Hi", "max_tokens": 1}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert json.load(response)["usage"]["completion_tokens"] == 1
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        assert not is_healthy()
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+
+
+def is_answered(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def wait_for(condition: Any, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + STARTING
+    while not condition():
+        assert server.poll() is None and time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+def test_nobody_is_root_and_the_port_is_the_servers() -> None:
+    assert only("", "USER") == "10001:10001"
+    assert only("", "EXPOSE") == environment_of("")["PORT"] == "5000"
+
+
+OBJECTS = {
+    each["kind"]: each for each in yaml.safe_load_all((ROOT / "docs/kubernetes.yaml").read_text())
+}
+TEMPLATE = OBJECTS["Deployment"]["spec"]["template"]
+(CONTAINER,) = TEMPLATE["spec"]["containers"]
+
+
+def test_the_pod_runs_the_command_of_the_image_with_flags_that_exist() -> None:
+    assert CONTAINER["command"] == json.loads(only("", "CMD"))
+    flags = {opt: each for each in main.commands["serve"].params for opt in each.opts}
+    for argument in CONTAINER["args"]:
+        name, equals, value = argument.partition("=")
+        assert flags[name].is_flag == (not equals), argument  # type: ignore[attr-defined]
+        if not value.startswith("/"):  # a path of the pod's
+            flags[name].type.convert(value or True, flags[name], None)
+
+
+async def test_probes_and_annotations_name_routes_of_the_server(tmp_path: Path) -> None:
+    engine = ScriptedEngine(lambda request: [])
+    async with scripted_service(engine, tmp_path) as service:
+        routes = {rule.rule for rule in create_app(service).url_map.iter_rules()}
+        metrics = service.metrics.exposition()
+    probes = [CONTAINER[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    annotations = TEMPLATE["metadata"]["annotations"]
+    named = {probe["path"] for probe in probes} | {annotations["prometheus.io/path"]}
+    assert named == {"/healthz", "/readyz", "/metrics"} <= routes
+    text = (ROOT / "docs/kubernetes.yaml").read_text()
+    assert "/load" in routes and "reads /load" in text
+    told = set(re.findall(r"\bglm_\w+", text))
+    assert told and all(name.encode() in metrics for name in told)
+
+
+def test_ports_agree_from_the_service_to_the_server() -> None:
+    (port,) = CONTAINER["ports"]
+    (outside,) = OBJECTS["Service"]["spec"]["ports"]
+    assert str(port["containerPort"]) == only("", "EXPOSE")
+    assert TEMPLATE["metadata"]["annotations"]["prometheus.io/port"] == only("", "EXPOSE")
+    assert outside["targetPort"] == port["name"]
+    for kind in ("startup", "readiness", "liveness"):
+        assert CONTAINER[f"{kind}Probe"]["httpGet"]["port"] == port["name"]
+
+
+def test_the_pod_is_the_images_user_and_drains_before_it_is_killed() -> None:
+    user = TEMPLATE["spec"]["securityContext"]
+    assert user["runAsNonRoot"] and f"{user['runAsUser']}:{user['runAsGroup']}" == only("", "USER")
+    (waiting,) = re.findall(
+        r"time\.sleep\((\d+)\)", CONTAINER["lifecycle"]["preStop"]["exec"]["command"][2]
+    )
+    assert TEMPLATE["spec"]["terminationGracePeriodSeconds"] > int(waiting) + 60
+
+
+def test_every_volume_is_mounted_and_every_selector_finds_the_pod() -> None:
+    volumes = {each["name"]: each for each in TEMPLATE["spec"]["volumes"]}
+    assert set(volumes) == {each["name"] for each in CONTAINER["volumeMounts"]}
+    claim = volumes["weights"]["persistentVolumeClaim"]["claimName"]
+    assert claim == OBJECTS["PersistentVolumeClaim"]["metadata"]["name"]
+    labels = TEMPLATE["metadata"]["labels"]
+    assert OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert OBJECTS["Service"]["spec"]["selector"] == labels
+    assert OBJECTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
