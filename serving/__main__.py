@@ -17,7 +17,8 @@ import uvloop
 from glm_jax.environment import prepare
 from glm_jax.shapes import MAX_DRAFTS
 from serving.app import HttpOptions
-from serving.gate import Access
+from serving.bridge import CannotStartError
+from serving.gate import Access, Observe
 from serving.operations import Profiler
 from serving.server import Address
 from serving.wiring import BuildEngine, Options, StartupError, mock_engine, run
@@ -76,6 +77,9 @@ def main() -> None:
 @option("--max-new-tokens", 2048, _COUNT, "Tokens of a completion.")
 @option("--max-prompt-tokens", 2048, _COUNT, "Tokens of a prompt.")
 @option("--num-gpus", 8, _COUNT, "Devices of the mesh; on CPU as many of them as exist.")
+@option("--coordinator", None, str, "HOST:PORT of process 0, where several share the devices.")
+@option("--num-processes", 1, _COUNT, "Processes that share the devices; all are started alike.")
+@option("--process-id", 0, click.IntRange(min=0), "Which of them this is: 0 serves, others follow.")
 @option("--log-level", "INFO", _LEVELS, "Least severity that is logged.")
 @option("--queue-size", 256, click.IntRange(min=0), "Requests that may wait for a slot.")
 @option("--queue-timeout", 0.0, _SECONDS, "Seconds a request may wait to begin; 0: no limit.")
@@ -142,6 +146,9 @@ def main() -> None:
 @option("--body-timeout", 60.0, _SECONDS, "Seconds for its body to come.")
 @option("--keep-alive", 15.0, _SECONDS, "Seconds after which a silent stream says so; 0: never.")
 @option("--access-log", False, bool, "Log every request as a line of JSON.", is_flag=True)
+@option(
+    "--otlp-endpoint", None, str, "Collector of OpenTelemetry traces, such as http://host:4318."
+)
 @option("--profile-dir", None, _DIRECTORY, "Where /start_profile writes; without it, it is off.")
 def serve(**flags: Any) -> None:
     """Serve a model over HTTP."""
@@ -154,6 +161,10 @@ def serve(**flags: Any) -> None:
         raise click.UsageError("--tls-cert and --tls-key go together")
     if flags["speculative_tokens"] and flags["decode_steps"] > 1:
         raise click.UsageError("--speculative-tokens and --decode-steps exclude each other")
+    if (flags["num_processes"] > 1) != (flags["coordinator"] is not None):
+        raise click.UsageError("--coordinator and --num-processes go together")
+    if flags["process_id"] >= flags["num_processes"]:
+        raise click.UsageError("--process-id must be less than --num-processes")
     address = Address(
         host=flags.pop("host"),
         port=flags.pop("port"),
@@ -167,11 +178,24 @@ def serve(**flags: Any) -> None:
     options = Options(address=address, served_model_names=names, http=http, **flags)
     for name in sorted(flags):
         logging.getLogger("serving").info("%s = %s", name, flags[name])
+    if options.process_id > 0:
+        sys.exit(_follow(options))
     try:
         code = uvloop.run(run(options, build, profiler))
     except StartupError as error:
         raise click.ClickException(str(error)) from error
     sys.exit(code)
+
+
+def _follow(options: Options) -> int:
+    from serving.model_engine import follow  # JAX takes seconds, which --mock need not wait
+
+    try:
+        follow(options)
+    except CannotStartError as error:
+        logging.getLogger("serving").critical("this process cannot follow: %s", error)
+        return 1
+    return 0
 
 
 def _http_options(flags: dict[str, Any]) -> HttpOptions:
@@ -191,7 +215,21 @@ def _http_options(flags: dict[str, Any]) -> HttpOptions:
         max_body_bytes=flags.pop("max_body_mb") * 2**20,
         body_timeout=flags.pop("body_timeout"),
         keep_alive=flags.pop("keep_alive"),
+        observe=_tracing(flags.pop("otlp_endpoint")),
     )
+
+
+def _tracing(endpoint: str | None) -> Observe | None:
+    """What makes traces, where they are asked for."""
+    if endpoint is None:
+        return None
+    try:
+        from serving import tracing  # an extra, which nobody else needs
+
+        return tracing.to_collector(endpoint)
+    except ImportError as error:
+        message = "--otlp-endpoint needs the packages of the extra otel: make env EXTRAS=otel"
+        raise click.UsageError(f"{message} ({error})") from error
 
 
 def _log_access() -> None:

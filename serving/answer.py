@@ -157,6 +157,11 @@ class Answer:
         self._times = Times(arrived=arrived)
         self._metrics = metrics
 
+    @property
+    def times(self) -> Times:
+        """When its parts began."""
+        return self._times
+
     def __enter__(self) -> Self:
         return self
 

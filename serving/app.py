@@ -20,7 +20,7 @@ from serving.anthropic import MessagesRequest
 from serving.anthropic_replies import error_body
 from serving.errors import ApiError
 from serving.formats import Format
-from serving.gate import REFUSED, REPLY, Access, Gate
+from serving.gate import BODY, REFUSED, REPLY, Access, Gate, Observe
 from serving.openai_responses import ResponsesRequest
 from serving.operations import Profiler, add_operations, json_response
 from serving.pages import add_pages
@@ -49,12 +49,14 @@ class HttpOptions:
       max_body_bytes: of a request.
       body_timeout: seconds in which a request's body must have come.
       keep_alive: seconds after which a stream that has nothing to say says so; 0: never.
+      observe: told of every request once it is over.
     """
 
     access: Access = Access()
     max_body_bytes: int = 16 * 2**20
     body_timeout: float = 60.0
     keep_alive: float = 15.0
+    observe: Observe | None = None
 
 
 def create_app(
@@ -74,7 +76,7 @@ def create_app(
     add_operations(app, service, profiler)
     add_pages(app)
     _add_errors(app)
-    app.asgi_app = Gate(app.asgi_app, options.access)  # type: ignore[assignment]
+    app.asgi_app = Gate(app.asgi_app, options.access, options.observe)  # type: ignore[assignment]
     return app
 
 
@@ -112,6 +114,7 @@ async def _generate(service: Service, route: Route, keep_alive: float) -> Respon
     try:
         data = await request.get_data(cache=False, as_text=False, parse_form_data=False)
         body = wire.parse(route.kind, data, route.refused)
+        request.scope[BODY] = body  # type: ignore[typeddict-unknown-key]
         reply, format = await route.begin(body, endpoint=request.path, arrived=arrived)
     except Exception as error:
         reason = error.code if isinstance(error, ApiError) and error.retry_after else None

@@ -20,6 +20,8 @@ from typing import Any
 
 from serving import errors
 from serving.errors import ApiError
+from serving.reply import Reply
+from serving.wire import Wire
 
 access_log = logging.getLogger("serving.access")
 
@@ -33,7 +35,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 _OPEN = ("/", "/docs", "/healthz", "/readyz", "/metrics", "/openapi.json", "/version", "/load")
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,200}")
-# Where a route leaves what the access log should tell of its answer.
+# Where a route leaves what it was asked and what it answers, for the access log and traces.
+BODY = "glm.body"
 REPLY = "glm.reply"
 
 
@@ -52,12 +55,21 @@ class Access:
     is_logged: bool = False
 
 
-class Gate:
-    """An ASGI application in front of another one."""
+# Told of a visit that is over.
+Observe = Callable[["Visit"], None]
 
-    def __init__(self, app: Application, access: Access) -> None:
+
+class Gate:
+    """An ASGI application in front of another one.
+
+    Args:
+      observe: told of every visit once it is over.
+    """
+
+    def __init__(self, app: Application, access: Access, observe: Observe | None = None) -> None:
         self._app = app
         self._access = access
+        self._observe = observe
         self._digests = [_digest(key.encode()) for key in access.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,8 +86,11 @@ class Gate:
             await self._app(scope, receive, passed_on)
         else:
             await self._app(scope, receive, passed_on)
+        visit.ended = time.monotonic()
         if self._access.is_logged:
             access_log.info("%s", json.dumps(visit.record()))
+        if self._observe is not None:
+            self._observe(visit)
 
     def _origin(self, headers: dict[bytes, bytes]) -> bytes | None:
         """The origin to be told that it may ask."""
@@ -112,26 +127,59 @@ class Visit:
     """One request on its way.
 
     Attributes:
+      id: of the request.
       origin: the origin that is told that it may ask; None: no page does.
+      status: of the answer; 0 before there is one.
+      started, ended: when it came and when it was over, in seconds of time.monotonic().
     """
 
     def __init__(self, scope: Scope, asked_id: bytes, origin: bytes | None) -> None:
         is_fit = _REQUEST_ID.fullmatch(asked_id)
-        self._id = asked_id if is_fit else secrets.token_hex(16).encode()
-        scope["glm.request_id"] = self._id.decode()
+        self.id = asked_id.decode() if is_fit else secrets.token_hex(16)
+        scope["glm.request_id"] = self.id
         self._scope = scope
         self.origin = origin
-        self._started = time.monotonic()
-        self._status = 0
+        self.started = self.ended = time.monotonic()
+        self._clock_offset = time.time() - self.started
+        self.status = 0
         self._first_byte: float | None = None
         self._num_bytes = 0
+
+    @property
+    def method(self) -> str:
+        return self._scope["method"]
+
+    @property
+    def path(self) -> str:
+        return self._scope["path"]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in self._scope["headers"]
+        }
+
+    @property
+    def body(self) -> Wire | None:
+        """What was asked, if it was for an answer."""
+        return self._scope.get(BODY)
+
+    @property
+    def reply(self) -> Reply | None:
+        """What was answered, if anything was."""
+        return self._scope.get(REPLY)
+
+    def wall_time(self, moment: float) -> int:
+        """Nanoseconds since 1970, of a moment in seconds of time.monotonic()."""
+        return round(1e9 * (moment + self._clock_offset))
 
     def sending(self, send: Send) -> Send:
         """`send` with the headers that every answer has, watched."""
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._status = message["status"]
+                self.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *self._headers()]
             elif message["type"] == "http.response.body":
                 body = message.get("body", b"")
@@ -143,9 +191,9 @@ class Visit:
         return watched
 
     def _headers(self) -> Iterable[tuple[bytes, bytes]]:
-        yield b"x-request-id", self._id
+        yield b"x-request-id", self.id.encode()
         if self._scope["path"].startswith("/v1/messages"):
-            yield b"request-id", self._id
+            yield b"request-id", self.id.encode()
         if self.origin:
             yield b"access-control-allow-origin", self.origin
             yield b"access-control-expose-headers", b"x-request-id, retry-after"
@@ -153,22 +201,20 @@ class Visit:
 
     def record(self) -> dict[str, Any]:
         """What the access log tells."""
-        now = time.monotonic()
         client = self._scope.get("client")
         fields: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "request_id": self._id.decode(),
+            "request_id": self.id,
             "client": client[0] if client else None,
             "method": self._scope["method"],
             "path": errors.shorten(self._scope["path"], 200),
-            "status": self._status,
+            "status": self.status,
             "bytes": self._num_bytes,
-            "seconds": round(now - self._started, 6),
+            "seconds": round(self.ended - self.started, 6),
         }
         if self._first_byte is not None:
-            fields["first_byte_seconds"] = round(self._first_byte - self._started, 6)
-        reply = self._scope.get(REPLY)
-        if reply is not None:
+            fields["first_byte_seconds"] = round(self._first_byte - self.started, 6)
+        if (reply := self.reply) is not None:
             usage = reply.usage
             fields |= {
                 "answer": reply.id,

@@ -13,6 +13,7 @@ from typing import Self
 
 from glm_jax.engine.request import PromptLogprob
 from serving.answer import Answer, Finish, Part, Sampled, Usage
+from serving.metrics import Times
 from serving.parsers import Delta
 
 
@@ -63,6 +64,11 @@ class Reply:
     def finish_reasons(self) -> list[str | None]:
         """How the answers have ended, in their order; None: not, or not yet."""
         return [answer.finish and answer.finish.reason for answer in self._answers]
+
+    @property
+    def times(self) -> list[Times]:
+        """When the parts of each answer began."""
+        return [answer.times for answer in self._answers]
 
     def __enter__(self) -> Self:
         for answer in self._answers:
