@@ -20,6 +20,8 @@ _GIB = 1 << 30
 
 # Temporaries of the largest step, per device: a prefill of 8192 tokens of GLM-4.7 compiles to 3.95 GB.
 _TEMPORARIES = 5 * _GIB
+# Bytes that sampling holds for each logit: seven float32 arrays, of all tokens that a step verifies.
+_SAMPLING_BYTES = 7 * 4
 # A developer's machine has no memory set aside: enough for 64 conversations with a small model.
 _HOST_KV_BYTES = 512 * _MIB
 
@@ -89,7 +91,7 @@ def choose_shapes(
         mesh,
         dtype,
         platform=_platform(mesh),
-        kv_bytes=_kv_bytes(config, mesh, dtype, with_mtp=num_drafts > 0),
+        kv_bytes=_kv_bytes(config, mesh, dtype, max_concurrency, num_drafts),
         kv_dtype=dtype if kv_dtype is None else kv_dtype,
         max_concurrency=max_concurrency,
         max_seq_len=max_seq_len,
@@ -177,7 +179,9 @@ def weight_bytes(
     return total
 
 
-def _kv_bytes(config: ModelConfig, mesh: Mesh, dtype: np.dtype, *, with_mtp: bool) -> int:
+def _kv_bytes(
+    config: ModelConfig, mesh: Mesh, dtype: np.dtype, max_concurrency: int, num_drafts: int
+) -> int:
     """Bytes that can hold keys and values, over all devices together."""
     if _platform(mesh) == "cpu":
         return _HOST_KV_BYTES
@@ -185,5 +189,7 @@ def _kv_bytes(config: ModelConfig, mesh: Mesh, dtype: np.dtype, *, with_mtp: boo
     if "bytes_limit" not in stats:
         raise SizingError("the device does not say how much memory it has")
     # The limit is JAX's own share of the device already (environment.py).
-    free = stats["bytes_limit"] - _TEMPORARIES
-    return mesh.size * (free - weight_bytes(config, dtype, mesh.size, with_mtp=with_mtp))
+    sampling = max_concurrency * (1 + num_drafts) * config.vocab_size * _SAMPLING_BYTES
+    free = stats["bytes_limit"] - max(_TEMPORARIES, sampling)
+    weights = weight_bytes(config, dtype, mesh.size, with_mtp=num_drafts > 0)
+    return mesh.size * (free - weights)
