@@ -1,14 +1,17 @@
 """The bundled model, served by a real process and asked by real clients."""
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import openai
 import pytest
 
+from tests.serving.bench_runs import assert_agrees, run_of
 from tests.serving.live import (
     Process,
     body,
@@ -18,6 +21,7 @@ from tests.serving.live import (
     stream_text,
     wait_until_ready,
 )
+from tests.serving.schemas import random_schema
 
 NANO = Path(__file__).parents[2] / "checkpoints" / "nano"
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -95,6 +99,40 @@ async def test_a_conversation_too_long_is_refused_and_the_next_one_answered(serv
     assert answer.choices[0].message.content
 
 
+async def check_schemas(server: Process, seeds: range) -> int:
+    """Asks for answers of random schemas; returns how many were finished. All of them must fit."""
+    asking = asyncio.Semaphore(16)
+
+    async def ask(seed: int) -> bool:
+        schema = random_schema(seed)
+        described = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        question = [{"role": "user", "content": f"Tell me about number {seed}, as JSON."}]
+        fields = {"messages": question, "response_format": described, "max_tokens": 300}
+        fields |= {"reasoning_effort": "none", "temperature": 1, "seed": seed}
+        async with asking:
+            answer = await client.post("/v1/chat/completions", json=fields)
+        assert answer.status_code == 200, answer.text
+        [choice] = answer.json()["choices"]
+        if choice["finish_reason"] != "stop":
+            return False
+        jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+        return True
+
+    async with client_of(server) as client:
+        return sum(await asyncio.gather(*map(ask, seeds)))
+
+
+async def test_answers_of_random_schemas_validate(server: Process):
+    assert await check_schemas(server, range(8)) >= 6
+
+
+@pytest.mark.perf
+async def test_answers_of_two_hundred_random_schemas_validate(server: Process):
+    finished = await check_schemas(server, range(200))
+    print(f"{finished} of 200 answers were finished, and all of these validate")
+    assert finished >= 150
+
+
 async def test_a_long_prompt_is_answered_in_chunks_like_a_short_one(server: Process):
     prompt = "The capital of France is Paris. " * 120  # more tokens than one prefill step takes
     async with client_of(server) as client:
@@ -103,6 +141,15 @@ async def test_a_long_prompt_is_answered_in_chunks_like_a_short_one(server: Proc
         response = await client.post("/v1/completions", json=body(prompt))
     assert response.json()["usage"]["prompt_tokens"] > 512
     assert set(texts) == {alone} == {response.json()["choices"][0]["text"]}
+
+
+def test_the_benchmark_and_the_servers_metrics_agree(server: Process, tmp_path):
+    # Prompts that queue up for their prefill: a first token takes so long that what sockets and a
+    # busy machine add is little.
+    flags = "--concurrency 8 --prompt-len 900 --output-len 6 --num-requests 16 --duration 60 --warm-up 0"
+    (got,) = run_of(server.url, tmp_path, *flags.split(), "--tokenizer", str(NANO))
+    assert_agrees(got, ttft_within=0.05)
+    assert (got["input_tokens"], got["output_tokens"]) == (16 * 900, 16 * 6)
 
 
 async def test_sigterm_lets_running_answers_finish_and_exits_0():

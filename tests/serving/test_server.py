@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,34 @@ async def test_a_reader_that_stalls_holds_up_nobody(server):
         async with client_of(server) as client:
             texts = await asyncio.gather(*(stream_text(client, f"p{i}") for i in range(8)))
             assert all(texts)
+
+
+async def test_a_head_that_drips_in_is_cut_off_and_holds_nobody_up(tmp_path):
+    with served(tmp_path / "tiny", "--mock-rate", "1000", "--header-timeout", "1") as process:
+        wait_until_ready(process)
+        host, port = process.url.removeprefix("http://").split(":")
+        connections = [await asyncio.open_connection(host, int(port)) for _ in range(20)]
+        started = time.monotonic()
+        for _, writer in connections:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
+
+        async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> float:
+            """A letter now and then until the server has enough; how long that took."""
+            with suppress(ConnectionError):
+                while not reader.at_eof():
+                    writer.write(b"a")
+                    await writer.drain()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(reader.read(), 0.1)
+            writer.close()
+            return time.monotonic() - started
+
+        dripping = [asyncio.create_task(drip(*connection)) for connection in connections]
+        async with client_of(process) as client:
+            assert await stream_text(client, "meanwhile")
+            times = await asyncio.wait_for(asyncio.gather(*dripping), 60)
+            assert min(times) > 0.9
+            assert await stream_text(client, "afterwards")
 
 
 async def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(tmp_path):
