@@ -1,0 +1,161 @@
+"""What README and docs say to type is real: links lead somewhere, commands parse, Python compiles.
+
+Knows no page by name but for the table of environment variables. Runs nothing; test_walk.py does.
+"""
+
+import ast
+import importlib
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from glm_jax.environment import SETTINGS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "checkpoints" / "nano" / "README.md", *(ROOT / "docs").glob("*.md")]
+)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+ROUTES = {"GET": ["/v1/models", "/healthz", "/readyz", "/metrics"], "POST": ["/v1/completions", "/v1/chat/completions"]}  # fmt: skip
+# Programs that are not this project's: their line must name something that is here.
+OTHERS = {"docker": "Dockerfile", "kubectl": ".yaml", "modal": "serving/modal_app.py"}
+
+
+def blocks(language: str) -> list[Any]:
+    return [*_blocks(language)]
+
+
+def _blocks(language: str) -> Iterator[Any]:
+    for page in PAGES:
+        for number, (name, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8"))):
+            if name == language:
+                yield pytest.param(text, id=f"{page.relative_to(ROOT)}-{number}")
+
+
+def commands(script: str) -> list[list[str]]:
+    """The words of each command, without comments and environment variables set for it."""
+    text = re.sub(r"(^|\s)# .*$", "", script.replace("\\\n", " "), flags=re.MULTILINE)
+    split = shlex.shlex(text, posix=True, punctuation_chars="\n")
+    split.whitespace, split.whitespace_split, split.commenters = " \t", True, ""
+    found: list[list[str]] = [[]]
+    for word in split:
+        if set(word) == {"\n"}:
+            found.append([])
+        elif found[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):
+            found[-1].append(word)
+    return [words for words in found if words]
+
+
+def without_code(page: Path) -> str:
+    return BLOCK.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in HEADING.findall(without_code(page))
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in ("".join(pair) for pair in LINK.findall(without_code(page))):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{target} is not there"
+        if anchor:
+            assert anchor in anchors(file), f"{target}: {file.name} has no such heading"
+
+
+@pytest.mark.parametrize("script", blocks("bash"))
+def test_every_command_is_one_that_would_be_understood(script: str) -> None:
+    for words in commands(script):
+        understand(words)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_compiles_and_imports_what_exists(code: str) -> None:
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+
+
+def test_pages_have_commands_and_code() -> None:
+    assert len(blocks("bash")) >= 10 and len(blocks("python")) >= 3
+
+
+def understand(words: list[str]) -> None:
+    """Raises where a command is not one of ours or of those we name."""
+    program = words[0]
+    if program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        unknown = [word for word in words[1:] if "=" not in word and word not in targets]
+        assert not unknown, f"make has no target {unknown}"
+    elif program in ("python", ".venv/bin/python"):
+        understand_python(words[1:])
+    elif program == "curl":
+        understand_curl(words[1:])
+    else:
+        assert program in OTHERS, f"{program} is not known to this test"
+        assert any(OTHERS[program] in word for word in words), shlex.join(words)
+
+
+def understand_python(words: list[str]) -> None:
+    if words[0] != "-m":
+        assert (ROOT / words[0]).is_file(), f"{words[0]} is not there"
+        return
+    name, rest = words[1], words[2:]
+    if name in ("pip", "jupyterlab"):
+        return
+    if name == "pytest":
+        assert all((ROOT / word).exists() for word in rest if word.endswith(".py"))
+        return
+    candidates = (f"{name}.__main__", name)
+    path = next((c for c in candidates if (ROOT / f"{c.replace('.', '/')}.py").is_file()), None)
+    assert path is not None, f"there is no module {name}"
+    command = getattr(importlib.import_module(path), "main", None)
+    if isinstance(command, click.Command):
+        parse(command, name, rest)
+
+
+def parse(command: click.Command, name: str, words: list[str]) -> None:
+    """As click would, but that files need not be there; --help is understood by all."""
+    if "--help" in words:
+        return
+    try:
+        context = command.make_context(name, list(words))
+    except click.BadParameter as error:
+        assert "does not exist" in error.format_message(), error.format_message()
+        return
+    left = [*context._protected_args, *context.args]
+    if isinstance(command, click.Group) and left:
+        first, *rest = left
+        assert first in command.commands, f"{name} has no command {first}"
+        parse(command.commands[first], first, rest)
+
+
+def understand_curl(words: list[str]) -> None:
+    url = next(word for word in words if word.startswith("localhost:5000"))
+    body = next((words[i + 1] for i, word in enumerate(words) if word == "-d"), None)
+    assert url.removeprefix("localhost:5000") in ROUTES["GET" if body is None else "POST"], url
+    if body is not None:
+        json.loads(body)
+
+
+def test_the_page_for_operators_lists_the_environment_as_it_is_set() -> None:
+    page = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    rows = [f"| `{s.names[0]}` | {s.value} | {s.reason} |" for s in SETTINGS]
+    assert "\n".join(rows) in page, "docs/operating.md should have:\n" + "\n".join(rows)
