@@ -2,9 +2,10 @@
 
     python tests/perf/layer.py [--devices N] [--layers N,…] [--rows N,…] [--context N] [--json FILE]
 
-Each device has what it has in the deployment: one KV head with its 12 query heads, 20 experts, an
-eighth of the vocabulary. Only the router differs: it picks 4 of the mesh's experts a token, and the
-shared expert is whole on one device. Knows no kernel.
+Each device has what it has in the deployment: one KV head with its 12 query heads, 20 experts (24
+where there is one device: a router wants a multiple of 8), an eighth of the vocabulary. Only the router
+differs: it picks 4 of the mesh's experts a token, and the shared expert is whole on one device. Knows
+no kernel.
 """
 
 import argparse
@@ -64,7 +65,7 @@ class Decoding:
                 "vocab_size": full["vocab_size"] // 8 * devices,
                 "num_attention_heads": full["num_attention_heads"] // 8 * devices,
                 "num_key_value_heads": devices,
-                "n_routed_experts": full["n_routed_experts"] // 8 * devices,
+                "n_routed_experts": (full["n_routed_experts"] // 8 * devices + 7) // 8 * 8,
                 "num_experts_per_tok": 4,
                 "eos_token_id": [1],
                 "pad_token_id": 1,

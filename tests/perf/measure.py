@@ -126,8 +126,12 @@ def mismatches(got: jax.Array, expected: jax.Array) -> jax.Array:
     return jnp.mean((got != expected).astype(jnp.float32))
 
 
-def compile_case(case: Case, card: Card) -> Programs:
-    """Compiles everything the case runs, without running any of it."""
+def compile_case(case: Case, card: Card, *, has_reference: bool = True) -> Programs:
+    """Compiles everything the case runs, without running any of it.
+
+    Args:
+      has_reference: otherwise the kernel stands in its place, for callers that compare with `expect`.
+    """
     # A program of a few milliseconds: outputs of all its calls live until its end.
     num_calls = max(1, min(64, int(2e-3 / card.floor(case))))
     operands = jax.eval_shape(case.draw, jax.random.key(0))
@@ -140,11 +144,12 @@ def compile_case(case: Case, card: Card) -> Programs:
         return jax.jit(_many(step, calls, case.num_layers)).lower(operands).compile()
 
     outputs = (jax.eval_shape(step, operands, layer) for step in (case.step, case.reference))
+    step = compiled(case.step)
     return Programs(
         draw=jax.jit(case.draw),
-        step=compiled(case.step),
+        step=step,
         timed=many(case.step, num_calls),
-        reference=compiled(case.reference),
+        reference=compiled(case.reference) if has_reference else step,
         errors=jax.jit(case.errors).lower(*outputs).compile(),
         # Of XLA's own operations every call is compiled anew.
         alternatives={
@@ -162,6 +167,13 @@ def check(case: Case, programs: Programs, seed: int, poisoned_bytes: int) -> flo
     expected = jax.block_until_ready(programs.reference(operands, layer))
     _poison(poisoned_bytes)
     return largest(programs.errors(programs.step(operands, layer), expected))
+
+
+def expect(case: Case, seed: int) -> tuple[Any, jax.Array, Any]:
+    """Operands, a layer, and what the reference makes of them."""
+    operands, layer = jax.jit(case.draw)(jax.random.key(seed)), jnp.int32(seed % case.num_layers)
+    reference = jax.jit(case.reference, compiler_options=_UNTUNED)
+    return operands, layer, jax.block_until_ready(reference(operands, layer))
 
 
 def check_interpreted(case: Case, seed: int) -> float:
@@ -261,8 +273,10 @@ def _many(step: Step, num_calls: int, num_layers: int) -> Callable[[Any], Any]:
     def program(operands: Any) -> Any:
         firsts = []
         for call in range(num_calls):
-            # Beyond the barrier XLA cannot see that one element is all that is asked for.
-            outputs = lax.optimization_barrier(one(operands, jnp.int32(call % num_layers)))
+            outputs = one(operands, jnp.int32(call % num_layers))
+            # Beyond the barrier XLA sees neither that one element is all that is asked for, nor that
+            # operands are those of a call before: it would merge calls of the same layer.
+            outputs, operands = lax.optimization_barrier((outputs, operands))
             first = jax.tree.leaves(outputs)[0]
             firsts.append(lax.slice(first, (0,) * first.ndim, (1,) * first.ndim).reshape(1))
         return jnp.concatenate(firsts)

@@ -2,7 +2,8 @@
 
     python tests/perf/tune.py [--only NAME] [--json FILE]
 
-Knows no kernel's inside. A way that is wrong, does not fit or does not compile has its line too.
+Knows no kernel's inside. The ways that answer most come first; one that is wrong, does not fit or does
+not compile has its line too.
 """
 
 import argparse
@@ -10,79 +11,139 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.7")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
+import numpy as np
 
-from glm_jax.pallas import decode_attention
+from glm_jax.pallas import decode_attention, dense_matmul
 from glm_jax.pallas.chip import Chip
-from tests.perf import attention_cases
-from tests.perf.measure import Case, check, compile_case, measure, measure_card
+from glm_jax.pallas.tiling import TuningConfig
+from tests.perf import attention_cases, product_cases
+from tests.perf.measure import (
+    Case,
+    Programs,
+    Step,
+    compile_case,
+    expect,
+    largest,
+    measure,
+    measure_card,
+)
 from tests.perf.sizes import GLM_4_7, Sizes
 
-_POISONED = 1 << 30
-# (split, tile, stages) of decode attention.
-_DECODE_WAYS = (
-    (512, 64, 3), (512, 64, 2), (512, 64, 4), (512, 128, 2), (512, 128, 3), (1024, 64, 2),
-    (1024, 64, 3), (1024, 64, 4), (1024, 128, 2), (1024, 128, 3), (2048, 64, 3), (2048, 128, 2),
-)  # fmt: skip
+_COMPILERS = 4
+# (rows, context) and (split, tile, stages) of decode attention.
+_DECODE_SHAPES = ("B=64 S=8192", "B=1 S=8192", "B=64 S=2048", "B=256 S=2048")
+_DECODE_WAYS = ((512, 64, 3), (1024, 64, 3), (1024, 128, 2), (512, 128, 2), (512, 64, 2))
+_DENSE_SHAPES = tuple(
+    f"{name} T={tokens}" for tokens in (64, 1, 128, 1024) for name in ("qkv", "o")
+)
 
 
-def decode_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[str, Case]]:
+class Way(NamedTuple):
+    """One way to cut a case.
+
+    Attributes:
+      name: what is special about it.
+      step: the kernel, so cut.
+    """
+
+    name: str
+    step: Step
+
+
+def decode_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
     """Decode attention: how long splits and tiles are, how many tiles are in flight."""
-    some = replace(sizes, tokens=(64, 8, 1))
-    for case in attention_cases.decode_cases(some, chip, False):
-        if case.shape not in ("B=64 S=8192", "B=8 S=8192", "B=1 S=8192"):
-            continue
-        for split, tile, stages in _DECODE_WAYS:
-            config = decode_attention.TuningConfig(split_size=split, tile_size=tile, stages=stages)
+    suite = attention_cases.decode_cases(replace(sizes, tokens=(1, 64, 256)), chip, False)
+    cases = {case.shape: case for case in suite}
 
-            def step(operands: Any, layer: Any, config: Any = config) -> Any:
-                q, k_pages, v_pages, table, positions = operands
-                return decode_attention.attend(
-                    q, k_pages, v_pages, layer, table, positions, chip=chip, config=config
-                )
+    def way(split: int, tile: int, stages: int) -> Way:
+        config = decode_attention.TuningConfig(split_size=split, tile_size=tile, stages=stages)
 
-            yield f"split {split}, tile {tile}, {stages} stages", _alone(case, step)
+        def step(operands: Any, layer: jax.Array) -> jax.Array:
+            q, k_pages, v_pages, table, positions = operands
+            return decode_attention.attend(
+                q, k_pages, v_pages, layer, table, positions, chip=chip, config=config
+            )
 
+        return Way(f"split {split}, tile {tile}, {stages} stages", step)
 
-def _alone(case: Case, step: Any) -> Case:
-    return replace(case, step=step, alternatives={}, peers={})
+    for shape in _DECODE_SHAPES:
+        yield cases[shape], [way(*sizes) for sizes in _DECODE_WAYS]
 
 
-_KERNELS = {"decode": decode_ways}
+def dense_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
+    """The projections: K in one part, in several by a cluster of CTAs, in several by one CTA."""
+    suite = product_cases.dense_cases(replace(sizes, tokens=(1, 64, 128, 1024)), chip, False)
+    cases = {case.shape: case for case in suite}
+
+    def way(name: str, config: TuningConfig | None) -> Way:
+        def step(operands: Any, layer: jax.Array) -> jax.Array:
+            x, x_scale, values, scale, bias = operands
+            return dense_matmul.matmul(
+                x, x_scale, values, scale, bias, layer, chip=chip, config=config
+            )
+
+        return Way(name, step)
+
+    for shape in _DENSE_SHAPES:
+        name, tokens = shape.split(" T=")
+        rows, width = (1792, 5120) if name == "qkv" else (5120, 1536)
+        spread = dense_matmul.config_in_parts(chip, int(tokens), rows, width)
+        walked = replace(
+            dense_matmul.default_config(chip, int(tokens), rows), parts=spread.parts, fill=None
+        )
+        ways = [way("default", None), way(f"{spread.parts} parts", spread)]
+        yield cases[shape], [*ways, way(f"{spread.parts} parts, one CTA", walked)]
+
+
+_KERNELS = {"dense": dense_ways, "decode": decode_ways}
 
 
 def run(only: str) -> list[dict[str, Any]]:
     """Every way's times; prints them as they come."""
+    # Before any thread compiles: XLA of jax 0.11.2 registers its targets with the first program.
     card = measure_card()
-    print(f"{card.name}, jax {jax.__version__}: copy {card.copy / 1e12:.2f} TB/s")
+    print(f"{card.name}, jax {jax.__version__}: copy {card.copy / 1e12:.2f} TB/s", flush=True)
     results = []
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(_COMPILERS) as pool:
+
+        def start(case: Case, way: Way) -> Future[Programs]:
+            alone = replace(case, step=way.step, alternatives={}, peers={})
+            return pool.submit(compile_case, alone, card, has_reference=False)
+
         pending = [
-            (way, case, pool.submit(compile_case, case, card))
-            for name, ways in _KERNELS.items()
-            if only in name
-            for way, case in ways(GLM_4_7, card.chip)
+            (case, [(way.name, start(case, way)) for way in ways])
+            for kernel, all_ways in _KERNELS.items()
+            if only in kernel
+            for case, ways in all_ways(GLM_4_7, card.chip)
         ]
-        for way, case, programs in pending:
-            entry: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "way": way}
-            try:
-                error = check(case, programs.result(), 1, _POISONED)
-                times = measure(case, programs.result())
-                share = 100 * card.floor(case) * 1e6 / times["us"]
-                entry |= {"error": error, **times}
-                said = f"{times['us']:7.1f} us, {share:3.0f} % of copy, error {error:.1e}"
-            except Exception as error:  # one way's failure leaves the others their lines
-                entry["failed"] = said = f"{type(error).__name__}: {error}"[:200]
-            results.append(entry)
-            print(f"{case.kernel} {case.shape}, {way}: {said}", flush=True)
+        for case, ways in pending:
+            operands, layer, expected = expect(case, 1)
+            first = None
+            for name, programs in ways:
+                entry: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "way": name}
+                try:
+                    got = programs.result().step(operands, layer)
+                    entry["error"] = largest(case.errors(got, expected))
+                    bits = np.asarray(got).view(np.uint16)
+                    first = bits if first is None else first
+                    entry["same_bits"] = bool((bits == first).all())
+                    entry |= measure(replace(case, alternatives={}), programs.result())
+                    share = 100 * card.floor(case) * 1e6 / entry["us"]
+                    said = f"{entry['us']:.2f} us, {share:.0f} % of the floor's, error "
+                    said += f"{entry['error']:.1e}, bits of the first: {entry['same_bits']}"
+                except Exception as error:  # one way's failure leaves the others their lines
+                    entry["failed"] = said = f"{type(error).__name__}: {error}"[:200]
+                results.append(entry)
+                print(f"{case.kernel} {case.shape}, {name}: {said}", flush=True)
     return results
 
 
