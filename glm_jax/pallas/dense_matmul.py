@@ -18,7 +18,7 @@ from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.fp8_product import SCALE_SLOTS
 from glm_jax.pallas.tiling import STEP, TuningConfig, fitting_stages
 
-# Tokens up to which tiles are so few that each has CTAs of its own.
+# Tokens up to which tiles are so few that each may have CTAs of its own.
 _MOST_SPREAD = 128
 
 
@@ -27,40 +27,41 @@ class _Place(NamedTuple):
     token: jax.Array
 
 
-def num_parts(chip: Chip, num_rows: int, width: int) -> int:
-    """Parts that K is cut into: what gives every SM a share of a decode step's product.
-
-    On sm100 the sums of several parts would not fit into tensor memory in prefill, which must make the
-    same bits.
-    """
-    steps, tiles = pl.cdiv(width, STEP), pl.cdiv(num_rows, 2 * 64)
-    if chip.architecture != "sm90" or steps < 8:
-        return 1
-    fitting = (
-        parts for parts in (4, 3, 2) if steps % parts == 0 and tiles * parts <= chip.num_cores
-    )
-    return next(fitting, 1)
-
-
-def default_config(chip: Chip, num_tokens: int, num_rows: int, width: int) -> TuningConfig:
+def default_config(chip: Chip, num_tokens: int, num_rows: int) -> TuningConfig:
     """Small tiles while weights are all the traffic; square ones once the products are the work."""
     rows = 128 if chip.architecture == "sm100" else 64
-    parts = num_parts(chip, num_rows, width)
     if num_tokens > 512:
         stages = fitting_stages(128, 2 * rows)
-        return TuningConfig(tokens=128, rows=rows, warpgroups=2, stages=stages, parts=parts)
+        return TuningConfig(tokens=128, rows=rows, warpgroups=2, stages=stages)
     tokens = next((size for size in (16, 32, 64) if num_tokens <= size), 64)
-    if parts > 1:
-        # As many CTAs as there are SMs, or nearly: more rows a tile where rows alone are enough.
-        warpgroups = 2 if num_rows * parts > 64 * chip.num_cores else 1
-        stages = fitting_stages(tokens, warpgroups * rows, num_spread=parts)
-        return TuningConfig(
-            tokens=tokens, rows=rows, warpgroups=warpgroups, stages=stages, parts=parts,
-            is_spread=num_tokens <= _MOST_SPREAD,
-        )  # fmt: skip
     # The projections have 1792 and 5120 rows: in tiles of 32 or 64 most SMs have some to read.
     fill = 32 if num_rows < 64 * chip.num_cores // 2 else 64
     return TuningConfig(tokens=tokens, rows=rows, stages=fitting_stages(tokens, rows), fill=fill)
+
+
+def config_in_parts(chip: Chip, num_tokens: int, num_rows: int, width: int) -> TuningConfig:
+    """K in parts, by CTAs of a cluster in a decode step: every SM has a share, and a short one.
+
+    Parts depend on the weight alone, so that steps of any number of tokens make the same bits: either
+    all of a deployment's steps are cut this way or none. On sm100 nothing is cut, since the sums of
+    several parts would not fit into tensor memory in prefill.
+    """
+    steps, tiles = pl.cdiv(width, STEP), pl.cdiv(num_rows, 2 * 64)
+    fitting = (n for n in (4, 3, 2) if steps % n == 0 and tiles * n <= chip.num_cores)
+    parts = next(fitting, 1) if chip.architecture == "sm90" and steps >= 8 else 1
+    config = default_config(chip, num_tokens, num_rows)
+    if parts == 1 or num_tokens > _MOST_SPREAD:
+        return replace(config, parts=parts)
+    # As many CTAs as there are SMs, or nearly: more rows a tile where rows alone are enough.
+    warpgroups = 2 if num_rows * parts > 64 * chip.num_cores else 1
+    return replace(
+        config,
+        warpgroups=warpgroups,
+        fill=None,
+        stages=fitting_stages(config.tokens, warpgroups * config.rows, num_spread=parts),
+        parts=parts,
+        is_spread=True,
+    )
 
 
 def matmul(
@@ -86,8 +87,10 @@ def matmul(
         raise NotImplementedError(f"{values.shape=}: K and N must be multiples of 64")
     if padding := fp8_product.padding(num_tokens):
         x, x_scale = (jnp.pad(operand, ((0, padding), (0, 0))) for operand in (x, x_scale))
-    config = config or default_config(chip, num_tokens, num_rows, width)
+    config = config or default_config(chip, num_tokens, num_rows)
     num_steps = pl.cdiv(width, STEP)
+    if config.parts > 1 and chip.architecture == "sm100":
+        raise NotImplementedError(f"{config.parts=}: on sm100 K is one part")
     if num_steps % config.parts:
         raise NotImplementedError(f"{width=}: {num_steps} steps are not {config.parts=}")
     if interpret:

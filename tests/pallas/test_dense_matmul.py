@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.pallas.chip import Architecture, Chip
-from glm_jax.pallas.dense_matmul import default_config, matmul, num_parts
+from glm_jax.pallas.dense_matmul import config_in_parts, default_config, matmul
 from glm_jax.pallas.fp8_product import FP8
 from glm_jax.pallas.tiling import TuningConfig
 
@@ -100,11 +100,13 @@ def test_a_token_has_the_same_bits_alone_and_in_any_tiling(architecture: Archite
 def test_parts_of_a_wide_k_are_added_in_their_order_whatever_the_tiling() -> None:
     chip = Chip("sm90", 4)
     operands = random_operands(7, 17, 1024, 64)
-    assert num_parts(chip, 64, 1024) == 4
-    out = matmul(*operands, jnp.int32(0), chip=chip, interpret=True)
+    config = config_in_parts(chip, 17, 64, 1024)
+    assert config.num_spread == 4
+    on = {"chip": chip, "interpret": True}
+    out = matmul(*operands, jnp.int32(0), config=config, **on)
     assert_close(out, reference(operands, 0, has_bias=True))
-    config = TuningConfig(tokens=16, rows=64, warpgroups=2, stages=3, parts=4, is_spread=True)
-    otherwise = matmul(*operands, jnp.int32(0), chip=chip, config=config, interpret=True)
+    config = TuningConfig(tokens=16, rows=64, warpgroups=2, stages=3, parts=4)
+    otherwise = matmul(*operands, jnp.int32(0), config=config, **on)
     np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(out))
 
 
@@ -146,10 +148,11 @@ def test_tiles_of_a_decode_step_give_the_sms_work(
 ) -> None:
     chip = Chip(architecture, 132)
     for num_tokens in (1, 64):
-        config = default_config(chip, num_tokens, num_rows, width)
-        num_ctas = num_rows // config.tile_rows * config.num_spread
-        assert num_ctas >= chip.num_cores // 3
-        if architecture == "sm90":
-            assert chip.num_cores * 4 // 5 <= num_ctas <= chip.num_cores
+        config = default_config(chip, num_tokens, num_rows)
+        assert num_rows // config.tile_rows >= chip.num_cores // 3
+        config = config_in_parts(chip, num_tokens, num_rows, width)
         # What a step of many tokens adds in which order is the same.
-        assert default_config(chip, 8192, num_rows, width).parts == config.parts
+        assert config_in_parts(chip, 8192, num_rows, width).parts == config.parts
+        if architecture == "sm90":
+            num_ctas = num_rows // config.tile_rows * config.num_spread
+            assert chip.num_cores * 4 // 5 <= num_ctas <= chip.num_cores
