@@ -63,6 +63,12 @@ class Instant:
         self.dispatched.append((phase, time.perf_counter()))
         return np.zeros((NUM_OUTPUTS, batch.shape[0]), np.int32)
 
+    def score(self, batch: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        raise AssertionError("nobody asks for scores here")
+
+    def prepare_scores(self) -> None:
+        raise AssertionError("nobody asks for scores here")
+
 
 @pytest.mark.parametrize("num_slots", [64, 256])
 def test_a_turn_costs_the_host_less_than_a_millisecond(num_slots: int):
@@ -139,6 +145,12 @@ class Clocked:
         self.num_steps += 1
         output = self.runner.dispatch(phase, batch)
         return Timed(output, phase, time.perf_counter(), self.journal)
+
+    def score(self, batch: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        raise AssertionError("nobody asks for scores here")
+
+    def prepare_scores(self) -> None:
+        raise AssertionError("nobody asks for scores here")
 
     def seconds(self, phase: Phase) -> list[float]:
         """What each step of a phase took: steps run one after the other."""
