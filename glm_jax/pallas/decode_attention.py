@@ -12,6 +12,7 @@ splits of a row in their order, and may quantize what it made for the projection
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,11 +28,10 @@ HEAD_DIM = 128
 FP8 = jnp.float8_e4m3fn
 _FP8_MAX = 448.0
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_LOG2E = math.log2(math.e)
+_SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
 # Below any score. A maximum that starts here, not at -inf, never makes a difference of infinities.
 _LOWEST = -1e30
 _SWIZZLE = 128
-_MMA_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,10 @@ class _Shape:
 
     @property
     def mma_rows(self) -> int:
-        return pl.cdiv(self.queries, _MMA_ROWS) * _MMA_ROWS
+        # What fills whole tiles of one, two or four warps: all four go through a tile's softmax.
+        return next(
+            (rows for rows in (16, 32) if self.queries <= rows), pl.cdiv(self.queries, 64) * 64
+        )
 
     @property
     def stored_rows(self) -> int:
@@ -168,9 +171,9 @@ def _mma(acc: Array, a: Array, b: Array, interpret: bool) -> Array:
     return plgpu.mma(acc, a, b)
 
 
-def _swizzled(columns: int) -> tuple[Any, ...]:
+def _swizzled(columns: int, num_bytes: int = _SWIZZLE) -> tuple[Any, ...]:
     tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(_SWIZZLE)  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(num_bytes)  # pyright: ignore[reportAbstractUsage]
     return tiling, swizzle
 
 
@@ -193,12 +196,17 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
         for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
     )
 
+    # Warps that have no rows of their own exchange scores, so that the softmax of a tile needs no other
+    # warp; those that have exchange nothing, but products want shares laid out as they read them.
+    has_own_rows = rows % 64 == 0
+    soft = accumulator if has_own_rows else lhs
+
     def body(
         q_gmem, layer_gmem, table_gmem, positions_gmem, k_gmem, v_gmem,
         out_gmem, largest_gmem, total_gmem,
         k_smem, v_smem, union_smem, largest_smem, total_smem, q_barrier, k_barrier, v_barrier,
     ):  # fmt: skip
-        (q_smem, wide_smem, shares_smem), out_smem = union_smem
+        q_smem, (wide_smem, queries_smem, exchange_smem), out_smem = union_smem
         row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
         split = lax.axis_index("split")
         first = split * config.split_size
@@ -243,61 +251,81 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
             for index in range(config.stages - 1):
                 pl.when(index < num_tiles)(lambda index=index: fetch(jnp.int32(index)))
             plgpu.barrier_wait(q_barrier)
-            row_of = plgpu.broadcasted_iota(jnp.int32, (rows, tile), 0, layout=accumulator)
-            column_of = plgpu.broadcasted_iota(jnp.int32, (rows, tile), 1, layout=accumulator)
-            last_visible = jnp.full((rows, tile), row_positions[-1], jnp.int32)
-            for token in reversed(range(shape.num_tokens - 1)):
-                is_earlier = row_of < (token + 1) * groups
-                last_visible = jnp.where(is_earlier, row_positions[token], last_visible)
+            queries = plgpu.load(q_smem, layout=lhs, optimized=False)
+            queries_smem[...] = queries.astype(jnp.float32).astype(operand)
+            row_of = plgpu.broadcasted_iota(jnp.int32, (rows, tile), 0, layout=soft)
+            column_of = plgpu.broadcasted_iota(jnp.int32, (rows, tile), 1, layout=soft)
 
-            def visit(index, carry):
-                largest, total, out = carry
-                ahead = index + config.stages - 1
-                pl.when(ahead < num_tiles)(lambda: fetch(ahead))
-                slot = lax.rem(index, config.stages)
-                start = first + index * tile
-                queries = plgpu.load(q_smem, layout=lhs, optimized=False)
-                if is_fp8:
-                    queries = queries.astype(jnp.float32).astype(operand)
-                plgpu.barrier_wait(k_barrier.at[slot])
-                keys = plgpu.load(k_smem.at[slot].transpose((1, 0)), layout=rhs).astype(operand)
-                zeros = plgpu.layout_cast(jnp.zeros((rows, tile), jnp.float32), accumulator)
-                scores = _mma(zeros, queries, keys, interpret) * (HEAD_DIM**-0.5 * _LOG2E)
-                scores = jnp.where(start + column_of <= last_visible, scores, -jnp.inf)
-                new_largest = jnp.maximum(largest, scores.max(axis=1))
-                along = lax.broadcast_in_dim(new_largest, (rows, tile), [0])
-                shares = jnp.exp2(scores - along)
-                fade = jnp.exp2(largest - new_largest)
-                total = total * fade + shares.sum(axis=1)
-                shares_smem[...] = shares.astype(operand)
-                plgpu.barrier_wait(v_barrier.at[slot])
+            def visible():
+                last_visible = jnp.full((rows, tile), row_positions[-1], jnp.int32)
+                for token in reversed(range(shape.num_tokens - 1)):
+                    is_earlier = row_of < (token + 1) * groups
+                    last_visible = jnp.where(is_earlier, row_positions[token], last_visible)
+                return last_visible
+
+            def widened(slot, start, is_masked):
+                """A tile's values, where shares can meet them."""
                 values_smem = v_smem.at[slot]
                 if is_fp8:
                     narrow = plgpu.load(values_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)
                     wide_smem[...] = narrow.astype(operand)
                     values_smem = wide_smem
-
-                # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
-                @pl.when(start + tile > last + 1)
-                def _silence():
+                if is_masked:
+                    # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
                     values = plgpu.load(values_smem, layout=plgpu.Layout.WGMMA)
                     key = plgpu.broadcasted_iota(
                         jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA
                     )
                     values_smem[...] = jnp.where(start + key <= last, values, 0)
+                return values_smem
 
+            def visit(index, carry, *, is_masked):
+                largest, total, out = carry
+                ahead = index + config.stages - 1
+                pl.when(ahead < num_tiles)(lambda: fetch(ahead))
+                slot = lax.rem(index, config.stages)
+                start = first + index * tile
+                queries = plgpu.load(queries_smem, layout=lhs)
+                plgpu.barrier_wait(k_barrier.at[slot])
+                keys = plgpu.load(k_smem.at[slot].transpose((1, 0)), layout=rhs).astype(operand)
+                zeros = plgpu.layout_cast(jnp.zeros((rows, tile), jnp.float32), accumulator)
+                scores = _mma(zeros, queries, keys, interpret)
+                if not has_own_rows:
+                    exchange_smem[...] = scores
+                plgpu.barrier_wait(v_barrier.at[slot])
+                values_smem = widened(slot, start, is_masked)
+                if not has_own_rows:
+                    scores = plgpu.load(exchange_smem, layout=soft)
+                if is_masked:
+                    scores = jnp.where(start + column_of <= visible(), scores, -jnp.inf)
+                new_largest = jnp.maximum(largest, scores.max(axis=1) * _SCALE)
+                along = lax.broadcast_in_dim(new_largest, (rows, tile), [0])
+                shares = jnp.exp2(scores * _SCALE - along)
+                fade = jnp.exp2(largest - new_largest)
+                total = total * fade + shares.sum(axis=1)
+                fade = plgpu.layout_cast(fade, accumulator.reduce(1))
                 out = out * lax.broadcast_in_dim(fade, (rows, HEAD_DIM), [0])
-                weights = plgpu.load(shares_smem, layout=lhs)
+                weights = shares.astype(operand)
+                if has_own_rows:
+                    exchange_smem[...] = weights
+                    weights = plgpu.load(exchange_smem, layout=lhs)
                 values = plgpu.load(values_smem, layout=rhs)
                 return new_largest, total, _mma(out, weights, values, interpret)
 
-            row_layout = accumulator.reduce(1)
+            row_layout = soft.reduce(1)
             carry = (
                 plgpu.layout_cast(jnp.full((rows,), _LOWEST, jnp.float32), row_layout),
                 plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), row_layout),
                 plgpu.layout_cast(jnp.zeros((rows, HEAD_DIM), jnp.float32), accumulator),
             )
-            largest, total, out = lax.fori_loop(0, num_tiles, visit, carry)
+            # Up to where every token sees all keys, and past it.
+            least = row_positions[0]
+            for position in row_positions[1:]:
+                least = jnp.minimum(least, position)
+            num_whole = jnp.clip((least + 1 - first) // tile, 0, num_tiles)
+            carry = lax.fori_loop(0, num_whole, partial(visit, is_masked=False), carry)
+            carry = lax.fori_loop(num_whole, num_tiles, partial(visit, is_masked=True), carry)
+            largest, total, out = carry
             largest_smem[...] = largest
             total_smem[...] = total
             out_smem[...] = out
@@ -310,16 +338,16 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
                 plgpu.copy_smem_to_gmem(smem, gmem.at[(*place, pl.ds(0, rows))])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    partial = (shape.num_rows, shape.kv_heads, shape.num_splits(config), shape.stored_rows)
+    split_shape = (shape.num_rows, shape.kv_heads, shape.num_splits(config), shape.stored_rows)
     elements = _SWIZZLE // shape.cache_dtype.itemsize
     transforms, wide_transforms = _swizzled(elements), _swizzled(64)
     pages = plgpu.SMEM((config.stages, tile, HEAD_DIM), shape.cache_dtype, transforms=transforms)
     return plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((*partial, HEAD_DIM), jnp.float32),
-            jax.ShapeDtypeStruct(partial, jnp.float32),
-            jax.ShapeDtypeStruct(partial, jnp.float32),
+            jax.ShapeDtypeStruct((*split_shape, HEAD_DIM), jnp.float32),
+            jax.ShapeDtypeStruct(split_shape, jnp.float32),
+            jax.ShapeDtypeStruct(split_shape, jnp.float32),
         ),
         grid=(shape.num_splits(config), shape.kv_heads, shape.num_rows),
         grid_names=("split", "kv_head", "row"),
@@ -327,12 +355,16 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
             pages,
             pages,
             plgpu.RefUnion(
+                plgpu.SMEM((rows, HEAD_DIM), jnp.bfloat16),
                 (
-                    plgpu.SMEM((rows, HEAD_DIM), jnp.bfloat16),
+                    # Not less than the queries, as they came, take of the same memory.
                     plgpu.SMEM(
-                        (tile if is_fp8 else 8, HEAD_DIM), operand, transforms=wide_transforms
+                        (tile if is_fp8 else rows, HEAD_DIM), operand, transforms=wide_transforms
                     ),
-                    plgpu.SMEM((rows, tile), operand, transforms=wide_transforms),
+                    plgpu.SMEM((rows, HEAD_DIM), operand, transforms=wide_transforms),
+                    plgpu.SMEM((rows, tile), operand, transforms=wide_transforms)
+                    if has_own_rows
+                    else plgpu.SMEM((rows, tile), jnp.float32, transforms=_swizzled(8, 32)),
                 ),
                 plgpu.SMEM((rows, HEAD_DIM), jnp.float32),
             ),

@@ -57,6 +57,7 @@ def assert_as_close_as_rounding(got: jax.Array, wanted: jax.Array) -> None:
         (1, [[127]], 2, 12, 32, jnp.bfloat16),
         (2, [[62, 63, 64, -1]], 1, 3, 8, FP8),
         (3, [[128, 129]], 1, 12, 64, jnp.bfloat16),
+        (4, [[61, 62, 63, 64]], 1, 12, 64, FP8),
     ],
 )
 def test_answers_are_the_references(seed, positions, kv_heads, groups, page_size, dtype) -> None:
