@@ -81,11 +81,12 @@ def convert(
     """
     source, destination = Path(source), Path(destination)
     config = ModelConfig.from_directory(source)
+    for name in (MANIFEST_NAME, JOURNAL_NAME):
+        if (source / name).exists():
+            raise CheckpointError(f"{source / name} is a conversion's: {source} is none to convert")
     with Checkpoint(source) as checkpoint:
-        with_mtp = (
-            bool(config.num_nextn_predict_layers)
-            and not (compare(config, checkpoint.tensors, with_mtp=True)[0])
-        )
+        lacking, _ = compare(config, checkpoint.tensors, with_mtp=True)
+        with_mtp = bool(config.num_nextn_predict_layers) and not lacking
         check_tensors(checkpoint, config, with_mtp=with_mtp)
         specs = sharded_specs(config, num_devices, with_mtp=with_mtp)
         plan = plan_conversion(checkpoint, config, specs, num_devices, max_chunk_bytes)
@@ -96,7 +97,8 @@ def convert(
         }
         if _is_done(destination, header):
             return False
-        with Journal(destination / JOURNAL_NAME, header) as journal:
+        first = header | {"layout": zlib.crc32(canonical(_arrays(plan)))}
+        with Journal(destination / JOURNAL_NAME, first) as journal:
             _make_pieces(checkpoint, plan, destination, journal, progress)
             if _fingerprint(checkpoint) != header["source"]:
                 raise CheckpointError(
@@ -147,6 +149,14 @@ def _is_done(destination: Path, header: Record) -> bool:
     if not (destination / JOURNAL_NAME).exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination} is not empty: convert to a directory of its own")
     return False
+
+
+def _arrays(plan: Plan) -> dict[str, Any]:
+    """The arrays as the manifest describes them, without checksums."""
+    return {
+        path: {"dtype": target.dtype, "shape": target.grid.shape, "chunk": target.grid.chunk}
+        for path, target in plan.targets.items()
+    }
 
 
 def _make_pieces(
@@ -235,15 +245,11 @@ def _finish(
     for cut_short in destination.rglob(partial_path(Path("*")).name):
         cut_short.unlink()
     weights = destination / WEIGHTS_NAME
-    arrays: dict[str, Any] = {}
     for path, target in plan.targets.items():
         write_whole(weights / path / ARRAY_NAME, [array_json(target.dtype, target.grid)])
-        grid = target.grid
-        arrays[path] = {
-            "dtype": target.dtype, "shape": grid.shape, "chunk": grid.chunk, "crc32": {}
-        }  # fmt: skip
+    arrays = _arrays(plan)
     for record in journal.records:
-        arrays[record["path"]]["crc32"] |= record["chunks"]
+        arrays[record["path"]].setdefault("crc32", {}).update(record["chunks"])
     grids = {path: target.grid for path, target in plan.targets.items()}
     write_whole(weights / TREE_NAME, [tree_json(grids)])
     write_whole(weights / STEP_NAME, [step_json()])
@@ -268,10 +274,6 @@ def _other_files(
         if not file.is_file() or file.name.startswith(".") or file.suffix == ".safetensors":
             continue
         name = f"{SOURCE_NAME}/{file.name}" if file.name == INDEX_NAME else file.name
-        if name in (MANIFEST_NAME, JOURNAL_NAME):
-            raise CheckpointError(
-                f"{file} would take the place of a file of the conversion: move it"
-            )
         yield name, file.read_bytes()
     yield (
         f"{SOURCE_NAME}/{TENSORS_NAME}",

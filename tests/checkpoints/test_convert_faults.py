@@ -19,7 +19,16 @@ from checkpoints.export import export
 from checkpoints.reader import Checkpoint, CheckpointError
 from checkpoints.verify import verify
 from tests.checkpoints.kill_convert import digest
-from tests.checkpoints.samples import BF16, F32, FP8, Tensors, make_config, make_tensors, write_file
+from tests.checkpoints.samples import (
+    BF16,
+    F32,
+    FP8,
+    Tensors,
+    make_config,
+    make_tensors,
+    write_file,
+    write_sharded,
+)
 from tests.checkpoints.test_convert import CHUNK_BYTES, weights, write_source
 
 WRITE = os.write
@@ -83,6 +92,24 @@ def test_an_mtp_layer_that_is_not_whole_is_kept_though_it_cannot_be_loaded(tmp_p
     assert digest(tmp_path / "back") == digest(source)
     with pytest.raises(CheckpointError, match=r"mtp\..* is missing"):
         weights(tmp_path / "c", make_config(), 1)
+
+
+def test_an_index_may_lack_a_tensor_of_a_file_but_not_a_file(tmp_path: Path) -> None:
+    tensors = make_tensors(make_config(), has_mtp=False)
+    source = write_source(tmp_path / "s", {})
+    (source / "model.safetensors").unlink()
+    first = {name: array for name, array in tensors.items() if name < "model.layers.1"}
+    files = {
+        "a.safetensors": first,
+        "b.safetensors": {n: tensors[n] for n in tensors.keys() - first},
+    }
+    write_sharded(source, files, {n: a for n, a in tensors.items() if n != "lm_head.weight"})
+    convert(source, tmp_path / "c", 8, progress=False)
+    export(tmp_path / "c", tmp_path / "back", progress=False)
+    assert digest(tmp_path / "back") == digest(source)
+    write_sharded(source, files, first)
+    with pytest.raises(CheckpointError, match=f"{len(files['b.safetensors'])} tensors are missing"):
+        convert(source, tmp_path / "d", 8, progress=False)
 
 
 def edit_tensors(edit: Callable[[Tensors], object]) -> Callable[[Path], None]:
@@ -255,6 +282,21 @@ def test_an_original_that_changes_meanwhile_is_noticed(
     with pytest.raises(CheckpointError, match="unfinished conversion of other files"):
         convert(copied, destination, 8, progress=False)
     assert not (destination / "manifest.json").exists()
+
+
+def test_chunks_of_two_sizes_are_not_mixed(source: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", Disk(30_000, errno.ENOSPC).write)
+        with pytest.raises(CheckpointError, match="No space left"):
+            convert(source, destination, 8, progress=False)
+    with pytest.raises(CheckpointError, match="unfinished conversion of other files"):
+        convert(source, destination, 8, progress=False, max_chunk_bytes=CHUNK_BYTES)
+
+
+def test_a_conversion_is_not_converted_again(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="manifest.json is a conversion's"):
+        convert(whole, tmp_path / "c", 8, progress=False)
 
 
 def test_two_conversions_do_not_write_to_one_directory(
