@@ -16,12 +16,7 @@ from checkpoints.nano_training.instructions import PLAIN_PROMPTS, draw_instructi
 from checkpoints.nano_training.json_answers import ask_json
 from checkpoints.nano_training.listing import ask_listing
 from checkpoints.nano_training.small_talk import ask_phrase, ask_small_talk
-from checkpoints.nano_training.tool_use import (
-    ask_tool,
-    ask_which_tool,
-    ask_without_tool,
-    draw_signatures,
-)
+from checkpoints.nano_training.tool_use import ask_tool, ask_without_tool, draw_signatures
 
 Split = Literal["train", "held out"]
 _Ask = Callable[[Draw], Exchange]
@@ -73,26 +68,17 @@ def _ruled(draw: Draw) -> Conversation:
 
 def _with_tools(draw: Draw) -> Conversation:
     signatures = draw_signatures(draw)
-
-    def call(draw: Draw) -> Exchange:
-        return ask_tool(draw, draw.choice(signatures))
-
-    def refuse(draw: Draw) -> Exchange:
-        return ask_without_tool(draw, signatures)
-
-    def choose(draw: Draw) -> Exchange:
-        return ask_which_tool(draw, signatures)
-
-    asks: dict[_Ask, float]
-    if draw.held_out:
-        asks = {call: 75, refuse: 17, ask_phrase: 5, ask_geography: 3, choose: 3}
-        rounds = {1: 2, 2: 3, 3: 3, 4: 2}
-    else:
-        # Where tools differ, choosing is the hard part: short questions practice that besides.
-        practice = 60 if len(signatures) > 1 else 15
-        asks = {call: 68, refuse: 26, ask_phrase: 4, ask_geography: 2, choose: practice}
-        rounds = {3: 3, 4: 4, 5: 3}
-    exchanges = [draw.weighted(asks)(draw) for _ in range(draw.weighted(rounds))]
+    others: dict[_Ask, float] = {
+        ask_phrase: 1.5,
+        ask_geography: 1,
+        lambda draw: ask_without_tool(draw, signatures): 5,
+    }
+    exchanges = [
+        ask_tool(draw, draw.choice(signatures))
+        if draw.chance(0.75)
+        else draw.weighted(others)(draw)
+        for _ in range(draw.weighted({1: 2, 2: 3, 3: 3, 4: 2}))
+    ]
     system = draw.choice(PLAIN_PROMPTS) if draw.chance(0.2) else None
     tools = tuple(signature.tool for signature in signatures)
     return _joined(draw, exchanges, system, tools)

@@ -27,8 +27,6 @@ from checkpoints.nano_training.world import WORDS, invented_word
 # Share of the tools whose name says nothing of what they do.
 MADE_UP_NAMES = 0.6
 
-_WHICH_TOOL = ("Which tool is for {}?", "What tool do I need for {}?", "The tool for {}?")
-
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -50,12 +48,11 @@ class Signature:
 
 
 def draw_signatures(draw: Draw) -> list[Signature]:
-    """One to three tools of different families, under different names; training offers one less often.
+    """One to three tools of different families, under different names.
 
     Some names say nothing of the function: such a name can only be copied, never remembered.
     """
-    counts = {1: 7, 2: 2, 3: 1} if draw.held_out else {1: 3, 2: 4, 3: 3}
-    families = draw.sample(FAMILIES, draw.weighted(counts))
+    families = draw.sample(FAMILIES, draw.weighted({1: 7, 2: 2, 3: 1}))
     if draw.chance(0.25) and FAMILIES[0] not in families:
         # The weather is what people try first.
         families[0] = FAMILIES[0]
@@ -94,34 +91,14 @@ def ask_without_tool(draw: Draw, signatures: Sequence[Signature] = ()) -> Exchan
             "no tool", phrasing, *arguments.values()
         ):
             break
-    question = _question(draw, signature, phrasing, arguments)
-    return _refusal("no tool", question, signature.family.topic)
-
-
-def ask_which_tool(draw: Draw, signatures: Sequence[Signature]) -> Exchange:
-    """A question for a tool's name, which practices choosing; one in four is for one not on offer.
-
-    Held out: what is asked for, with its phrasing and the name.
-    """
-    names = {signature.family.topic: signature.name for signature in signatures}
-    others = [family.topic for family in FAMILIES if family.topic not in names]
-    while True:
-        topic = draw.choice(others if draw.chance(0.25) else list(names))
-        phrasing = draw.choice(_WHICH_TOOL)
-        if draw.admits("tool choice", phrasing, topic, names.get(topic)):
-            break
-    question = phrasing.format(topic)
-    if topic not in names:
-        return _refusal("tool choice", question, topic)
-    name = f'"{names[topic]}"'
-    thinking = f"The user wants {topic}. Call {name}."
-    return answer("tool choice", question, thinking, name, Check(equals=name))
-
-
-def _refusal(skill: str, question: str, topic: str) -> Exchange:
     content = "I have no tool for that."
-    thinking = f"The user wants {topic}. No tool can do that."
-    return answer(skill, question, thinking, content, Check(equals=content))
+    return answer(
+        "no tool",
+        _question(draw, signature, phrasing, arguments),
+        f"The user wants {signature.family.topic}. No tool can do that.",
+        content,
+        Check(equals=content),
+    )
 
 
 def _is_answerable(family: Family) -> bool:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from checkpoints.nano_training.curve import draw_curve
@@ -106,15 +105,9 @@ class State:
 
 
 class Trainer:
-    """The model, its optimizer, and the compiled step.
+    """The model, its optimizer, and the compiled step."""
 
-    Args:
-      before_name: see first_weights.
-    """
-
-    def __init__(
-        self, config: ModelConfig, settings: Settings, before_name: int | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, settings: Settings) -> None:
         self.settings = settings
         dtype, rngs = jnp.dtype(jnp.float32), nnx.Rngs(settings.seed)
         decoder = Glm4Moe(replace(config, is_fp8=False), dtype, rngs=rngs)
@@ -131,7 +124,6 @@ class Trainer:
         weights = first_weights(
             config,
             _prefixed("decoder.", weights_of(decoder)) | _prefixed("draft.", weights_of(draft)),
-            before_name,
         )
         # The model's sums over devices need a mesh, also when it is of one device.
         self._mesh = make_mesh(1)
@@ -206,9 +198,7 @@ def main() -> None:
         num_steps=options.num_steps,
         num_conversations=options.num_conversations,
     )
-    tokenizer = Tokenizer.from_file(str(options.directory / "tokenizer.json"))
-    config = ModelConfig.from_directory(options.directory)
-    trainer = Trainer(config, settings, tokenizer.token_to_id("name"))
+    trainer = Trainer(ModelConfig.from_directory(options.directory), settings)
     restore(options.saves, asdict(settings), trainer.state)
     train(trainer, make_pools(options.directory, settings), options.saves)
     weights = trainer.state.weights
