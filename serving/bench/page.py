@@ -176,6 +176,9 @@ def _frontend_peers(result: Result, path: Path) -> Iterator[str]:
         "system µs": ("system_us_per_token", ".2f"),
         "tokens per event": ("tokens_per_event", ".1f"),
     }
+    yield "Engines without a model, as fast as the host goes. The others send every token in an event of"
+    yield "its own; ours joins tokens that come faster than it writes them down."
+    yield ""
     yield from _medians("server", columns, result["runs"])
     yield ""
     yield from _ratios(result["ratios"])
