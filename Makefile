@@ -20,7 +20,7 @@ READY_AOT := $(call ready,$(EXTRAS) $(AOT))
 READY_TEST := $(call ready,$(EXTRAS) $(AOT) clients modal)
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve plan test check format lock tree nano clean
+.PHONY: help env serve plan test check format lock tree docs nano clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,12 +52,15 @@ format: $(READY) ## sort imports and format the code
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
-lock: $(READY) ## resolve pyproject.toml anew into constraints.txt
+lock: $(READY) ## bring constraints.txt up to pyproject.toml; ARGS=--upgrade takes the newest of everything
 	@command -v uv >/dev/null || $(PIP) install uv
-	PATH="$(VENV)/bin:$$PATH" $(RUN) .ci/lock.py uv
+	PATH="$(VENV)/bin:$$PATH" $(RUN) .ci/lock.py uv $(ARGS)
 
 tree: $(READY) ## write the tree of the README from the modules' first lines
 	$(RUN) tests/test_readme.py
+
+docs: $(call ready,$(EXTRAS) docs) ## the API's reference, from the docstrings, into build/docs
+	$(RUN) -m pdoc --output-directory build/docs glm_jax checkpoints serving
 
 nano: $(READY) ## train the bundled model: about an hour on two idle cores; a killed run goes on
 	$(RUN) -m checkpoints.nano_training.tokenizer
@@ -70,8 +73,9 @@ clean: ## remove the environment and everything that was built
 # Hashes are demanded of every package, so the project itself is installed in a step of its own.
 # Bytecode is left to the first import: most of what is installed is never imported.
 $(READY_AOT): override EXTRAS += $(AOT)
+$(call ready,$(EXTRAS) docs): override EXTRAS += docs
 $(READY_TEST): override EXTRAS += $(AOT) clients modal
-$(sort $(READY) $(READY_AOT) $(READY_TEST)): constraints.txt pyproject.toml
+$(sort $(READY) $(READY_AOT) $(READY_TEST) $(call ready,$(EXTRAS) docs)): constraints.txt pyproject.toml
 	@if [ ! -x $(RUN) ]; then \
 	  python=$$(.ci/find-python) || exit 1; \
 	  echo "making the environment in $(VENV) with $$python"; \

@@ -1,5 +1,7 @@
 """Write constraints.txt: every package of every environment of this project, pinned and hashed.
 
+What is pinned already stays as it is, unless --upgrade asks for the newest of everything.
+
 Knows neither where packages come from nor what is installed here. Run it as `make lock`.
 
 pip reads the file as it is: `pip install --require-hashes -r constraints.txt` makes the environment
@@ -50,12 +52,18 @@ def resolve(uv: str, *options: str, pins: str = "") -> list[tuple[str, list[str]
     return packages
 
 
-def lock(uv: str) -> str:
-    """The text of constraints.txt, resolved anew."""
+def pinned(text: str) -> str:
+    """The pins of a constraints.txt, without markers and hashes."""
+    lines = text.splitlines()
+    return "\n".join(line.split()[0] for line in lines if line[:1].isalnum())
+
+
+def lock(uv: str, pins: str) -> str:
+    """The text of constraints.txt, in which each of the pins holds."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     scopes = {name: f"--extra={name}" for name in project["project"]["optional-dependencies"]}
     scopes |= {name: f"--group={name}" for name in project["dependency-groups"]}
-    everything = resolve(uv, *scopes.values())
+    everything = resolve(uv, *scopes.values(), pins=pins)
     pins = "\n".join(pin for pin, _ in everything)
 
     runtime = dict(resolve(uv, pins=pins))
@@ -70,5 +78,11 @@ def lock(uv: str) -> str:
     return "".join(lines)
 
 
+def main(uv: str, *options: str) -> None:
+    path = ROOT / "constraints.txt"
+    is_upgrade = "--upgrade" in options
+    path.write_text(lock(uv, "" if is_upgrade else pinned(path.read_text())))
+
+
 if __name__ == "__main__":
-    (ROOT / "constraints.txt").write_text(lock(sys.argv[1]))
+    main(*sys.argv[1:])
