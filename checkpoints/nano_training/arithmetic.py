@@ -1,4 +1,4 @@
-"""One-step arithmetic: sums, differences and products, tens and units worked out one by one.
+"""Arithmetic: sums, differences and products, worked out in steps that are sums themselves.
 
 Knows the range nano is taught: sums and differences of 0 to 30, products of 0 to 10.
 """
@@ -14,6 +14,10 @@ from checkpoints.nano_training.world import FIRST_NAMES, THINGS
 
 LARGEST_TERM = 30
 LARGEST_FACTOR = 10
+# Small numbers are what people try first, so they come up more than evenly; and more so in training,
+# for larger ones are worked out through them.
+_TOPS = (10, 12, 20, LARGEST_TERM)
+_HELD_OUT_TOPS = (12, 20, LARGEST_TERM, LARGEST_TERM)
 
 _PHRASINGS = (
     "What is {a} {sign} {b}?",
@@ -115,8 +119,7 @@ def _operation(draw: Draw, sign: str, phrasing: str) -> _Operation:
             if draw.admits(sign, a, b, phrasing):
                 return _Operation(a, sign, b)
             continue
-        # Small numbers are what people try first, so they come up more than evenly.
-        top = draw.choice((12, 20, LARGEST_TERM, LARGEST_TERM))
+        top = draw.choice(_HELD_OUT_TOPS if draw.held_out else _TOPS)
         a, b = draw.integer(0, top), draw.integer(0, top)
         if sign == "-" and a < b:
             a, b = b, a
@@ -137,21 +140,24 @@ def _exchange(operation: _Operation, question: str) -> Exchange:
         operation.skill,
         question,
         f"The user wants {shown}.",
-        f"{shown} = {_working(operation, shown)}{operation.result}",
+        _worked_out(operation, shown),
         Check(number=operation.result),
     )
 
 
-def _working(operation: _Operation, shown: str) -> str:
-    """Tens and units apart, then the units worked out: 23 - 9 = "10 + 13 - 9 = 10 + 4 = " 14."""
+def _worked_out(operation: _Operation, shown: str) -> str:
+    """The answer: units first, then tens; 23 - 9 is "23 - 9: 13 - 9 = 4, 10 + 4 = 14".
+
+    A step reads like the answer to a smaller question, so that each teaches the other.
+    """
     a, b, sign = operation.a, operation.b, operation.sign
-    if sign == "*":
-        return ""
     a_units, b_units = a % 10, b % 10
     if sign == "-" and a_units < b_units:
         a_units += 10
-    apart = f"{a_units} {sign} {b_units}"
+    step = f"{a_units} {sign} {b_units}"
+    if sign == "*" or step == shown:
+        return f"{shown} = {operation.result}"
     units = a_units + b_units if sign == "+" else a_units - b_units
-    if tens := operation.result - units:
-        return f"{tens} + {apart} = {tens} + {units} = "
-    return "" if apart == shown else f"{apart} = "
+    tens = operation.result - units
+    last = f", {tens} + {units} = {operation.result}" if tens else ""
+    return f"{shown}: {step} = {units}{last}"
