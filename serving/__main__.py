@@ -14,6 +14,7 @@ from typing import Any
 import click
 import uvloop
 
+import checkpoints
 from glm_jax.environment import prepare
 from glm_jax.shapes import MAX_DRAFTS
 from serving.app import HttpOptions
@@ -54,7 +55,12 @@ def main() -> None:
 
 
 @main.command("serve")
-@option("--model-dir", Path("./model"), _DIRECTORY, "Directory of the model, as published.")
+@option(
+    "--model-dir",
+    None,
+    _DIRECTORY,
+    "Directory of the model, published or converted. [default: ./model, if there is one, else the bundled nano]",
+)
 @option(
     "--engine",
     None,
@@ -153,6 +159,7 @@ def main() -> None:
 def serve(**flags: Any) -> None:
     """Serve a model over HTTP."""
     level = flags.pop("log_level").upper()
+    flags["model_dir"] = flags["model_dir"] or _model_at_hand()
     prepare()
     logging.basicConfig(level=level, format=_LOG_FORMAT)
     if level == "INFO":
@@ -196,6 +203,11 @@ def _follow(options: Options) -> int:
         logging.getLogger("serving").critical("this process cannot follow: %s", error)
         return 1
     return 0
+
+
+def _model_at_hand() -> Path:
+    here = Path("model")
+    return here if here.is_dir() else Path(checkpoints.__file__).with_name("nano")
 
 
 def _http_options(flags: dict[str, Any]) -> HttpOptions:
