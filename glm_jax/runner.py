@@ -121,7 +121,10 @@ class Runner:
         self.control(np.zeros((shapes.num_slots, shapes.control_columns), np.int32))
 
     def _upload(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self._replicated)
+        if self._replicated.is_fully_addressable:
+            return jax.device_put(array, self._replicated)
+        # Each process has the whole array; device_put would ask all others whether it is the same.
+        return jax.make_array_from_process_local_data(self._replicated, array, array.shape)
 
     def control(self, controls: np.ndarray) -> None:
         """From the next step on: int32[slots, control_columns] in place of the controls so far."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import jax
@@ -30,6 +32,7 @@ from glm_jax.engine.engine import Engine
 from glm_jax.kernels import Kernels
 from glm_jax.model import Weights
 from glm_jax.mtp import weight_specs
+from glm_jax.processes import Followers, Leader, LeadingRunner, Member, ProcessesError, join
 from glm_jax.runner import Programs, Runner, buckets, compile_steps
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh
@@ -62,7 +65,13 @@ def build_engine(
         return _build(options, tokenizer, _logged(report))
     except EngineMismatchError as error:
         raise CannotStartError(f"{error}, or add --engine-fallback to compile") from error
-    except (ConfigError, CheckpointError, SizingError, NotImplementedError) as error:
+    except (
+        ConfigError,
+        CheckpointError,
+        SizingError,
+        NotImplementedError,
+        ProcessesError,
+    ) as error:
         raise CannotStartError(str(error)) from error
 
 
@@ -129,24 +138,91 @@ def _timed(report: ReportPhase, phase: str) -> Iterator[None]:
 
 def _build(options: Options, tokenizer: ModelTokenizer, report: ReportPhase) -> Engine:
     with _timed(report, "total"):
+        followers = _joined(options, Followers)
         config = _config(options, tokenizer)
         mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
         saved = _saved_engine(options, config, mesh, dtype, report)
-        how = step_options(options)
         shapes = saved.shapes if saved else _shapes(options, config, mesh, dtype)
         _log_shapes(shapes, options.max_batch_tokens)
-        with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
-            programs = pool.submit(_programs, saved, config, shapes, mesh, dtype, how, report)
-            with _timed(report, "weights"):
-                weights = _weights(options, config, mesh, dtype)
-            zeros = saved.make_zeros if saved else None
-            runner = Runner(config, shapes, mesh, dtype, weights, programs.result(), zeros, how)
-        with _timed(report, "warm_up"):
-            runner.warm_up()
-    return _engine(runner, options)
+        if followers is not None:
+            followers.begin(shapes, _what(config, mesh, options))
+        runner = _runner(options, config, shapes, mesh, dtype, saved, report)
+    return _engine(runner if followers is None else LeadingRunner(runner, followers), options)
 
 
-def _engine(runner: Runner, options: Options) -> Engine:
+def follow(options: Options) -> None:
+    """Computes what process 0 computes, with this process's devices, until process 0 ends.
+
+    Raises:
+      CannotStartError: as build_engine; or the processes do not belong together.
+    """
+    try:
+        leader = _joined(options, Leader)
+        assert leader is not None, "a lone process follows nobody"
+        config = _config(options, ModelTokenizer.from_directory(options.model_dir))
+        mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
+        shapes = leader.begun(_what(config, mesh, options))
+        runner = _runner(options, config, shapes, mesh, dtype, None, _logged(_unheard))
+        # Whoever ends all processes at once means process 0, which finishes first what it has begun.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        leader.follow(runner)
+    except (
+        ConfigError,
+        CheckpointError,
+        SizingError,
+        NotImplementedError,
+        ProcessesError,
+        ValueError,
+    ) as error:
+        raise CannotStartError(str(error)) from error
+
+
+def _unheard(phase: str, seconds: float) -> None:
+    """Nobody reads the metrics of a process that follows."""
+
+
+def _joined[T](options: Options, connect: Callable[[Member], T]) -> T | None:
+    """This process's connections to the others; None where it is alone."""
+    if options.coordinator is None:
+        return None
+    if options.engine is not None:
+        raise ProcessesError("an engine directory is for one process: leave --engine out")
+    member = Member(options.coordinator, options.num_processes, options.process_id)
+    logger.info("process %d of %d: waiting for all", member.process_id, member.num_processes)
+    join(member)
+    return connect(member)
+
+
+def _what(config: ModelConfig, mesh: Mesh, options: Options) -> str:
+    """What all processes must have in common, in few words."""
+    same = (config, mesh.size, step_options(options), options.load_format, jax.__version__)
+    return sha256(repr(same).encode()).hexdigest()[:16]
+
+
+def _runner(
+    options: Options,
+    config: ModelConfig,
+    shapes: StepShapes,
+    mesh: Mesh,
+    dtype: np.dtype,
+    saved: SavedEngine | None,
+    report: ReportPhase,
+) -> Runner:
+    """Loads weights and steps at the same time, and runs every step once."""
+    how = step_options(options)
+    with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
+        programs = pool.submit(_programs, saved, config, shapes, mesh, dtype, how, report)
+        with _timed(report, "weights"):
+            weights = _weights(options, config, mesh, dtype)
+        zeros = saved.make_zeros if saved else None
+        runner = Runner(config, shapes, mesh, dtype, weights, programs.result(), zeros, how)
+    with _timed(report, "warm_up"):
+        runner.warm_up()
+    return runner
+
+
+def _engine(runner: Runner | LeadingRunner, options: Options) -> Engine:
     return Engine(
         runner, runner.shapes, options.queue_size, integrity_interval=options.integrity_interval
     )

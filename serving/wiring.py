@@ -52,6 +52,9 @@ class Options:
     kv_cache_dtype: str = "auto"
     speculative_tokens: int = 0
     decode_steps: int = 1
+    coordinator: str | None = None
+    num_processes: int = 1
+    process_id: int = 0
     allow_reference_ops: bool = False
     served_model_names: tuple[str, ...]
     http: HttpOptions = field(default_factory=HttpOptions)
