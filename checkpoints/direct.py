@@ -1,8 +1,9 @@
 """Reads of whole files past the page cache, unless they are in it.
 
-Knows no tensors. A file that is not cached comes straight from the disk into its place: on a busy
-machine two to three times as fast as through the cache. One that is cached, as after a restart,
-comes from there.
+Knows no tensors. A file that is not cached comes straight from the disk into its place, which spares
+the processor a copy: seen on two cores and a virtual disk (2026-11-24), as fast as through the cache
+while a core was free, 2.5 times as fast under a load of 17. One that is cached, as after a restart,
+comes from there. Mappings were five times slower than either.
 """
 
 from __future__ import annotations
