@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int32
 from glm_jax import ops
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
-from glm_jax.kernels import Kernels, Partials
-from glm_jax.layers import Layer, Linear, RMSNorm
-from glm_jax.ops import HeadNorms, Rows
+from glm_jax.kernels import Kernels
+from glm_jax.layers import Linear, RMSNorm
+from glm_jax.operands import Partials
+from glm_jax.ops import HeadNorms, Layer, Rows
 
 
 class Pages(NamedTuple):

@@ -6,37 +6,45 @@ Knows no layer and no model. The choice is bound when a step is made, and travel
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from glm_jax import cache as kv_cache
-from glm_jax import ops, sharding
+from glm_jax import expert_kernels, ops, sharding
 from glm_jax.cache import KVCache
-from glm_jax.ops import HeadNorms, Layer, NormedRows, Rows
+from glm_jax.operands import (
+    ExpertRows,
+    Layer,
+    Partials,
+    Pending,
+    Shifted,
+    Staged,
+    Weight,
+    Workspace,
+    check_single,
+    index,
+    plain,
+    quantized,
+)
+from glm_jax.ops import HeadNorms, NormedRows, Rows
 from glm_jax.pallas import (
     all_reduce,
     decode_attention,
     dense_matmul,
+    grid,
     kv_write,
     norm,
     prefill_attention,
+    route_stage,
     router,
 )
 from glm_jax.pallas.chip import Chip, chip_in_trace
-from glm_jax.pallas.dispatch import stage
-from glm_jax.pallas.grouped_down import combine, grouped_down
-from glm_jax.pallas.grouped_gate_up import grouped_gate_up
-from glm_jax.pallas.quantize import quantize_hidden
+from glm_jax.pallas.grouped_down import combine
 
 logger = logging.getLogger(__name__)
-
-# A stacked weight: its values, and their scale where they are FP8.
-Weight = tuple[Array, Array | None]
-# Products still to be summed over devices, one for each kv head's share of the model: float32, or a
-# single one in the activations' dtype.
-Partials = Float[Array, "R T D"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +56,7 @@ class Kernels:
       allow_reference: on a GPU, what has no kernel runs as XLA makes it of the reference, which copies
         weights and is many times slower; otherwise it is an error.
       fused_all_reduce: sums over devices, the addition and the norm in one kernel of ours, which reads
-        the other devices' memory, up to 256 rows; otherwise the sum is XLA's. Off, since no machine
-        with several GPUs has run it yet.
+        the other devices' memory, up to 256 rows and within one process; otherwise the sum is XLA's.
       interpreted: kernels of this chip, interpreted on a CPU: for tests.
 
     Raises:
@@ -58,15 +65,36 @@ class Kernels:
     """
 
     allow_reference: bool = False
-    fused_all_reduce: bool = False
+    fused_all_reduce: bool = True
     interpreted: Chip | None = None
 
     @property
     def _interprets(self) -> bool:
         return self.interpreted is not None
 
+    def _chip(self) -> Chip | None:
+        return self.interpreted or chip_in_trace()
+
+    def shifted(self, layer: ops.Layer, by: int) -> Layer:
+        """layer + by, which kernels add up themselves."""
+        return layer + by if self._chip() is None else Shifted(jnp.asarray(layer, jnp.int32), by)
+
+    def _fuses_sums(self, num_rows: int) -> bool:
+        # Other processes' memory is not within a kernel's reach.
+        is_alone = jax.process_count() == 1
+        return self.fused_all_reduce and is_alone and num_rows <= all_reduce.MAX_ROWS
+
+    def workspace(self, num_rows: int, num_experts: int) -> Workspace | None:
+        """What the kernels of a step of so many rows share; None where each does without."""
+        if self._interprets or self._chip() is None or num_rows > route_stage.MAX_TOKENS:
+            return None
+        first = sharding.device_index() * (num_experts // sharding.num_devices())
+        is_shared = self._fuses_sums(num_rows) and sharding.num_devices() > 1
+        semaphores = all_reduce.make_semaphores(num_rows) if is_shared else None
+        return Workspace(grid.make_counter(), grid.make_counter(), semaphores, first)
+
     def _run[T](self, kernel: Callable[[Chip], T], reference: Callable[[], T]) -> T:
-        chip = self.interpreted or chip_in_trace()
+        chip = self._chip()
         if chip is None:
             return reference()
         try:
@@ -92,39 +120,50 @@ class Kernels:
         """residual + added, and the same normed and quantized for what follows."""
 
         def kernel(chip: Chip) -> NormedRows:
+            at, shift = index(layer)
             normed = norm.add_norm_quantize(
-                residual, added, weight, _index(layer), eps=eps, chip=chip,
+                residual, added, weight, at, eps=eps, chip=chip, shift=shift,
                 interpret=self._interprets,
             )  # fmt: skip
             return _as_ours(normed, is_fp8)
 
         return self._run(
             kernel,
-            lambda: ops.add_norm(residual, added, weight, layer, eps=eps, is_fp8=is_fp8),
+            lambda: ops.add_norm(residual, added, weight, plain(layer), eps=eps, is_fp8=is_fp8),
         )
 
     def sum_add_norm(
         self,
-        partials: Partials,
+        pending: Pending,
         residual: Float[Array, "T D"],
         weight: Float[Array, "L D"],
         layer: Layer,
         *,
         eps: float,
         is_fp8: bool,
+        workspace: Workspace | None = None,
     ) -> NormedRows:
-        """add_norm of what the partials of all devices sum up to."""
-        chip = self.interpreted or chip_in_trace()
-        is_small = residual.shape[0] <= all_reduce.MAX_ROWS
-        if self.fused_all_reduce and chip is not None and is_small and len(partials) == 1:
+        """add_norm of what is pending on all devices, summed."""
+
+        def apart() -> NormedRows:
+            partials = combine(*pending)[None] if isinstance(pending, ExpertRows) else pending
+            added = sharding.sum_partials(partials, residual.dtype)
+            return self.add_norm(residual, added, weight, layer, eps=eps, is_fp8=is_fp8)
+
+        def together(chip: Chip) -> NormedRows:
+            (at, shift), is_rows = index(layer), isinstance(pending, ExpertRows)
             normed = all_reduce.all_reduce_add_norm(
-                partials[0], residual, weight, _index(layer), eps=eps,
-                axis_name=sharding.MESH_AXIS, num_devices=sharding.num_devices(), chip=chip,
+                all_reduce.Summands(*pending) if is_rows else pending[0],
+                residual, weight, at, eps=eps, axis_name=sharding.MESH_AXIS,
+                num_devices=sharding.num_devices(), chip=chip, shift=shift,
+                semaphores=None if workspace is None else workspace.semaphores,
                 interpret=self._interprets,
             )  # fmt: skip
             return _as_ours(normed, is_fp8)
-        added = sharding.sum_partials(partials, residual.dtype)
-        return self.add_norm(residual, added, weight, layer, eps=eps, is_fp8=is_fp8)
+
+        is_whole = isinstance(pending, ExpertRows) or len(pending) == 1
+        fuses = is_whole and self._fuses_sums(residual.shape[0])
+        return self._run(together, apart) if fuses else apart()
 
     def product(
         self, rows: Rows, weight: Weight, bias: Float[Array, " L *N"] | None, layer: Layer
@@ -133,22 +172,19 @@ class Kernels:
         values, scale = weight
 
         def kernel(chip: Chip) -> Array:
-            x, x_scale = _quantized(rows, values)
+            x, x_scale = quantized(rows, values)
             assert scale is not None
             outputs = values.shape[1:-1]
             out = dense_matmul.matmul(
-                x,
-                x_scale,
+                x, x_scale,
                 values.reshape(len(values), -1, values.shape[-1]),
                 scale.reshape(len(scale), -1),
                 None if bias is None else bias.reshape(len(bias), -1),
-                _index(layer),
-                chip=chip,
-                interpret=self._interprets,
-            )
+                _index(layer), chip=chip, interpret=self._interprets,
+            )  # fmt: skip
             return out.reshape(-1, *outputs)
 
-        return self._run(kernel, lambda: ops.product(rows, values, scale, bias, layer))
+        return self._run(kernel, lambda: ops.product(rows, values, scale, bias, plain(layer)))
 
     def partial_products(
         self, rows: Rows, weight: Weight, layer: Layer, group_size: int
@@ -157,9 +193,9 @@ class Kernels:
         values, scale = weight
 
         def kernel(chip: Chip) -> Partials:
-            x, x_scale = _quantized(rows, values)
+            x, x_scale = quantized(rows, values)
             assert scale is not None
-            _check_single(values.shape[-1] // group_size)
+            check_single(values.shape[-1] // group_size)
             out = dense_matmul.matmul(
                 x, x_scale, values, scale, None, _index(layer), chip=chip,
                 interpret=self._interprets,
@@ -167,7 +203,7 @@ class Kernels:
             return out[None]
 
         return self._run(
-            kernel, lambda: ops.partial_products(rows, values, scale, layer, group_size)
+            kernel, lambda: ops.partial_products(rows, values, scale, plain(layer), group_size)
         )
 
     def gated_silu(self, gate_up: Float[Array, "T 2 F"], *, is_fp8: bool, num_groups: int) -> Rows:
@@ -178,7 +214,7 @@ class Kernels:
         self, positions: Int32[Array, "B T"], rotary_dim: int, theta: float
     ) -> Float[Array, "B T 2 half"] | None:
         """What every layer's write can share; None where the reference computes it anew."""
-        if (self.interpreted or chip_in_trace()) is None:
+        if self._chip() is None:
             return None
         return kv_write.rotary_table(positions, rotary_dim, theta)
 
@@ -188,7 +224,7 @@ class Kernels:
         norms: HeadNorms,
         positions: Int32[Array, "B T"],
         page_table: Int32[Array, "B P"],
-        layer: Layer,
+        layer: ops.Layer,
         cache: KVCache,
         rotary: Float[Array, "B T 2 half"] | None,
     ) -> tuple[Float[Array, "B T K G H"], KVCache]:
@@ -200,20 +236,10 @@ class Kernels:
 
         def kernel(chip: Chip) -> tuple[Array, KVCache]:
             q, k_pages, v_pages = kv_write.write(
-                qkv,
-                norms.q_norm,
-                norms.k_norm,
-                positions,
-                page_table,
-                layer,
-                *cache,
-                eps=norms.eps,
-                rotary_dim=norms.rotary_dim,
-                theta=norms.theta,
-                table=rotary,
-                chip=chip,
-                interpret=self._interprets,
-            )
+                qkv, norms.q_norm, norms.k_norm, positions, page_table, layer, *cache,
+                eps=norms.eps, rotary_dim=norms.rotary_dim, theta=norms.theta, table=rotary,
+                chip=chip, interpret=self._interprets,
+            )  # fmt: skip
             return q, KVCache(k_pages, v_pages)
 
         def reference() -> tuple[Array, KVCache]:
@@ -226,7 +252,7 @@ class Kernels:
         self,
         q: Float[Array, "B T K G H"],
         cache: KVCache,
-        layer: Layer,
+        layer: ops.Layer,
         page_table: Int32[Array, "B P"],
         positions: Int32[Array, "B T"],
         *,
@@ -273,12 +299,41 @@ class Kernels:
         }
 
         def kernel(chip: Chip) -> tuple[Array, Array, None]:
+            at, shift = index(layer)
             experts, weights = router.route(
-                x, weight, bias, _index(layer), **choice, chip=chip, interpret=self._interprets
+                x, weight, bias, at, **choice, chip=chip, shift=shift, interpret=self._interprets
             )
             return experts, weights, None
 
-        return self._run(kernel, lambda: ops.route(x, weight, bias, layer, **choice))
+        return self._run(kernel, lambda: ops.route(x, weight, bias, plain(layer), **choice))
+
+    def stage(
+        self,
+        rows: Rows,
+        weight: Float[Array, "L E D"],
+        bias: Float32[Array, "L E"],
+        layer: Layer,
+        num_local: int,
+        workspace: Workspace,
+        **choice: Any,
+    ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"], Array | None, Staged | None]:
+        """What route returns, and the tokens in the order of this device's num_local experts."""
+        x = rows.plain
+        assert x is not None, "the router reads rows that are not quantized"
+
+        def kernel(chip: Chip) -> tuple[Array, Array, None, Staged]:
+            chosen = router.Choice(
+                weight.shape[1], choice["num_experts_per_tok"], choice["norm_topk_prob"],
+                choice["routed_scaling_factor"],
+            )  # fmt: skip
+            operands = (rows, weight, bias, layer, chosen, num_local, workspace)
+            experts, weights, staged = expert_kernels.stage(chip, *operands)
+            return experts, weights, None, staged
+
+        def reference() -> tuple[Array, Array, Array, None]:
+            return *ops.route(x, weight, bias, plain(layer), **choice), None
+
+        return self._run(kernel, reference)
 
     def experts(
         self,
@@ -291,10 +346,12 @@ class Kernels:
         *,
         group_size: int,
         shared_group_size: int,
-    ) -> Partials:
+        staged: Staged | None = None,
+    ) -> Pending:
         """This device's experts for the tokens that chose them, and its part of the shared expert.
 
         Args:
+          staged: what route has made ready.
           experts, shared: gate_up and down projections.
           group_size: experts for each partial sum.
           shared_group_size: columns of the shared expert's width for each partial sum.
@@ -303,52 +360,22 @@ class Kernels:
         num_local = down[0].shape[1]
         first = sharding.device_index() * num_local
 
-        def kernel(chip: Chip) -> Partials:
-            _check_single(num_local // group_size)
-            return self._experts_on(chip, rows, chosen, weights, first, experts, shared, layer)
+        def kernel(chip: Chip) -> Pending:
+            check_single(num_local // group_size)
+            return expert_kernels.products(
+                chip, rows, chosen, weights, staged, first, experts, shared, layer,
+                interpret=self._interprets,
+            )  # fmt: skip
 
-        def reference() -> Partials:
+        def reference() -> Pending:
             routing = ops.local_routing(chosen, weights, first, num_local)
             with jax.named_scope("experts"):
-                routed = ops.experts(rows, routing, *gate_up, *down, layer, group_size)
+                at = plain(layer)
+                routed = ops.experts(rows, routing, *gate_up, *down, at, group_size)
             with jax.named_scope("shared_experts"):
                 return routed + self.gated_mlp(rows, shared, layer, shared_group_size)
 
         return self._run(kernel, reference)
-
-    def _experts_on(
-        self,
-        chip: Chip,
-        rows: Rows,
-        chosen: Int32[Array, "T k"],
-        weights: Float32[Array, "T k"],
-        first: Int32[Array, ""],
-        experts: tuple[Weight, Weight],
-        shared: tuple[Weight, Weight],
-        layer: Layer,
-    ) -> Partials:
-        """Products of the chosen experts alone, the shared expert's tiles among them."""
-        on = {"chip": chip, "interpret": self._interprets}
-        (gate_up, gate_up_scale), (down, down_scale) = experts
-        (shared_gate_up, shared_gate_up_scale), (shared_down, shared_down_scale) = shared
-        x, x_scale = _quantized(rows, gate_up)
-        assert gate_up_scale is not None and down_scale is not None, "quantized like the rows"
-        plan = stage(x, x_scale, chosen, first, down.shape[1], **on)
-        inner, shared_inner = grouped_gate_up(
-            x, x_scale, plan, gate_up, gate_up_scale, _index(layer),
-            shared_values=shared_gate_up, shared_scale=shared_gate_up_scale, **on,
-        )  # fmt: skip
-        hidden, shared_hidden = quantize_hidden(
-            inner, shared_inner, plan, interpret=self._interprets
-        )
-        assert shared_hidden is not None
-        out, shared_out = grouped_down(
-            *hidden, plan, down, down_scale, _index(layer),
-            shared_hidden=shared_hidden[0], shared_hidden_scale=shared_hidden[1],
-            shared_values=shared_down, shared_scale=shared_down_scale, **on,
-        )  # fmt: skip
-        total = combine(out, shared_out, plan, weights)
-        return sharding.round_partials(total[None], out.dtype)
 
     def gated_mlp(
         self, rows: Rows, weights: tuple[Weight, Weight], layer: Layer, group_size: int
@@ -362,38 +389,12 @@ class Kernels:
 
 
 def _index(layer: Layer) -> Int32[Array, ""]:
-    return jnp.asarray(layer, jnp.int32)
+    return jnp.asarray(plain(layer), jnp.int32)
 
 
 def _as_ours(normed: norm.NormedRows, is_fp8: bool) -> NormedRows:
     values, scale = (normed.values, normed.scale) if is_fp8 else (None, None)
     return NormedRows(normed.residual, Rows(normed.normed, values, scale))
-
-
-def _quantized(rows: Rows, values: Array) -> tuple[Array, Array]:
-    """The rows that a kernel multiplies with FP8 values.
-
-    Raises:
-      NotImplementedError: the values are not FP8, so neither are the rows.
-    """
-    if rows.values is None or rows.scale is None:
-        raise NotImplementedError(
-            f"weights are {values.dtype.name}: products on a GPU are for FP8 ones (python -m "
-            "checkpoints quantize makes them)"
-        )
-    return rows.values, rows.scale
-
-
-def _check_single(num_groups: int) -> None:
-    """Refuses more than one partial sum a device.
-
-    Raises:
-      NotImplementedError: a device holds the shares of several kv heads.
-    """
-    if num_groups != 1:
-        raise NotImplementedError(
-            f"{num_groups} kv heads a device: on GPUs a step is for as many devices as kv heads"
-        )
 
 
 DEFAULT_KERNELS = Kernels()

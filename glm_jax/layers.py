@@ -3,6 +3,8 @@
 Knows no mesh: parameters carry the names of their axes, arrays inside a step are this device's part.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,8 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from glm_jax import ops, sharding
 from glm_jax.fp8 import FP8
-from glm_jax.kernels import Weight
-from glm_jax.ops import Layer
+from glm_jax.operands import Layer, Weight, plain
 from glm_jax.sharding import Axes
 
 
@@ -22,6 +23,17 @@ def parameter(
     """A parameter whose dimensions carry logical axis names as metadata `axes`."""
     value = init(rngs.params(), shape, jnp.float32).astype(dtype)
     return nnx.Param(value, axes=axes)
+
+
+class NormStack(NamedTuple):
+    """Weights of norms [layers, D] that are no parameter of their own."""
+
+    weight: Float[Array, "L D"]
+    eps: float
+
+    def stacked(self) -> Float[Array, "L D"]:
+        """The weights."""
+        return self.weight
 
 
 class RMSNorm(nnx.Module):
@@ -40,7 +52,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows D"], layer: Layer | None) -> Float[Array, "*rows D"]:
         """Norms the last dimension with the layer's weight; layer None where there is only one."""
-        index = 0 if layer is None else layer
+        index = 0 if layer is None else plain(layer)
         weight = jax.lax.dynamic_index_in_dim(self.stacked(), index, keepdims=False)
         return ops.rms_norm(x, weight, self.eps)
 

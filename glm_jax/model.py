@@ -4,6 +4,7 @@ Knows no mesh and no schedule: inside a step every array is this device's part, 
 ends in one sum over devices.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,14 +19,17 @@ from jaxtyping import Array, Float, Float32, Int32
 from glm_jax.attention import Attend, Attention
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
-from glm_jax.kernels import DEFAULT_KERNELS, Kernels, Partials
-from glm_jax.layers import Layer, RMSNorm, VocabTable
+from glm_jax.kernels import DEFAULT_KERNELS, Kernels
+from glm_jax.layers import NormStack, RMSNorm, VocabTable
 from glm_jax.moe import MLP, MoE, Routing
-from glm_jax.ops import NormedRows
-from glm_jax.sharding import WeightSpec, as_partials, round_partials
+from glm_jax.operands import Pending, Shifted, Workspace
+from glm_jax.ops import Layer, NormedRows
+from glm_jax.sharding import WeightSpec
 
-# The residual stream, and what the sub-layer before adds to it: not summed over devices yet.
-Carry = tuple[Array, Partials, KVCache | None]
+# The layer to come, the residual stream as it takes it, and the cache.
+Carry = tuple[Array, NormedRows, KVCache | None]
+# The residual stream after a layer, and where its tokens were sent.
+Layerwise = tuple[Array, Routing | None]
 
 
 class Trace(NamedTuple):
@@ -44,7 +48,7 @@ class DecoderLayers(nnx.Module):
     """All decoder layers, stacked: the first first_k_dense_replace have a dense MLP, the rest MoE.
 
     Between sub-layers stand NormedRows: a sum over devices, the addition to the residual stream and
-    the norm that follows are one operation.
+    the norm that follows are one operation, the last one of a layer.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class DecoderLayers(nnx.Module):
         self.is_fp8 = config.is_fp8
         self.num_dense = config.first_k_dense_replace
         self.num_layers = num_layers
+        self.num_experts = config.n_routed_experts
         width = config.intermediate_size
         self.dense_mlp = nnx.data(
             MLP(config, self.num_dense, width, dtype, kernels, rngs=rngs)
@@ -80,12 +85,23 @@ class DecoderLayers(nnx.Module):
         )
 
     def add(
-        self, partials: Partials, residual: Float[Array, "T D"], norm: RMSNorm, layer: Layer
+        self,
+        pending: Pending,
+        residual: Float[Array, "T D"],
+        norm: RMSNorm | NormStack,
+        layer: Layer | Shifted,
+        workspace: Workspace | None = None,
     ) -> NormedRows:
-        """residual + the sum of all devices' partials, normed for the sub-layer that follows."""
+        """residual + what is pending on all devices, normed for the sub-layer that follows."""
         return self.kernels.sum_add_norm(
-            partials, residual, norm.stacked(), layer, eps=norm.eps, is_fp8=self.is_fp8
-        )
+            pending, residual, norm.stacked(), layer, eps=norm.eps, is_fp8=self.is_fp8,
+            workspace=workspace,
+        )  # fmt: skip
+
+    def norms_between(self, last: RMSNorm) -> NormStack:
+        """The norm before each layer's attention, and after them all the one before the head."""
+        stacks = [self.input_layernorm.stacked(), last.stacked()]
+        return NormStack(jnp.concatenate(stacks), last.eps)
 
     def attention_block(
         self,
@@ -94,20 +110,25 @@ class DecoderLayers(nnx.Module):
         layer: Layer,
         cache: KVCache | None,
         attend: Attend,
+        workspace: Workspace | None = None,
     ) -> tuple[NormedRows, KVCache | None]:
         """The residual stream with attention added, normed for the MLP."""
         partials, cache = self.self_attn(normed.rows, positions, layer, cache, attend)
         norm = self.post_attention_layernorm
-        return self.add(partials, normed.residual, norm, layer), cache
+        return self.add(partials, normed.residual, norm, layer, workspace), cache
 
     def mlp_block(
-        self, normed: NormedRows, layer: Layer, is_dense: bool
-    ) -> tuple[Partials, Routing | None]:
+        self,
+        normed: NormedRows,
+        layer: Layer,
+        is_dense: bool,
+        workspace: Workspace | None = None,
+    ) -> tuple[Pending, Routing | None]:
         """What the layer's dense MLP or its experts add to the residual stream, still to be summed."""
         if is_dense:
             assert self.dense_mlp is not None
             return self.dense_mlp(normed.rows, layer), None
-        return self.moe(normed.rows, layer - self.num_dense)
+        return self.moe(normed.rows, self.kernels.shifted(layer, -self.num_dense), workspace)
 
 
 class Glm4Moe(nnx.Module):
@@ -147,37 +168,36 @@ class Glm4Moe(nnx.Module):
         Layers run as a loop over the layer index with the stacked weights held outside it: a loop
         that carried each layer's weights as its input would copy them.
         """
-        layers, num_dense = self.layers, self.layers.num_dense
+        layers = self.layers
         attend = layers.self_attn.prepare(attend, positions)
+        norms = layers.norms_between(self.norm)
 
-        def run(
-            is_dense: bool, carry: Carry, layer: Array
-        ) -> tuple[Carry, tuple[Array, Routing | None] | None]:
-            residual, partials, cache = carry
-            normed = layers.add(partials, residual, layers.input_layernorm, layer)
-            before = normed.residual
-            normed, cache = layers.attention_block(normed, positions, layer, cache, attend)
-            partials, routing = layers.mlp_block(normed, layer, is_dense)
-            carry = (normed.residual, round_partials(partials, residual.dtype), cache)
-            return carry, ((before, routing) if with_trace else None)
+        workspace = layers.kernels.workspace(tokens.size, layers.num_experts)
 
-        # The embedding is what the first layer adds to nothing: its sum is like every other.
-        embedded = self.embed_tokens.embed_here(tokens.reshape(-1))
-        kv_heads = layers.self_attn.qkv_proj.values.shape[1]
-        carry: Carry = (jnp.zeros_like(embedded), as_partials(embedded, kv_heads), cache)
-        entered = []
+        def run(is_dense: bool, carry: Carry, _: None) -> tuple[Carry, Layerwise | None]:
+            layer, normed, cache = carry
+            normed, cache = layers.attention_block(
+                normed, positions, layer, cache, attend, workspace
+            )
+            pending, routing = layers.mlp_block(normed, layer, is_dense, workspace)
+            following = layers.kernels.shifted(layer, 1)
+            normed = layers.add(pending, normed.residual, norms, following, workspace)
+            after = (normed.residual, routing) if with_trace else None
+            return (layer + 1, normed, cache), after
+
+        embedded = self.embed_tokens.embed(tokens.reshape(-1))
+        carry: Carry = (jnp.int32(0), layers.enter(embedded, 0), cache)
+        num_dense, entered = layers.num_dense, []
         if num_dense:
-            carry, traced = lax.scan(partial(run, True), carry, jnp.arange(num_dense))
+            carry, traced = _walk(partial(run, True), carry, 0, num_dense, with_trace)
             entered = [traced[0]] if traced else []
-        indices = jnp.arange(num_dense, layers.num_layers)
-        carry, traced = lax.scan(partial(run, False), carry, indices)
-        residual, partials, cache = carry
-        last = layers.add(partials, residual, self.norm, 0)
+        carry, traced = _walk(partial(run, False), carry, num_dense, layers.num_layers, with_trace)
+        _, last, cache = carry
         trace = None
         if traced is not None:
             residuals, routing = traced
             assert routing is not None
-            hidden = jnp.concatenate([*entered, residuals, last.residual[None]])[1:]
+            hidden = jnp.concatenate([*entered, residuals])
             trace = Trace(hidden.reshape(-1, *tokens.shape, hidden.shape[-1]), routing)
         assert last.rows.plain is not None
         return last.rows.plain.reshape(*tokens.shape, -1), cache, trace
@@ -186,6 +206,23 @@ class Glm4Moe(nnx.Module):
         """Scores of every token of the vocabulary, for normed hidden states."""
         with jax.named_scope("lm_head"):
             return self.lm_head.logits(hidden)
+
+
+def _walk(
+    run: Callable[[Carry, None], tuple[Carry, Layerwise | None]],
+    carry: Carry,
+    first: int,
+    end: int,
+    with_trace: bool,
+) -> tuple[Carry, Layerwise | None]:
+    """Layers first ... end - 1; their traces, stacked, if asked."""
+    carry = (jnp.int32(first), *carry[1:])
+    if with_trace:
+        return lax.scan(run, carry, None, end - first)
+    # A scan would count layers a second time, which is a launch a layer.
+    return lax.while_loop(
+        lambda carry: carry[0] < end, lambda carry: run(carry, None)[0], carry
+    ), None
 
 
 Weights = dict[str, jax.Array]

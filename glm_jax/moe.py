@@ -12,8 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from glm_jax.config import ModelConfig
-from glm_jax.kernels import DEFAULT_KERNELS, Kernels, Partials, Weight
+from glm_jax.kernels import DEFAULT_KERNELS, Kernels
 from glm_jax.layers import Layer, Linear, parameter
+from glm_jax.operands import Partials, Pending, Staged, Weight, Workspace
 from glm_jax.ops import Rows
 
 
@@ -25,11 +26,13 @@ class Routing(NamedTuple):
       weights: float32[T, k], what each expert's output is multiplied with.
       scores: float32[T, E], sigmoid of the router's logits, for inspection and load balancing; None
         where a kernel routes.
+      staged: the tokens in the order of their experts, where the kernel that routes also sorts.
     """
 
     experts: Int32[Array, "T k"]
     weights: Float32[Array, "T k"]
     scores: Float32[Array, "T E"] | None
+    staged: Staged | None = None
 
 
 class MLP(nnx.Module):
@@ -102,6 +105,12 @@ class Router(nnx.Module):
         weight, bias = self.weight[...], self.e_score_correction_bias[...]
         return Routing(*self.kernels.route(x, weight, bias, layer, **self.choice))
 
+    def stage(self, rows: Rows, layer: Layer, num_local: int, workspace: Workspace) -> Routing:
+        """Routes, and sorts the rows by this device's num_local experts."""
+        weight, bias = self.weight[...], self.e_score_correction_bias[...]
+        found = self.kernels.stage(rows, weight, bias, layer, num_local, workspace, **self.choice)
+        return Routing(*found)
+
 
 class Experts(nnx.Module):
     """The routed experts, whole experts on each device."""
@@ -133,7 +142,7 @@ class Experts(nnx.Module):
         self.group_size = num_experts // config.num_key_value_heads
         self.kernels = kernels
 
-    def __call__(self, rows: Rows, routing: Routing, shared: MLP, layer: Layer) -> Partials:
+    def __call__(self, rows: Rows, routing: Routing, shared: MLP, layer: Layer) -> Pending:
         """Partial sums over groups of experts, the shared expert's part with each; every device sees
         every token and adds its own."""
         return self.kernels.experts(
@@ -145,6 +154,7 @@ class Experts(nnx.Module):
             layer,
             group_size=self.group_size,
             shared_group_size=shared.group_size,
+            staged=routing.staged,
         )
 
 
@@ -166,9 +176,16 @@ class MoE(nnx.Module):
         width = config.shared_width
         self.shared_experts = MLP(config, num_layers, width, dtype, kernels, rngs=rngs)
 
-    def __call__(self, rows: Rows, layer: Layer) -> tuple[Partials, Routing]:
+    def __call__(
+        self, rows: Rows, layer: Layer, workspace: Workspace | None = None
+    ) -> tuple[Pending, Routing]:
         """Partial sums, routed and shared together; the shared expert is not scaled."""
         assert rows.plain is not None, "the router reads rows that are not quantized"
         with jax.named_scope("router"):
-            routing = self.gate(rows.plain, layer)
-        return self.experts(rows, routing, self.shared_experts, layer), routing
+            if workspace is None:
+                routing = self.gate(rows.plain, layer)
+            else:
+                num_local = self.experts.down_proj.values.shape[1]
+                routing = self.gate.stage(rows, layer, num_local, workspace)
+        pending = self.experts(rows, routing, self.shared_experts, layer)
+        return pending, routing._replace(staged=None)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax import ops
-from glm_jax.kernels import Partials
 from glm_jax.layers import Layer
 from glm_jax.moe import MLP, Experts, Routing
+from glm_jax.operands import Partials
 from glm_jax.ops import Rows
 
 

@@ -1,30 +1,40 @@
 """The sum over devices fused with what follows it: residual add, RMSNorm, quantization.
 
 Knows no layer. Each device copies its peers' rows from where they lie, over NVLink, and sums them
-itself: one exchange instead of two, right while rows are few. No multicast takes part.
+itself: one exchange instead of two, right while rows are few. No multicast takes part. What experts
+made is first added up here, row by row, before the peers may have it.
 
 A row is one CTA's, the same on every device, and has two counters there, which start and end at zero:
 
-  ready: every peer's kernel has begun, so the kernel before it has written the peer's rows;
+  ready: the peer's CTA has begun, and has added up its row if there was something to add;
   done: every peer has copied this device's row. Only then may this kernel end, since XLA may give
     the rows' memory to whatever comes next.
 
 A CTA waits only for the CTAs of the same row, and all rows' CTAs fit the device at once, so the wait
-ends. That counters are zero on all devices before any of them counts is XLA's doing: it passes them
-zeroed and holds a barrier between the devices before a kernel that reaches into peers is launched.
+ends. That counters are zero on all devices before any of them counts is XLA's doing: it holds a
+barrier between the devices before a kernel that reaches into peers is launched. Since counters end as
+they start, calls can share them, and XLA need not clear them for each.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from glm_jax.pallas.chip import Chip
-from glm_jax.pallas.norm import NormedRows, check_width, load_row, normed_types, store_normed
+from glm_jax.pallas.norm import (
+    NormedRows,
+    check_width,
+    load_row,
+    normed_types,
+    row_layout,
+    store_normed,
+)
 
 # From here on an exchange in two steps, of sums instead of summands, has less to carry: beyond
 # 256 rows of 5120 the one step moves 18 MB into each of eight devices.
@@ -33,8 +43,34 @@ _WARPS = 4
 _SHARED_MEMORY = 220 * 1024
 
 
+class Summands(NamedTuple):
+    """What a device's experts made of each token: their rows, and the shared expert's.
+
+    Attributes:
+      rows: in any order; only those that places name are read.
+      shared: a row for each token.
+      places: the row of each choice of each token; R where another device has it.
+      weights: what each choice's row is multiplied with.
+    """
+
+    rows: BFloat16[Array, "R D"]
+    shared: BFloat16[Array, "T D"]
+    places: Int32[Array, "T k"]
+    weights: Float32[Array, "T k"]
+
+
+def make_semaphores(num_rows: int) -> jax.Ref | None:
+    """Counters for every call on up to so many rows; None where each call must have its own."""
+    # jax before 0.12 has no counters that outlive a kernel.
+    if not hasattr(plgpu, "alloc_semaphore"):
+        return None
+    zeros = jax.freeze(plgpu.alloc_semaphore((2, num_rows)))
+    # What XLA knows to be zeros it would make anew in every layer.
+    return jax.new_ref(lax.optimization_barrier(zeros), memory_space=plgpu.GMEM)
+
+
 def all_reduce_add_norm(
-    partial: BFloat16[Array, "T D"],
+    partial: BFloat16[Array, "T D"] | Summands,
     residual: BFloat16[Array, "T D"],
     weight: BFloat16[Array, "L D"],
     layer: Int32[Array, ""],
@@ -43,70 +79,139 @@ def all_reduce_add_norm(
     axis_name: str = "tensor",
     num_devices: int,
     chip: Chip,
+    shift: int = 0,
+    semaphores: jax.Ref | None = None,
     interpret: bool = False,
 ) -> NormedRows:
     """residual + the sum of all devices' partial, its RMSNorm, and the quantized form of that.
 
     For use inside shard_map over a mesh whose only axis is axis_name. Partials are added in float32,
     device 0 first, rounded once to bfloat16 and then added to the residual; every device gets the
-    same bits, whatever T is. In interpret mode XLA gathers the rows, since the interpreter has
-    neither peers nor counters; what is made of them is the kernel's own.
+    same bits, whatever T is. The partial of Summands is each token's rows, weighed and added in the
+    order of its choices, and its shared row last, in float32, rounded to bfloat16. In interpret mode
+    XLA gathers the rows, since the interpreter has neither peers nor counters; what is made of them is
+    the kernel's own.
+
+    Args:
+      layer, shift: their sum is the norm's place among the weights.
+      semaphores: as make_semaphores makes them, for at least T rows.
 
     Raises:
       NotImplementedError: T is over 256 or over what the device holds at once, or D no multiple of
         128.
     """
-    num_rows, width = partial.shape
+    num_rows, width = residual.shape
     check_width(width)
     # Every row's CTA must be running, with a row of each device in its shared memory.
     limit = min(MAX_ROWS, _SHARED_MEMORY // (2 * num_devices * width + 4096) * chip.num_cores)
     if num_rows > limit:
-        raise NotImplementedError(f"{partial.shape=}: one exchange is for up to {limit} rows")
+        raise NotImplementedError(f"{residual.shape=}: one exchange is for up to {limit} rows")
     is_exchanged = num_devices > 1 and not interpret
     is_gathered = num_devices > 1 and interpret
     if is_gathered:
+        if isinstance(partial, Summands):
+            partial = _add_up(partial, interpret)
         partial = lax.all_gather(partial, axis_name)
+    has_summands = isinstance(partial, Summands)
+    operands = [*partial] if isinstance(partial, Summands) else [partial]
+    outputs = [jax.ShapeDtypeStruct(residual.shape, residual.dtype), *normed_types(num_rows, width)]
+    if has_summands and is_exchanged:
+        outputs.append(jax.ShapeDtypeStruct(residual.shape, residual.dtype))
+    shared = [semaphores] if is_exchanged and semaphores is not None else []
 
     def all_reduce_add_norm_kernel(*refs: Any, **scratch: Any) -> None:
-        partial_ref, residual_ref, weight_ref, layer_ref, *outputs = refs
+        own, others = refs[: len(operands)], refs[len(operands) :]
+        residual_ref, weight_ref, layer_ref, *outs = others
         row = lax.axis_index("row")
+        if shared:
+            counters, *outs = outs
+            scratch |= {
+                name: counters.at[index, row] for index, name in enumerate(("ready", "done"))
+            }
+        (total_ref, normed_ref, values_ref, scale_ref), mine_ref = outs[:4], outs[4:]
+        summed = load_summed(own, row) if has_summands else None
         if is_exchanged:
-            _copy_from_peers(partial_ref, row, scratch, axis_name, num_devices)
+            if summed is not None:
+                scratch["mine"][...] = summed
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(scratch["mine"], mine_ref[0].at[row])
+                plgpu.wait_smem_to_gmem(0)
+                own = mine_ref
+            _copy_from_peers(own[0], row, scratch, axis_name, num_devices)
             addends = [load_row(scratch["addends"], device) for device in range(num_devices)]
         elif is_gathered:
-            addends = [load_row(partial_ref.at[device], row) for device in range(num_devices)]
+            addends = [load_row(own[0].at[device], row) for device in range(num_devices)]
         else:
-            addends = [load_row(partial_ref, row)]
-        summed = addends[0].astype(jnp.float32)
-        for addend in addends[1:]:
-            summed = summed + addend.astype(jnp.float32)
-        total = load_row(residual_ref, row) + summed.astype(jnp.bfloat16)
-        total_ref, normed_ref, values_ref, scale_ref = outputs
+            addends = [load_row(own[0], row) if summed is None else summed]
+        total = load_row(residual_ref, row) + _sum(addends)
         total_ref[row] = total
-        store_normed(
-            total, load_row(weight_ref, layer_ref[0]), eps, row, normed_ref, values_ref, scale_ref
-        )
+        weight_row = load_row(weight_ref, layer_ref[0] + shift)
+        store_normed(total, weight_row, eps, row, normed_ref, values_ref, scale_ref)
         if is_exchanged:
             pl.semaphore_wait(scratch["done"], num_devices - 1)
 
     scratch = {}
     if is_exchanged:
-        scratch["addends"] = plgpu.SMEM((num_devices, width), partial.dtype)
+        scratch["addends"] = plgpu.SMEM((num_devices, width), residual.dtype)
         scratch["arrived"] = plgpu.Barrier(num_arrivals=num_devices)
-        scratch["ready"] = scratch["done"] = plgpu.SemaphoreType.REGULAR
-    outputs = plgpu.kernel(
+        if has_summands:
+            scratch["mine"] = plgpu.SMEM((width,), residual.dtype)
+        if not shared:
+            scratch["ready"] = scratch["done"] = plgpu.SemaphoreType.REGULAR
+    found = plgpu.kernel(
         all_reduce_add_norm_kernel,
-        out_type=[
-            jax.ShapeDtypeStruct(residual.shape, residual.dtype),
-            *normed_types(num_rows, width),
-        ],
+        out_type=outputs,
         scratch_types=scratch,
         grid=(num_rows,),
         grid_names=("row",),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="all_reduce_add_norm",
-    )(partial, residual, weight, layer.reshape(1))
-    return NormedRows(*outputs)
+    )(*operands, residual, weight, layer.reshape(1), *shared)
+    return NormedRows(*found[:4])
+
+
+def _sum(addends: Sequence[Array]) -> BFloat16[Array, " D"]:
+    summed = addends[0].astype(jnp.float32)
+    for addend in addends[1:]:
+        summed = summed + addend.astype(jnp.float32)
+    return summed.astype(jnp.bfloat16)
+
+
+def load_summed(refs: Sequence[Any], row: Array) -> BFloat16[Array, " D"]:
+    """A token's partial, from the refs of Summands, in registers like a row that load_row reads."""
+    rows_ref, shared_ref, places_ref, weights_ref = refs
+    num_rows = rows_ref.shape[0]
+    shared = load_row(shared_ref, row).astype(jnp.float32)
+    total = plgpu.layout_cast(jnp.zeros(shared.shape, jnp.float32), row_layout(shared.shape[0]))
+    choices = range(places_ref.shape[1])
+    # All of them ahead of the rows: one latency instead of one a choice.
+    places = [places_ref[row, choice] for choice in choices]
+    weights = [weights_ref[row, choice] for choice in choices]
+    for place, weight in zip(places, weights, strict=True):
+
+        def add(total: Array, place: Array = place, weight: Array = weight) -> Array:
+            return total + load_row(rows_ref, place).astype(jnp.float32) * weight
+
+        total = lax.cond(place < num_rows, add, lambda total: total, total)
+    return (total + shared).astype(jnp.bfloat16)
+
+
+def _add_up(summands: Summands, interpret: bool) -> BFloat16[Array, "T D"]:
+    """The partial of Summands by a kernel of its own."""
+
+    def body(*refs: Any) -> None:
+        row = lax.axis_index("row")
+        refs[-1][row] = load_summed(refs[:-1], row)
+
+    shared = summands.shared
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(shared.shape, shared.dtype),
+        grid=(shared.shape[0],),
+        grid_names=("row",),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        kernel_name="add_up",
+    )(*summands)
 
 
 def _copy_from_peers(

@@ -5,7 +5,7 @@ of tokens meets one expert and is stored whole; rows that only fill a tile belon
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -137,25 +137,13 @@ def stage(
         sorted_already = dispatch(experts, first_expert, num_local, tile=tile)
     is_local = (experts >= first_expert) & (experts < first_expert + num_local)
     padding = -num_choices % _PICKS
-    nobody = jnp.pad(experts, ((0, 0), (0, padding)), constant_values=-1) if padding else experts
-    sizes = _Sizes(num_tokens, nobody.shape[1], num_local, tile, tiles, width // _LANES)
-    rows_type = [
-        jax.ShapeDtypeStruct((tiles * tile, width // _LANES, _LANES), x.dtype),
-        jax.ShapeDtypeStruct((tiles * tile,), jnp.float32),
-    ]
-    plan_types = [
-        jax.ShapeDtypeStruct((tiles * tile,), jnp.int32),
-        jax.ShapeDtypeStruct(nobody.shape, jnp.int32),
-        jax.ShapeDtypeStruct((tiles,), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    ]
-    tokens = (x.reshape(num_tokens, -1, _LANES), x_scale.reshape(-1))
-    chunk = min(tile, _CHUNK)
+    padded = jnp.pad(experts, ((0, 0), (0, padding))) if padding else experts
+    sizes = Sizes(num_tokens, num_choices, padded.shape[1], num_local, tile, tiles, width)
     num_ctas = min(tiles, chip.num_cores)
     kernel = plgpu.kernel(
         functools.partial(_copy_body if sorted_already else _sort_body, sizes, num_ctas=num_ctas),
-        out_type=rows_type if sorted_already else rows_type + plan_types,
-        scratch_types=_scratch(sizes, chunk, is_sorting=sorted_already is None),
+        out_type=sizes.row_types() if sorted_already else sizes.row_types() + sizes.plan_types(),
+        scratch_types=sizes.scratch(is_sorting=sorted_already is None),
         grid=(num_ctas,),
         grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -163,52 +151,86 @@ def stage(
         kernel_name="dispatch",
     )
     if sorted_already:
-        values, scale = kernel(*tokens, sorted_already.tokens, sorted_already.num_tiles)
+        operands = sorted_already.tokens, sorted_already.num_tiles
+        values, scale = kernel(*sizes.tokens(x, x_scale), *operands)
         plan = sorted_already
     else:
-        values, scale, *fields = kernel(*tokens, nobody, first_expert.reshape(1))
+        operands = padded, first_expert.reshape(1)
+        values, scale, *fields = kernel(*sizes.tokens(x, x_scale), *operands)
         plan = Dispatch(*fields)
         rows = plan.rows[:, :num_choices] if padding else plan.rows
         plan = plan._replace(rows=jnp.where(is_local, rows, tiles * tile))
     return plan._replace(values=values.reshape(-1, width), scale=scale[:, None])
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
+    """What the kernels that sort or copy are made for.
+
+    Attributes:
+      num_choices, padded_choices: picks of a token, and what they take in memory.
+      tile, tiles: rows of a tile, and the most tiles that there can be.
+      width: of a token.
+    """
+
     num_tokens: int
     num_choices: int
+    padded_choices: int
     num_local: int
     tile: int
     tiles: int
-    lanes: int
+    width: int
 
     @property
     def padded_experts(self) -> int:
+        """Local experts, an expert a lane."""
         return -(-self.num_local // _WARPGROUP) * _WARPGROUP
 
+    def tokens(self, x: Array, x_scale: Array) -> tuple[Array, Array]:
+        """The tokens as the kernels read them: in lines that TMA copies at once."""
+        return x.reshape(self.num_tokens, -1, _LANES), x_scale.reshape(-1)
 
-def _scratch(sizes: _Sizes, chunk: int, *, is_sorting: bool) -> dict[str, Any]:
-    types: dict[str, Any] = {
-        "staged": plgpu.SMEM((chunk, sizes.lanes, _LANES), jnp.float8_e4m3fn),
-        "arrived": plgpu.Barrier(num_arrivals=chunk),
-    }
-    if is_sorting:
-        types["picks"] = plgpu.SMEM((sizes.num_tokens, sizes.num_choices), jnp.int32)
-        types["picked"] = plgpu.Barrier()
-        types["tiles"] = plgpu.SMEM((sizes.padded_experts,), jnp.int32)
-        types["ends"] = plgpu.SMEM((sizes.padded_experts,), jnp.int32)
-        types["taken"] = plgpu.SMEM((_WARPGROUP,), jnp.int32)
-    return types
+    def row_types(self) -> list[jax.ShapeDtypeStruct]:
+        """Of the tokens in the order of their experts, and their scales."""
+        rows = self.tiles * self.tile
+        return [
+            jax.ShapeDtypeStruct((rows, self.width // _LANES, _LANES), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
+        ]
+
+    def plan_types(self) -> list[jax.ShapeDtypeStruct]:
+        """Of the first fields of Dispatch, rows with padded choices."""
+        return [
+            jax.ShapeDtypeStruct((self.tiles * self.tile,), jnp.int32),
+            jax.ShapeDtypeStruct((self.num_tokens, self.padded_choices), jnp.int32),
+            jax.ShapeDtypeStruct((self.tiles,), jnp.int32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+        ]
+
+    def scratch(self, *, is_sorting: bool) -> dict[str, Any]:
+        """The shared memory of sort_and_copy, or of copies alone."""
+        chunk = min(self.tile, _CHUNK)
+        types: dict[str, Any] = {
+            "staged": plgpu.SMEM((chunk, self.width // _LANES, _LANES), jnp.float8_e4m3fn),
+            "arrived": plgpu.Barrier(num_arrivals=chunk),
+        }
+        if is_sorting:
+            types["picks"] = plgpu.SMEM((self.num_tokens, self.padded_choices), jnp.int32)
+            types["picks_full"] = plgpu.Barrier()
+            types["tiles"] = plgpu.SMEM((self.padded_experts,), jnp.int32)
+            types["ends"] = plgpu.SMEM((self.padded_experts,), jnp.int32)
+            types["taken"] = plgpu.SMEM((_WARPGROUP,), jnp.int32)
+        return types
 
 
 def _copy_rows(
-    sizes: _Sizes,
+    sizes: Sizes,
     x_ref: Any,
     x_scale_ref: Any,
     values_ref: Any,
     scale_ref: Any,
     token_of: Callable[[jax.Array], jax.Array],
     first_row: jax.Array,
-    scratch: dict[str, Any],
+    scratch: Mapping[str, Any],
 ) -> None:
     """Copies a tile's tokens, a chunk of rows in flight at a time."""
     staged, arrived = scratch["staged"], scratch["arrived"]
@@ -235,7 +257,7 @@ def _over_tiles(num_tiles: jax.Array, num_ctas: int, visit: Callable[[jax.Array]
 
 
 def _copy_body(
-    sizes: _Sizes,
+    sizes: Sizes,
     x_ref: Any,
     x_scale_ref: Any,
     tokens_ref: Any,
@@ -255,25 +277,32 @@ def _copy_body(
     _over_tiles(num_tiles_ref[0], num_ctas, copy_tile)
 
 
-def _sort_body(
-    sizes: _Sizes,
-    x_ref: Any,
-    x_scale_ref: Any,
+def _sort_body(sizes: Sizes, *refs: Any, num_ctas: int, **scratch: Any) -> None:
+    x_ref, x_scale_ref, experts_ref, first_ref, *outs = refs
+    sort_and_copy(sizes, (x_ref, x_scale_ref), experts_ref, first_ref, outs, num_ctas, scratch)
+
+
+def sort_and_copy(
+    sizes: Sizes,
+    token_refs: tuple[Any, Any],
     experts_ref: Any,
     first_ref: Any,
-    values_ref: Any,
-    scale_ref: Any,
-    tokens_ref: Any,
-    rows_ref: Any,
-    tile_experts_ref: Any,
-    num_tiles_ref: Any,
+    outs: Sequence[Any],
     num_ctas: int,
-    **scratch: Any,
+    scratch: Mapping[str, Any],
 ) -> None:
-    """Counts all picks, then finds and copies the tokens of this CTA's tiles."""
+    """Counts all picks, then finds and copies the tokens of this CTA's tiles.
+
+    Nothing is written to the row of a choice whose expert lives elsewhere.
+
+    Args:
+      outs: refs of row_types and plan_types.
+    """
+    x_ref, x_scale_ref = token_refs
+    values_ref, scale_ref, tokens_ref, rows_ref, tile_experts_ref, num_tiles_ref = outs
     picks, ends, taken = scratch["picks"], scratch["ends"], scratch["taken"]
-    plgpu.copy_gmem_to_smem(experts_ref, picks, scratch["picked"])
-    plgpu.barrier_wait(scratch["picked"])
+    plgpu.copy_gmem_to_smem(experts_ref, picks, scratch["picks_full"])
+    plgpu.barrier_wait(scratch["picks_full"])
     first_expert = first_ref[0]
     expert_ends = _count_tiles(sizes, picks, first_expert, scratch["tiles"])
     ends[...] = expert_ends
@@ -320,7 +349,7 @@ def _sort_body(
     _over_tiles(num_tiles, num_ctas, sort_tile)
 
 
-def _count_tiles(sizes: _Sizes, picks: Any, first_expert: jax.Array, tiles: Any) -> jax.Array:
+def _count_tiles(sizes: Sizes, picks: Any, first_expert: jax.Array, tiles: Any) -> jax.Array:
     """The tile at which each expert's tiles end: int32[padded_experts], an expert a lane."""
     lanes = plgpu.broadcasted_iota(jnp.int32, (sizes.padded_experts,), 0)
 

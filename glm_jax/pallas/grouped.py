@@ -4,7 +4,7 @@ Knows neither activations nor what the two products of an expert mean. Tiles of 
 first, then the tiles of experts in use; an expert without tokens costs nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
+from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import fp8_product
+from glm_jax.pallas import fp8_product, grid
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
-from glm_jax.pallas.fp8_product import SCALE_SLOTS, STEP, TuningConfig
+from glm_jax.pallas.fp8_product import SCALE_SLOTS
+from glm_jax.pallas.quantize import GROUP, as_pair, quantize_rows, quantized_types
+from glm_jax.pallas.tiling import STEP, TuningConfig
 
 
 class Weights(NamedTuple):
@@ -66,13 +68,19 @@ def product(
     *,
     chip: Chip,
     config: TuningConfig,
+    shift: int,
+    counter: Any = None,
     interpret: bool,
-) -> tuple[BFloat16[Array, "R N"], BFloat16[Array, "T S"] | None]:
+) -> tuple[Any, Any]:
     """Each row times its expert's weights, scaled; each token times the shared expert's.
+
+    Rows and tokens as bfloat16, or, with a counter, quantized: when all CTAs have done their tiles,
+    each quantizes its share of the rows.
 
     Args:
       rows: in the order of dispatch.
       shared: every token, and weights as of a single expert; or None.
+      layer, shift: their sum is the place in the stacks.
       combine_halves: makes one float32[rows, tokens] of the scaled products of each half.
 
     Raises:
@@ -99,15 +107,26 @@ def product(
         for operand in (tokens.values, tokens.scale.reshape(-1), *_flat(side))
     ]
 
+    counters = [] if counter is None else [counter]
+    out_types = [
+        jax.ShapeDtypeStruct(
+            (tokens.values.shape[0] + (-tokens.values.shape[0] % GROUP if counters else 0),
+             side.values.shape[-2]), jnp.bfloat16
+        )
+        for tokens, side in sides
+    ]  # fmt: skip
+    num_operands = 3 + len(counters) + 4 * len(sides)
+
     def body(*refs: Any, **scratch: Any) -> None:
-        layer_ref, tile_experts_ref, num_tiles_ref, *others = refs
-        inputs, outs = others[: 4 * len(sides)], others[4 * len(sides) :]
+        layer_ref, tile_experts_ref, num_tiles_ref, *inputs = refs[:num_operands]
+        counter_refs, inputs = inputs[: len(counters)], inputs[len(counters) :]
+        outs, quantized = refs[num_operands:][: len(sides)], refs[num_operands:][len(sides) :]
         side_refs = [
             _Side(*cast(_Inputs, inputs[4 * index : 4 * index + 4]), out, side.values.shape[1])
             for index, (out, (_, side)) in enumerate(zip(outs, sides, strict=True))
         ]
         walk = _Walk(config, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
-        loads = _Loads(config, side_refs, layer_ref[0], scratch)
+        loads = _Loads(config, side_refs, layer_ref[0] + shift, scratch)
 
         def finish(
             slot: jax.Array, warpgroup: jax.Array, first: int, products: list[jax.Array]
@@ -137,6 +156,11 @@ def product(
             send=send,
         )
         fp8_product.stream(chip, config, num_ctas, streams, scratch)
+        if counters:
+            plgpu.wait_smem_to_gmem(0)
+            grid.wait_for_all(counter_refs[0], num_ctas)
+            in_use = num_tiles_ref[0] * (config.tokens // GROUP)
+            _quantize(in_use, outs, quantized, num_ctas, config.warpgroups + 1)
 
     scratch = fp8_product.scratch_types(
         chip,
@@ -149,10 +173,8 @@ def product(
     all_rows = config.rows * config.warpgroups
     scratch["token_scales"] = fp8_product.token_scales(config)
     scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, halves, all_rows), jnp.float32)
-    out_types = [
-        jax.ShapeDtypeStruct((tokens.values.shape[0], side.values.shape[-2]), jnp.bfloat16)
-        for tokens, side in sides
-    ]
+    if counters:
+        out_types += [out for each in out_types for out in quantized_types(*each.shape)]
     kernel = fp8_product.launch(
         body,
         name=name,
@@ -163,8 +185,30 @@ def product(
         num_ctas=num_ctas,
         interpret=interpret,
     )
-    outs = kernel(layer.reshape(1), dispatch.tile_experts, dispatch.num_tiles, *operands)
-    return outs[0], outs[1][:num_tokens] if shared else None
+    plan = dispatch.tile_experts, dispatch.num_tiles
+    outs = kernel(layer.reshape(1), *plan, *counters, *operands)
+    if not counters:
+        return outs[0], outs[1][:num_tokens] if shared else None
+    pairs = outs[len(sides) :]
+    return as_pair(pairs[:2], rows.values.shape[0]), (
+        as_pair(pairs[2:], num_tokens) if shared else None
+    )
+
+
+def _quantize(
+    in_use: jax.Array, rows: Sequence[Any], quantized: Sequence[Any], num_ctas: int, warpgroups: int
+) -> None:
+    """Quantizes the groups of this warpgroup: those of rows that are in use, then all of tokens."""
+    first = lax.axis_index("cta") * warpgroups + lax.axis_index("warpgroup")
+    stride = num_ctas * warpgroups
+    counts = [in_use, *(ref.shape[0] // GROUP for ref in rows[1:])]
+    for side, (ref, count) in enumerate(zip(rows, counts, strict=True)):
+
+        def visit(number: jax.Array, _: None, side: int = side, ref: Any = ref) -> None:
+            values, scale = quantized[2 * side], quantized[2 * side + 1]
+            quantize_rows(ref, values, scale, first + number * stride)
+
+        lax.fori_loop(0, lax.div(count - first + stride - 1, stride), visit, None)
 
 
 def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:

@@ -10,8 +10,8 @@ from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 from glm_jax.pallas import grouped
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
-from glm_jax.pallas.fp8_product import TuningConfig, fitting_stages
 from glm_jax.pallas.grouped import Tokens, Weights
+from glm_jax.pallas.tiling import TuningConfig, fitting_stages
 
 
 def default_config(chip: Chip, tile: int) -> TuningConfig:
@@ -38,6 +38,7 @@ def grouped_down(
     shared_scale: Float32[Array, "L D"] | None = None,
     chip: Chip,
     config: TuningConfig | None = None,
+    shift: int = 0,
     interpret: bool = False,
 ) -> tuple[BFloat16[Array, "R D"], BFloat16[Array, "T D"] | None]:
     """hidden @ down.T for each row of dispatch, and for each token where shared.
@@ -66,6 +67,7 @@ def grouped_down(
         lambda products: products[0],
         chip=chip,
         config=config,
+        shift=shift,
         interpret=interpret,
     )
 
@@ -73,17 +75,20 @@ def grouped_down(
 def combine(
     rows: BFloat16[Array, "R D"],
     shared: BFloat16[Array, "T D"] | None,
-    dispatch: Dispatch,
+    places: Int32[Array, "T k"],
     weights: Float32[Array, "T k"],
 ) -> Float32[Array, "T D"]:
     """Each token's rows, weighed and added in the order of its choices, and its shared row last.
 
     Choices whose expert lives elsewhere add nothing, whatever their rows would hold.
+
+    Args:
+      places: the row of each choice, as Dispatch.rows.
     """
     num_rows = rows.shape[0]
     total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
     for choice in range(weights.shape[1]):
-        index = dispatch.rows[:, choice]
+        index = places[:, choice]
         picked = rows.at[jnp.minimum(index, num_rows - 1)].get(mode="promise_in_bounds")
         weighed = picked.astype(jnp.float32) * weights[:, choice, None]
         total = total + jnp.where((index < num_rows)[:, None], weighed, 0.0)

@@ -3,15 +3,17 @@
 Knows neither routing nor quantization of what it makes.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
+from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 
 from glm_jax.pallas import grouped
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
-from glm_jax.pallas.fp8_product import TuningConfig, fitting_stages
 from glm_jax.pallas.grouped import Tokens, Weights
+from glm_jax.pallas.tiling import TuningConfig, fitting_stages
 
 
 def default_config(chip: Chip, tile: int, width: int, num_tokens: int) -> TuningConfig:
@@ -42,15 +44,23 @@ def grouped_gate_up(
     shared_scale: Float32[Array, "L 2 S"] | None = None,
     chip: Chip,
     config: TuningConfig | None = None,
+    shift: int = 0,
+    counter: Any = None,
     interpret: bool = False,
-) -> tuple[BFloat16[Array, "R F"], BFloat16[Array, "T S"] | None]:
+) -> tuple[Any, Any]:
     """silu(x @ gate.T) * (x @ up.T) for each row of dispatch, and for each token where shared.
 
     gate, up, silu(gate) and the answer are each rounded to bfloat16. Rows of tiles that are not in
     use are not written.
 
+    Args:
+      layer, shift: their sum is the place in the stacks.
+      counter: of grid.make_counter, where quantizes says so: the answers are then quantized, as
+        quantize_hidden does, by the same kernel. Not for interpretation.
+
     Returns:
-      The rows' answers, in the order of dispatch, and the tokens' with the shared expert's weights.
+      The rows' answers, in the order of dispatch, and the tokens' with the shared expert's weights:
+      bfloat16[R, F] and [T, S], or a pair of values and scale for each.
 
     Raises:
       ValueError: the tile of dispatch is not the tokens of config.
@@ -77,8 +87,16 @@ def grouped_gate_up(
         _gated_silu,
         chip=chip,
         config=config,
+        shift=shift,
+        counter=counter,
         interpret=interpret,
     )
+
+
+def quantizes(dispatch: Dispatch) -> bool:
+    """Whether the kernel can quantize in such tiles: where they are larger, warpgroups share out their
+    registers, and the one that feeds has too few left to quantize."""
+    return dispatch.tile <= 32
 
 
 def _gated_silu(products: list[jax.Array]) -> jax.Array:

@@ -4,7 +4,7 @@ Knows no layer and no other device. One warpgroup holds a row in its registers f
 the last write, so a row's bits depend on nothing but the row.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,10 @@ def add_norm_quantize(
     *,
     eps: float,
     chip: Chip,
+    shift: int = 0,
     interpret: bool = False,
 ) -> NormedRows:
-    """x + added, its RMSNorm with weight[layer], and the quantized form of that.
+    """x + added, its RMSNorm with weight[layer + shift], and the quantized form of that.
 
     Rounds to bfloat16 where the model does: after the sum, after the norm, after the weight. The GPU
     divides to within 2 units of the last place, so a value on the edge between two FP8 numbers may
@@ -68,9 +69,8 @@ def add_norm_quantize(
             residual_ref = refs[-len(outputs)]
             total = total + load_row(added_refs[0], row)
             residual_ref[row] = total
-        store_normed(
-            total, load_row(weight_ref, layer_ref[0]), eps, row, normed_ref, values_ref, scale_ref
-        )
+        weight_row = load_row(weight_ref, layer_ref[0] + shift)
+        store_normed(total, weight_row, eps, row, normed_ref, values_ref, scale_ref)
 
     outputs = [*normed_types(num_rows, width)]
     if added is not None:
@@ -105,11 +105,15 @@ def normed_types(num_rows: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     )
 
 
-def load_row(ref: jax.Ref, row: Int32[Array, ""] | int) -> Array:
-    """A row in registers, each thread holding pieces of up to 16 bytes."""
-    width = ref.shape[-1]
+def row_layout(width: int) -> Any:
+    """How a warpgroup holds a row: each thread pieces of up to 16 bytes of bfloat16."""
     vector = next(size for size in (8, 4, 2, 1) if width % (_THREADS * size) == 0)
-    return plgpu.layout_cast(ref[row], plgpu.Layout.WG_STRIDED((width,), vec_size=vector))
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
+
+
+def load_row(ref: jax.Ref, row: Int32[Array, ""] | int) -> Array:
+    """A row in registers, as row_layout says."""
+    return plgpu.layout_cast(ref[row], row_layout(ref.shape[-1]))
 
 
 def store_normed(

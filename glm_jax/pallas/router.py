@@ -7,7 +7,7 @@ sigmoid, and the ranking. So a token's bits depend on the token alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,10 @@ def route(
     routed_scaling_factor: float,
     chip: Chip,
     config: TuningConfig | None = None,
+    shift: int = 0,
     interpret: bool = False,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
-    """Each token's experts, by falling sigmoid(logit) + bias[layer], and their weights.
+    """Each token's experts, by falling sigmoid(logit) + bias[layer + shift], and their weights.
 
     Equal scores go to the lower index first. Weights come of the scores without bias, divided by
     their sum if norm_topk_prob, times routed_scaling_factor. A token whose logits are not numbers
@@ -81,39 +82,57 @@ def route(
     Raises:
       NotImplementedError: D is no multiple of 256, E none of 8, or k is over 64.
     """
-    num_tokens, width = x.shape
-    num_experts = weight.shape[1]
-    if width % _CHUNK or num_experts % 8 or not 1 <= num_experts_per_tok <= 64:
-        raise NotImplementedError(
-            f"{weight.shape=}, {num_experts_per_tok=}: D must be a multiple of {_CHUNK}, "
-            "E of 8, k at most 64"
-        )
-    if num_experts_per_tok > num_experts:
-        raise ValueError(f"{num_experts_per_tok=} of {num_experts=}")
-    config = config or default_config(num_tokens, num_experts)
-    products = _multiply(x, weight, layer, chip, config, interpret)
-    return _pick(
-        products,
-        bias,
-        layer,
-        num_experts_per_tok,
-        norm_topk_prob,
-        routed_scaling_factor,
-        interpret,
-    )
+    choice = Choice(weight.shape[1], num_experts_per_tok, norm_topk_prob, routed_scaling_factor)
+    products = multiply(x, weight, layer, choice, chip=chip, config=config, shift=shift,
+                        interpret=interpret)  # fmt: skip
+    return _pick(products, bias, layer, choice, shift, interpret)
 
 
-def _multiply(
+class Choice(NamedTuple):
+    """How many experts there are, how many of them a token gets, and what becomes of their scores."""
+
+    num_experts: int
+    num_picks: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+    @property
+    def padded_picks(self) -> int:
+        """Picks of a token as they lie in memory, in pieces of 32 bytes."""
+        return -(-self.num_picks // 8) * 8
+
+    @property
+    def padded_experts(self) -> int:
+        """Experts as the products of a token lie in memory."""
+        return -(-self.num_experts // _WARPGROUP) * _WARPGROUP
+
+
+def multiply(
     x: BFloat16[Array, "T D"],
     weight: BFloat16[Array, "L E D"],
     layer: Int32[Array, ""],
+    choice: Choice,
+    *,
     chip: Chip,
-    config: TuningConfig,
-    interpret: bool,
+    config: TuningConfig | None = None,
+    shift: int = 0,
+    interpret: bool = False,
 ) -> Float32[Array, "S T padded_E"]:
-    """Sums of products, of each chunk of D or of all in order; what lies past E is undefined."""
+    """Sums of products, of each chunk of D or of all in order; what lies past E is undefined.
+
+    Raises:
+      NotImplementedError: D is no multiple of 256, E none of 8, or k is over 64.
+      ValueError: more picks than experts.
+    """
     num_tokens, width = x.shape
-    num_experts = weight.shape[1]
+    num_experts, num_picks = choice.num_experts, choice.num_picks
+    if width % _CHUNK or num_experts % 8 or not 1 <= num_picks <= 64:
+        raise NotImplementedError(
+            f"{weight.shape=}, {num_picks=}: D must be a multiple of {_CHUNK}, E of 8, k at most 64"
+        )
+    if num_picks > num_experts:
+        raise ValueError(f"num_experts_per_tok={num_picks} of {num_experts=}")
+    config = config or default_config(num_tokens, num_experts)
     is_sm100 = chip.architecture == "sm100"
     rows = 128 if is_sm100 else 64
     num_chunks = width // _CHUNK
@@ -125,7 +144,7 @@ def _multiply(
         token = lax.axis_index("tokens") * rows
         expert = lax.axis_index("experts") * config.experts
         part = lax.axis_index("part")
-        layer_index = layer_ref[0]
+        layer_index = layer_ref[0] + shift
         full = scratch["full"]
 
         def fetch(step: jax.Array | int) -> None:
@@ -147,8 +166,8 @@ def _multiply(
 
         def sum_chunk(chunk: jax.Array, total: jax.Array) -> jax.Array:
             steps = [chunk * _STEPS_PER_CHUNK + index for index in range(_STEPS_PER_CHUNK)]
-            multiply = _multiply_sm100 if is_sm100 else _multiply_sm90
-            return total + multiply(steps, stages, refill, scratch)
+            products = _multiply_sm100 if is_sm100 else _multiply_sm90
+            return total + products(steps, stages, refill, scratch)
 
         for step in range(stages):
             fetch(step)
@@ -172,10 +191,9 @@ def _multiply(
         scratch["sums"] = plgpu.TMEM((rows, config.experts), jnp.float32)
         scratch["done"] = plgpu.Barrier(orders_tensor_core=True)
     num_parts = num_chunks // chunks_per_cta
-    padded = -(-num_experts // _WARPGROUP) * _WARPGROUP
     return plgpu.kernel(
         router_products,
-        out_type=jax.ShapeDtypeStruct((num_parts, num_tokens, padded), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((num_parts, num_tokens, choice.padded_experts), jnp.float32),
         scratch_types=scratch,
         grid=(pl.cdiv(num_tokens, rows), pl.cdiv(num_experts, config.experts), num_parts),
         grid_names=("tokens", "experts", "part"),
@@ -233,84 +251,112 @@ def _pick(
     products: Float32[Array, "S T padded_E"],
     bias: Float32[Array, "L E"],
     layer: Int32[Array, ""],
-    num_picks: int,
-    norm_topk_prob: bool,
-    routed_scaling_factor: float,
+    choice: Choice,
+    shift: int,
     interpret: bool,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """Sums, scores and ranks, one token to a warpgroup."""
-    num_parts, num_tokens, padded = products.shape
-    num_experts = bias.shape[1]
-    num_rows = -(-num_experts // _ROW_TILE) * _ROW_TILE
-    padded_picks = -(-num_picks // 8) * 8
+    num_tokens = products.shape[1]
 
-    def router_picks(*refs: Any) -> None:
-        products_ref, bias_ref, layer_ref, experts_ref, weights_ref, *scratch = refs
-        keys, scores, biases, picked, shares, biases_full = scratch
+    def router_picks(*refs: Any, **scratch: Any) -> None:
+        products_ref, bias_ref, layer_ref, experts_ref, weights_ref = refs
+        fetch_biases(bias_ref.at[layer_ref[0] + shift], choice, scratch)
         token = lax.axis_index("token")
-        layer_index = layer_ref[0]
-        plgpu.copy_gmem_to_smem(
-            bias_ref.at[layer_index], biases.at[pl.ds(0, num_experts)], biases_full
-        )
-        strided = plgpu.Layout.WG_STRIDED((padded,), vec_size=1)
-        logits = plgpu.layout_cast(products_ref[0, token], strided)
-        for part in range(1, num_parts):
-            logits = logits + plgpu.layout_cast(products_ref[part, token], strided)
-        score = 1 / (1 + jnp.exp(-logits))
-        scores[...] = score
-        plgpu.barrier_wait(biases_full)
-        keys[...] = score + plgpu.layout_cast(biases[...], strided)
-        plgpu.commit_smem()
-
-        rows = plgpu.Layout.WGMMA.reduce(1)
-        columns = plgpu.Layout.WGMMA.reduce(0)
-        rank = plgpu.layout_cast(jnp.zeros((num_rows,), jnp.int32), rows)
-        key = plgpu.layout_cast(keys[pl.ds(0, num_rows)], rows)
-        for first in range(0, num_experts, _RANKED_COLUMNS):
-            count = min(_RANKED_COLUMNS, num_experts - first)
-            shape = (num_rows, count)
-            mine = lax.broadcast_in_dim(key, shape, (0,))
-            piece = plgpu.layout_cast(keys[pl.ds(first, count)], columns)
-            others = lax.broadcast_in_dim(piece, shape, (1,))
-            is_earlier = first + lax.broadcasted_iota(jnp.int32, shape, 1) < lax.broadcasted_iota(
-                jnp.int32, shape, 0
-            )
-            is_before = (others > mine) | ((others == mine) & is_earlier)
-            rank += jnp.sum(jnp.where(is_before, 1, 0), axis=1)
-        shape = (num_rows, padded_picks)
-        expert = lax.broadcasted_iota(jnp.int32, shape, 0)
-        is_pick = lax.broadcast_in_dim(rank, shape, (0,)) == lax.broadcasted_iota(
-            jnp.int32, shape, 1
-        )
-        is_pick &= expert < num_experts
-        picked[...] = jnp.max(jnp.where(is_pick, expert, 0), axis=0)
-        score = plgpu.layout_cast(scores[pl.ds(0, num_rows)], rows)
-        score = lax.broadcast_in_dim(score, shape, (0,))
-        weights = jnp.sum(jnp.where(is_pick, score, 0.0), axis=0)
-        if norm_topk_prob:
-            is_asked = lax.broadcasted_iota(jnp.int32, (padded_picks,), 0) < num_picks
-            weights = weights / (jnp.sum(jnp.where(is_asked, weights, 0.0)) + 1e-20)
-        shares[...] = weights * routed_scaling_factor
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(picked, experts_ref.at[token])
-        plgpu.copy_smem_to_gmem(shares, weights_ref.at[token])
-        plgpu.wait_smem_to_gmem(0)
+        pick(products_ref, token, choice, scratch, experts_ref, weights_ref)
 
     experts, weights = plgpu.kernel(
         router_picks,
-        out_type=[
-            jax.ShapeDtypeStruct((num_tokens, padded_picks), jnp.int32),
-            jax.ShapeDtypeStruct((num_tokens, padded_picks), jnp.float32),
-        ],
-        scratch_types=[
-            *[plgpu.SMEM((padded,), jnp.float32)] * 3,
-            plgpu.SMEM((padded_picks,), jnp.int32),
-            plgpu.SMEM((padded_picks,), jnp.float32),
-            plgpu.Barrier(),
-        ],
+        out_type=pick_types(num_tokens, choice),
+        scratch_types=pick_scratch(choice),
         grid=(num_tokens,),
         grid_names=("token",),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
         kernel_name="router_picks",
     )(products, bias, layer.reshape(1))
-    return experts[:, :num_picks], weights[:, :num_picks]
+    return experts[:, : choice.num_picks], weights[:, : choice.num_picks]
+
+
+def pick_types(num_tokens: int, choice: Choice) -> list[jax.ShapeDtypeStruct]:
+    """The outputs that pick writes."""
+    shape = (num_tokens, choice.padded_picks)
+    return [jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)]
+
+
+def pick_scratch(choice: Choice) -> dict[str, Any]:
+    """The shared memory of fetch_biases and pick."""
+    per_expert = plgpu.SMEM((choice.padded_experts,), jnp.float32)
+    return {
+        **dict.fromkeys(("keys", "scores", "biases"), per_expert),
+        "picked": plgpu.SMEM((choice.padded_picks,), jnp.int32),
+        "shares": plgpu.SMEM((choice.padded_picks,), jnp.float32),
+        "biases_full": plgpu.Barrier(),
+    }
+
+
+def fetch_biases(bias_ref: Any, choice: Choice, scratch: dict[str, Any]) -> None:
+    """Copies a layer's biases to shared memory, for all tokens that the CTA picks for."""
+    biases, full = scratch["biases"], scratch["biases_full"]
+    plgpu.copy_gmem_to_smem(bias_ref, biases.at[pl.ds(0, choice.num_experts)], full)
+    plgpu.barrier_wait(full)
+
+
+def pick(
+    products_ref: Any,
+    token: jax.Array,
+    choice: Choice,
+    scratch: dict[str, Any],
+    experts_ref: Any,
+    weights_ref: Any,
+) -> None:
+    """Picks a token's experts, and writes them and their weights: the work of one warpgroup."""
+    keys, scores, biases = (scratch[name] for name in ("keys", "scores", "biases"))
+    picked, shares = scratch["picked"], scratch["shares"]
+    num_experts, padded_picks = choice.num_experts, choice.padded_picks
+    num_rows = -(-num_experts // _ROW_TILE) * _ROW_TILE
+    strided = plgpu.Layout.WG_STRIDED((choice.padded_experts,), vec_size=1)
+    logits = plgpu.layout_cast(products_ref[0, token], strided)
+    for part in range(1, products_ref.shape[0]):
+        logits = logits + plgpu.layout_cast(products_ref[part, token], strided)
+    score = 1 / (1 + jnp.exp(-logits))
+    scores[...] = score
+    keys[...] = score + plgpu.layout_cast(biases[...], strided)
+    plgpu.commit_smem()
+
+    rows = plgpu.Layout.WGMMA.reduce(1)
+    rank = _ranks(keys, num_rows, num_experts)
+    shape = (num_rows, padded_picks)
+    expert = lax.broadcasted_iota(jnp.int32, shape, 0)
+    is_pick = lax.broadcast_in_dim(rank, shape, (0,)) == lax.broadcasted_iota(jnp.int32, shape, 1)
+    is_pick &= expert < num_experts
+    picked[...] = jnp.max(jnp.where(is_pick, expert, 0), axis=0)
+    score = plgpu.layout_cast(scores[pl.ds(0, num_rows)], rows)
+    score = lax.broadcast_in_dim(score, shape, (0,))
+    weights = jnp.sum(jnp.where(is_pick, score, 0.0), axis=0)
+    if choice.norm_topk_prob:
+        is_asked = lax.broadcasted_iota(jnp.int32, (padded_picks,), 0) < choice.num_picks
+        weights = weights / (jnp.sum(jnp.where(is_asked, weights, 0.0)) + 1e-20)
+    shares[...] = weights * choice.routed_scaling_factor
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(picked, experts_ref.at[token])
+    plgpu.copy_smem_to_gmem(shares, weights_ref.at[token])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _ranks(keys: Any, num_rows: int, num_experts: int) -> jax.Array:
+    """How many experts come before each: int32[num_rows]."""
+    rows = plgpu.Layout.WGMMA.reduce(1)
+    columns = plgpu.Layout.WGMMA.reduce(0)
+    rank = plgpu.layout_cast(jnp.zeros((num_rows,), jnp.int32), rows)
+    key = plgpu.layout_cast(keys[pl.ds(0, num_rows)], rows)
+    for first in range(0, num_experts, _RANKED_COLUMNS):
+        count = min(_RANKED_COLUMNS, num_experts - first)
+        shape = (num_rows, count)
+        mine = lax.broadcast_in_dim(key, shape, (0,))
+        piece = plgpu.layout_cast(keys[pl.ds(first, count)], columns)
+        others = lax.broadcast_in_dim(piece, shape, (1,))
+        is_earlier = first + lax.broadcasted_iota(jnp.int32, shape, 1) < lax.broadcasted_iota(
+            jnp.int32, shape, 0
+        )
+        is_before = (others > mine) | ((others == mine) & is_earlier)
+        rank += jnp.sum(jnp.where(is_before, 1, 0), axis=1)
+    return rank

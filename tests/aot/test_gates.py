@@ -139,7 +139,7 @@ TINY = make_config(
     num_attention_heads=4,
     n_routed_experts=4,
 )
-REFERENCES = StepOptions(kernels=Kernels(allow_reference=True))
+REFERENCES = StepOptions(kernels=Kernels(allow_reference=True, fused_all_reduce=False))
 TINY_SHAPES = StepShapes(
     num_slots=4,
     num_pages=64,

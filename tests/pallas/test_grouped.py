@@ -11,10 +11,10 @@ from glm_jax.fp8 import FP8, quantize_rows
 from glm_jax.ops import gated_silu
 from glm_jax.pallas.chip import Architecture, Chip
 from glm_jax.pallas.dispatch import Dispatch, dispatch, stage
-from glm_jax.pallas.fp8_product import TuningConfig
 from glm_jax.pallas.grouped_down import combine, grouped_down
 from glm_jax.pallas.grouped_gate_up import grouped_gate_up
 from glm_jax.pallas.quantize import quantize_hidden
+from glm_jax.pallas.tiling import TuningConfig
 
 ARCHITECTURES: tuple[Architecture, ...] = ("sm90", "sm100")
 
@@ -111,7 +111,7 @@ def run(case: Case, architecture: Architecture, *, is_staged: bool) -> None:
         shared_hidden=shared_quantized[0], shared_hidden_scale=shared_quantized[1],
         shared_values=shared.down, shared_scale=shared.down_scale, chip=chip, interpret=True,
     )  # fmt: skip
-    out = combine(rows, shared_rows, plan, routing)
+    out = combine(rows, shared_rows, plan.rows, routing)
     want = scaled(*shared_quantized) @ scaled(shared.down[1], shared.down_scale[1][:, None]).T
     want = np.asarray(jnp.asarray(want, jnp.bfloat16), np.float32)
     hidden_rows, inner_rows = np.asarray(hidden, np.float32), scaled(*quantized)
@@ -153,7 +153,7 @@ def test_no_local_expert_is_picked() -> None:
         chip=Chip("sm90", 2), interpret=True,
     )  # fmt: skip
     rows = jnp.full((hidden.shape[0], 128), jnp.nan, jnp.bfloat16)
-    out = combine(rows, None, plan, jnp.ones((3, 1)))
+    out = combine(rows, None, plan.rows, jnp.ones((3, 1)))
     np.testing.assert_array_equal(np.asarray(out), 0.0)
 
 

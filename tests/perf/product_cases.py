@@ -118,7 +118,7 @@ def expert_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             shared_hidden=shared_quantized[0], shared_hidden_scale=shared_quantized[1],
             shared_values=of_shared[2], shared_scale=of_shared[3], **on,
         )  # fmt: skip
-        return combine(out, shared_out, plan, weights)
+        return combine(out, shared_out, plan.rows, weights)
 
     def reference(operands: Any, layer: jax.Array) -> jax.Array:
         x, x_scale, picks, weights, up, up_scale, down, down_scale, *of_shared = operands
