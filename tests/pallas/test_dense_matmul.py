@@ -11,6 +11,7 @@ from glm_jax.pallas.chip import Architecture, Chip
 from glm_jax.pallas.dense_matmul import config_in_parts, default_config, matmul
 from glm_jax.pallas.fp8_product import FP8
 from glm_jax.pallas.tiling import TuningConfig
+from tests.pallas.compiled import Program, compile_programs, needs_compiler
 
 ROWS: dict[Architecture, int] = {"sm90": 64, "sm100": 128}
 ARCHITECTURES: tuple[Architecture, ...] = ("sm90", "sm100")
@@ -156,3 +157,28 @@ def test_tiles_of_a_decode_step_give_the_sms_work(
         if architecture == "sm90":
             num_ctas = num_rows // config.tile_rows * config.num_spread
             assert chip.num_cores * 4 // 5 <= num_ctas <= chip.num_cores
+
+
+def programs_in_parts(chip: Chip) -> dict[str, Program]:
+    """The projections of a decode step on one device of eight, each part of K on a CTA of its own."""
+
+    def program(num_rows: int, width: int) -> Program:
+        def product(*operands: jax.Array) -> jax.Array:
+            x, x_scale, values, scale, layer = operands
+            config = config_in_parts(chip, 64, num_rows, width)
+            return matmul(x, x_scale, values, scale, None, layer, chip=chip, config=config)
+
+        shapes = (((64, width), FP8), ((64, 1), jnp.float32), ((92, num_rows, width), FP8),
+                  ((92, num_rows), jnp.float32), ((), jnp.int32))  # fmt: skip
+        return product, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
+
+    return {"qkv": program(1792, 5120), "o": program(5120, 1536)}
+
+
+@needs_compiler
+def test_parts_of_a_cluster_meet_in_the_memory_of_its_first() -> None:
+    programs = compile_programs("h200", programs_in_parts)
+    for name, (kernel,) in programs.items():
+        assert not kernel.uses_local_memory, f"{name}: {kernel}"
+        assert "st.async" in kernel.ptx
+        assert f".reqnctapercluster {4 if name == 'qkv' else 3}, 1, 1" in kernel.ptx

@@ -141,7 +141,7 @@ def compile_case(case: Case, card: Card, *, has_reference: bool = True) -> Progr
         return jax.jit(step, compiler_options=_UNTUNED).lower(operands, layer).compile()
 
     def many(step: Step, calls: int) -> Callable[..., Any]:
-        return jax.jit(_many(step, calls, case.num_layers)).lower(operands).compile()
+        return jax.jit(many_calls(step, calls, case.num_layers)).lower(operands).compile()
 
     outputs = (jax.eval_shape(step, operands, layer) for step in (case.step, case.reference))
     step = compiled(case.step)
@@ -258,13 +258,13 @@ def _square(operands: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def _seconds(step: Step, operands: Any) -> float:
-    program = jax.jit(_many(step, 1, 1)).lower(operands).compile()
+    program = jax.jit(many_calls(step, 1, 1)).lower(operands).compile()
     # The one element that is read of the answer costs what a kernel at least does.
     times = time_program(program, operands, 1)
     return max(times["kernels_us"].values(), default=times["us"]) * 1e-6
 
 
-def _many(step: Step, num_calls: int, num_layers: int) -> Callable[[Any], Any]:
+def many_calls(step: Step, num_calls: int, num_layers: int) -> Callable[[Any], Any]:
     """A program of many calls, each on the next layer, none of which can be left out."""
 
     # A function of its own is lowered once, which of a kernel takes most of a second.
