@@ -110,6 +110,20 @@ def test_a_start_from_an_engine_compiles_nothing_and_says_the_same(engine: Path)
 
 
 @pytest.mark.slow
+def test_an_engine_that_guesses_says_the_same_in_fewer_steps(engine: Path, tmp_path: Path) -> None:
+    tokenizer = ModelTokenizer.from_directory(NANO)
+    limits = LIMITS | {"speculative_tokens": 1}
+    with cache_off():
+        assert build(tmp_path / "engine", speculative_tokens=1).exit_code == 0
+    built = build_engine(options(engine=tmp_path / "engine", **limits), tokenizer)
+    plain = build_engine(options(engine=engine, **LIMITS), tokenizer)
+    assert answers(built, requests()) == answers(plain, requests())
+    assert built.stats().num_decode_steps < plain.stats().num_decode_steps
+    with pytest.raises(CannotStartError, match="limits.num_drafts is 0 there, 1 here"):
+        build_engine(options(engine=engine, **limits), tokenizer)
+
+
+@pytest.mark.slow
 def test_the_listener_does_hear_a_compilation() -> None:
     jax.clear_caches()
     with compilations() as compiled:
