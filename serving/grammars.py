@@ -22,6 +22,9 @@ from serving.tokenizer import ModelTokenizer, Tag
 from serving.tools import Tools
 
 _NUM_CACHED = 256
+# Between the parts of JSON: a space, or a new line and its indentation. A small model that may say
+# any white space at times says nothing else until its tokens run out.
+_SPACING = {"x-guidance": {"whitespace_pattern": r"[ ]?|\n[ \t]{0,20}"}}
 
 
 class _Masks(NamedTuple):
@@ -235,14 +238,14 @@ def _alone(rule: Rule) -> str:
 def _schema(rule: Rule) -> str:
     """The JSON text of a rule's schema."""
     if not isinstance(rule.source, str):
-        return json.dumps(rule.source)
+        return json.dumps(_SPACING | rule.source)
     try:
         schema = json.loads(rule.source)
     except (ValueError, RecursionError) as error:
         raise errors.invalid(rule.param, f"Invalid '{rule.param}': {error}.") from None
     if not isinstance(schema, dict):
         raise errors.invalid(rule.param, f"Invalid '{rule.param}': a schema is an object.")
-    return json.dumps(schema)
+    return json.dumps(_SPACING | schema)
 
 
 def _alternatives(texts: Iterable[str]) -> str:
@@ -256,4 +259,4 @@ def _value(tools: Tools, name: str, key: str, schema: Mapping[str, Any]) -> str:
         return f"({_alternatives(values)})"
     if tools.may_be_string(name, key):
         return "TEXT"
-    return f"%json {json.dumps(schema)}"
+    return f"%json {json.dumps({**_SPACING, **schema})}"

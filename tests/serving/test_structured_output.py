@@ -115,6 +115,14 @@ async def test_a_schema_by_any_name_is_kept(tmp_path, fields):
             assert answer == {}
 
 
+async def test_space_between_values_has_an_end(tmp_path):
+    async with babbling(tmp_path) as app:
+        texts = await said(app, guided_json=SCHEMA)
+        assert any("\n" in text for text in texts)
+        for text in texts:
+            assert not re.search(r"  \S|\n\s*\n|[ \t]{21}", re.sub(r"\n[ \t]*", "\n", text)), text
+
+
 async def test_two_hundred_schemas_are_kept_by_every_finished_answer(tmp_path):
     async with babbling(tmp_path) as app:
         num_finished = 0
@@ -149,7 +157,8 @@ async def test_patterns_choices_and_grammars_are_kept(tmp_path, fields, pattern)
 
 async def test_json_object_is_some_object(tmp_path):
     async with babbling(tmp_path) as app:
-        body = {"prompt": [[i] for i in range(60)], "max_tokens": 400}
+        # What the mock says depends on the position, so that every length says something else.
+        body = {"prompt": [[5] * length for length in range(1, 61)], "max_tokens": 100}
         body["response_format"] = {"type": "json_object"}
         answer = await post(app, COMPLETIONS, body)
         texts = [c["text"] for c in answer["choices"] if c["finish_reason"] == "stop"]
