@@ -36,11 +36,14 @@ def test_greedy_text_is_equal_from_both_forms_and_phases_are_told(converted: Pat
         )
         for index, text in enumerate(PROMPTS[:6])
     ]
+    few = {"max_concurrency": 6, "max_seq_len": 128, "max_prompt_tokens": 64, "max_new_tokens": 16}
     told: list[str] = []
     texts = [
         answers(
             build_engine(
-                options(model_dir=directory), tokenizer, lambda phase, seconds: told.append(phase)
+                options(model_dir=directory, **few),
+                tokenizer,
+                lambda phase, seconds: told.append(phase),
             ),
             requests,
         )
