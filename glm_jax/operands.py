@@ -25,13 +25,13 @@ class ExpertRows(NamedTuple):
 
     Attributes:
       rows: the experts' answers, in the order of a Dispatch.
-      shared: each token's answer of the shared expert.
+      shared: each token's answer of the shared expert, first of all.
       places: the row of each choice of each token; R where its expert lives elsewhere.
       weights: what each choice's row is multiplied with.
     """
 
     rows: Float[Array, "R D"]
-    shared: Float[Array, "T D"]
+    shared: Float[Array, "shared_rows D"]
     places: Int32[Array, "T k"]
     weights: Float32[Array, "T k"]
 

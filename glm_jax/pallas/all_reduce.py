@@ -48,13 +48,13 @@ class Summands(NamedTuple):
 
     Attributes:
       rows: in any order; only those that places name are read.
-      shared: a row for each token.
+      shared: a row for each token, first of all.
       places: the row of each choice of each token; R where another device has it.
       weights: what each choice's row is multiplied with.
     """
 
     rows: BFloat16[Array, "R D"]
-    shared: BFloat16[Array, "T D"]
+    shared: BFloat16[Array, "shared_rows D"]
     places: Int32[Array, "T k"]
     weights: Float32[Array, "T k"]
 
@@ -203,11 +203,11 @@ def _add_up(summands: Summands, interpret: bool) -> BFloat16[Array, "T D"]:
         row = lax.axis_index("row")
         refs[-1][row] = load_summed(refs[:-1], row)
 
-    shared = summands.shared
+    num_tokens = summands.places.shape[0]
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(shared.shape, shared.dtype),
-        grid=(shared.shape[0],),
+        out_type=jax.ShapeDtypeStruct((num_tokens, summands.rows.shape[1]), jnp.bfloat16),
+        grid=(num_tokens,),
         grid_names=("row",),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="add_up",

@@ -5,6 +5,7 @@ first, then the tiles of experts in use; an expert without tokens costs nothing.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import batched
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,7 +19,7 @@ from glm_jax.pallas import fp8_product, grid
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
 from glm_jax.pallas.fp8_product import SCALE_SLOTS
-from glm_jax.pallas.quantize import GROUP, as_pair, quantize_rows, quantized_types
+from glm_jax.pallas.quantize import GROUP, quantize_rows, quantized_types
 from glm_jax.pallas.tiling import STEP, TuningConfig
 
 
@@ -189,10 +190,9 @@ def product(
     outs = kernel(layer.reshape(1), *plan, *counters, *operands)
     if not counters:
         return outs[0], outs[1][:num_tokens] if shared else None
-    pairs = outs[len(sides) :]
-    return as_pair(pairs[:2], rows.values.shape[0]), (
-        as_pair(pairs[2:], num_tokens) if shared else None
-    )
+    # Rows that only fill a group stay: to cut them off would be a launch each.
+    pairs = [(values, scale[:, None]) for values, scale in batched(outs[len(sides) :], 2)]
+    return pairs[0], pairs[1] if shared else None
 
 
 def _quantize(

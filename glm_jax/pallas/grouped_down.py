@@ -74,7 +74,7 @@ def grouped_down(
 
 def combine(
     rows: BFloat16[Array, "R D"],
-    shared: BFloat16[Array, "T D"] | None,
+    shared: BFloat16[Array, "shared_rows D"] | None,
     places: Int32[Array, "T k"],
     weights: Float32[Array, "T k"],
 ) -> Float32[Array, "T D"]:
@@ -83,6 +83,7 @@ def combine(
     Choices whose expert lives elsewhere add nothing, whatever their rows would hold.
 
     Args:
+      shared: a row for each token, first of all.
       places: the row of each choice, as Dispatch.rows.
     """
     num_rows = rows.shape[0]
@@ -92,4 +93,4 @@ def combine(
         picked = rows.at[jnp.minimum(index, num_rows - 1)].get(mode="promise_in_bounds")
         weighed = picked.astype(jnp.float32) * weights[:, choice, None]
         total = total + jnp.where((index < num_rows)[:, None], weighed, 0.0)
-    return total if shared is None else total + shared.astype(jnp.float32)
+    return total if shared is None else total + shared[: len(total)].astype(jnp.float32)

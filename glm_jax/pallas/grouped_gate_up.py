@@ -60,7 +60,7 @@ def grouped_gate_up(
 
     Returns:
       The rows' answers, in the order of dispatch, and the tokens' with the shared expert's weights:
-      bfloat16[R, F] and [T, S], or a pair of values and scale for each.
+      bfloat16[R, F] and [T, S], or a pair of values and scale for each, of tokens up to 7 more rows.
 
     Raises:
       ValueError: the tile of dispatch is not the tokens of config.

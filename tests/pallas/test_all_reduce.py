@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from glm_jax.pallas.all_reduce import all_reduce_add_norm
+from glm_jax.pallas.all_reduce import Summands, all_reduce_add_norm
 from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.grouped_down import combine
 from glm_jax.pallas.norm import NormedRows
 from glm_jax.sharding import MESH_AXIS, make_mesh
 from tests.pallas.test_norm import assert_same, draw, norm_reference, rounded
@@ -87,6 +88,45 @@ def test_every_device_gets_the_same_bits_and_a_row_the_same_in_any_company() -> 
         for device in range(4):
             np.testing.assert_array_equal(many[device], many[0])
             np.testing.assert_array_equal(one[device], many[0, 2:3])
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_what_experts_made_is_added_up_before_devices_are(num_devices: int) -> None:
+    num_rows, num_tokens, width = 12, 3, 256
+    residual, _, weight = draw(7, num_tokens, width)
+    rows = draw_partials(8, num_devices, num_rows, width)
+    shared = draw_partials(9, num_devices, num_tokens, width)
+    # Rows from 9 on belong to nobody, and 12 is the place of what another device has.
+    places = jnp.array([[0, 12, 8, 3], [12, 12, 12, 12], [1, 2, 4, 7]], jnp.int32)
+    rows = rows.at[:, 9:].set(jnp.nan)
+    weights = jax.random.uniform(jax.random.key(3), (num_devices, num_tokens, 4))
+    each = [
+        Summands(rows[device], shared[device], places, weights[device])
+        for device in range(num_devices)
+    ]
+    partials = jnp.stack([rounded(combine)(*summands).astype(jnp.bfloat16) for summands in each])
+    expected = norm_reference(residual, rounded(sum_in_order)(partials), weight, 1)
+
+    def on_device(summands: Summands, *operands: Array) -> NormedRows:
+        mine = Summands(*(array[0] for array in summands))
+        found = all_reduce_add_norm(
+            mine, *operands, eps=EPS, axis_name=MESH_AXIS, num_devices=num_devices, chip=CHIP,
+            shift=-1, interpret=True,
+        )  # fmt: skip
+        return jax.tree.map(lambda output: output[None], found)
+
+    split, whole = PartitionSpec(MESH_AXIS), PartitionSpec()
+    step = jax.shard_map(
+        on_device,
+        mesh=make_mesh(num_devices),
+        in_specs=(split, whole, whole, whole),
+        out_specs=split,
+        check_vma=False,
+    )
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *each)
+    got = rounded(step)(stacked, residual, weight, jnp.int32(2))
+    for device in range(num_devices):
+        assert_same(NormedRows(*(output[device] for output in got)), expected)
 
 
 @pytest.mark.parametrize(("num_rows", "width", "limit"), [(257, 128, 256), (133, 10240, 132)])
