@@ -5,6 +5,7 @@ Eight devices with one KV head each, 20 whole experts and an eighth of everythin
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -17,15 +18,18 @@ from glm_jax.pallas import (
     decode_attention,
     dense_matmul,
     dispatch,
+    grid,
     grouped_down,
     grouped_gate_up,
     kv_write,
     norm,
     prefill_attention,
     quantize,
+    route_stage,
     router,
 )
 from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.norm import NormedRows
 from tests.pallas.compiled import CompiledKernel, Program, compile_programs, needs_compiler
 
 pytestmark = needs_compiler
@@ -40,7 +44,7 @@ PAGE_DTYPES = {"fp8": FP8, "bf16": BF16}
 FP8_PRODUCTS = {"dense_matmul", "grouped_gate_up", "grouped_down"}
 ATTENTION = {"decode_attention_split", "decode_attention_combine", "prefill_attention"}
 SMALL = {"add_norm_quantize_kernel", "router_products", "router_picks", "kv_write"}
-MOVERS = {"all_reduce_add_norm", "dispatch", "quantize_hidden"}
+MOVERS = {"all_reduce_add_norm", "dispatch", "quantize_hidden", "router_picks_dispatch"}
 REGISTERS_OF_AN_SM = 65536
 SHARED_MEMORY_OF_A_CTA = 227 * 1024
 
@@ -78,7 +82,69 @@ def small_programs(chip: Chip) -> dict[str, Program]:
     rows, weight = spec((STEPS["decode"], HIDDEN), BF16), spec((LAYERS, HIDDEN), BF16)
     reduce = partial(all_reduce.all_reduce_add_norm, eps=1e-5, num_devices=8, chip=chip)
     programs["all_reduce"] = reduce, (rows, rows, weight, LAYER)
+    summands = all_reduce.Summands(
+        spec((800, HIDDEN), BF16),
+        rows,
+        spec((STEPS["decode"], PICKS), I32),
+        spec((STEPS["decode"], PICKS), F32),
+    )
+    programs["all_reduce of experts"] = partial(_sum_experts, reduce), (
+        *summands, rows, weight, LAYER,
+    )  # fmt: skip
     return programs
+
+
+def _sum_experts(reduce: Callable[..., NormedRows], *operands: Array) -> NormedRows:
+    semaphores = all_reduce.make_semaphores(STEPS["decode"])
+    return reduce(all_reduce.Summands(*operands[:4]), *operands[4:], semaphores=semaphores)
+
+
+def merged_programs(chip: Chip) -> dict[str, Program]:
+    """Kernels whose CTAs wait for each other: routing with sorting, gate_up with quantization."""
+    tokens = STEPS["decode"]
+    rows = spec((tokens, HIDDEN), FP8), spec((tokens, 1), F32)
+    routed = (
+        spec((tokens, HIDDEN), BF16),
+        *rows,
+        spec((MOE_LAYERS, EXPERTS, HIDDEN), BF16),
+        spec((MOE_LAYERS, EXPERTS), F32),
+        LAYER,
+    )
+    hidden = (
+        *rows,
+        spec((tokens, PICKS), I32),
+        spec((MOE_LAYERS, LOCAL_EXPERTS, 2, EXPERT_WIDTH, HIDDEN), FP8),
+        spec((MOE_LAYERS, LOCAL_EXPERTS, 2, EXPERT_WIDTH), F32),
+        spec((MOE_LAYERS, 2, SHARED_WIDTH, HIDDEN), FP8),
+        spec((MOE_LAYERS, 2, SHARED_WIDTH), F32),
+        LAYER,
+    )
+    return {
+        "route and stage": (partial(_route_and_stage, chip), routed),
+        "gate_up, quantized": (partial(_quantized_gate_up, chip), hidden),
+    }
+
+
+def _route_and_stage(chip: Chip, x: Array, values: Array, scale: Array, *router_: Array) -> Array:
+    choice = router.Choice(EXPERTS, PICKS, norm_topk_prob=True, routed_scaling_factor=2.5)
+    local = route_stage.Local(jnp.int32(0), LOCAL_EXPERTS)
+    counter = grid.make_counter()
+    _, weights, plan = route_stage.route_and_stage(
+        x, (values, scale), *router_, choice, local, counter, chip=chip
+    )
+    return weights.sum() + plan.rows.sum().astype(F32)
+
+
+def _quantized_gate_up(
+    chip: Chip, x: Array, x_scale: Array, picks: Array, *operands: Array
+) -> tuple[Array, ...]:
+    gate_up, gate_up_scale, shared, shared_scale, layer = operands
+    plan = dispatch.stage(x, x_scale, picks, jnp.int32(0), LOCAL_EXPERTS, chip=chip)
+    routed, passed = grouped_gate_up.grouped_gate_up(
+        x, x_scale, plan, gate_up, gate_up_scale, layer, shared_values=shared,
+        shared_scale=shared_scale, chip=chip, counter=grid.make_counter(),
+    )  # fmt: skip
+    return *routed, *passed
 
 
 def product_programs(chip: Chip) -> dict[str, Program]:
@@ -174,7 +240,7 @@ def kernels_for(target: str) -> dict[str, CompiledKernel]:
     """Every kernel that was compiled, by program and name."""
     return {
         f"{program}: {kernel.name}": kernel
-        for programs in (small_programs, product_programs, attention_programs)
+        for programs in (small_programs, merged_programs, product_programs, attention_programs)
         for program, kernels in compile_programs(target, programs).items()
         for kernel in kernels
     }
@@ -208,6 +274,22 @@ class TestCompiled:
                 assert re.search(fp8, kernel.ptx), at
             if kernel.name == "router_products":
                 assert re.search(bf16, kernel.ptx), at
+
+    def test_ctas_that_wait_for_each_other_leave_their_counter_at_zero(self, target: str) -> None:
+        kernels = kernels_for(target)
+        # atom.inc starts from zero again by itself, once all have arrived.
+        barrier = r"atom\.acq_rel\.gpu\.global\.inc\.u32 arrived, \[\S+\], \d+;"
+        merged = ("route and stage: router_picks_dispatch", "gate_up, quantized: grouped_gate_up")
+        for at in merged:
+            assert len(re.findall(barrier, kernels[at].ptx)) == 1, at
+
+    def test_what_experts_made_is_stored_before_peers_are_told(self, target: str) -> None:
+        kernel = kernels_for(target)["all_reduce of experts: all_reduce_add_norm"]
+        stored, told = (
+            re.search(code, kernel.ptx)
+            for code in (r"cp\.async\.bulk\.wait_group\s+0", r"red\.release\.sys")
+        )
+        assert stored and told and stored.start() < told.start()
 
     def test_the_exchange_waits_for_peers_before_it_reads_and_before_it_ends(
         self, target: str
