@@ -105,7 +105,7 @@ def route_and_stage(
         *sizes.tokens(values, scale),
     )
     asked = slice(None, choice.num_picks)
-    plan = Dispatch(*fields, copied.reshape(-1, width), copied_scale[:, None])
+    plan = Dispatch(*fields)._replace(values=copied.reshape(-1, width), scale=copied_scale[:, None])
     if choice.num_picks < choice.padded_picks:
         plan = plan._replace(rows=plan.rows[:, asked])
         experts, weights = experts[:, asked], weights[:, asked]

@@ -30,6 +30,7 @@ from glm_jax.aot.presets import find_config
 from glm_jax.aot.topology import mesh_of
 from glm_jax.config import ModelConfig
 from glm_jax.kernels import Kernels
+from glm_jax.phases import Slots
 from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import WeightSpec, all_reduce
 from glm_jax.steps import (
@@ -255,7 +256,8 @@ def miniature(body: Callable[[jax.Array, jax.Array], jax.Array]) -> Findings:
     cache = WeightSpec((LAYERS, 8, 2, 16, 32), BF16, ("layers", "pages", "kv_heads", None, None))
     routers = WeightSpec((LAYERS, EXPERTS, WIDTH), BF16, ("layers", None, "embed"))
     weights = {"layers.moe.experts.gate_up_proj.values": stack, "layers.moe.gate.weight": routers}
-    specs = StepSpecs(weights, cache)
+    number: Any = WeightSpec((8,), np.dtype(np.int32), (None,))
+    specs = StepSpecs(weights, cache, Slots(number, number, number))
     spread, whole = PartitionSpec(None, "tensor"), PartitionSpec()
     step = jax.jit(
         jax.shard_map(body, mesh=mesh, in_specs=(spread, whole), out_specs=whole, check_vma=False)

@@ -82,7 +82,7 @@ def small_programs(chip: Chip) -> dict[str, Program]:
     rows, weight = spec((STEPS["decode"], HIDDEN), BF16), spec((LAYERS, HIDDEN), BF16)
     reduce = partial(all_reduce.all_reduce_add_norm, eps=1e-5, num_devices=8, chip=chip)
     programs["all_reduce"] = reduce, (rows, rows, weight, LAYER)
-    summands = all_reduce.Summands(
+    summands = (
         spec((800, HIDDEN), BF16),
         rows,
         spec((STEPS["decode"], PICKS), I32),
@@ -125,12 +125,14 @@ def merged_programs(chip: Chip) -> dict[str, Program]:
     }
 
 
-def _route_and_stage(chip: Chip, x: Array, values: Array, scale: Array, *router_: Array) -> Array:
+def _route_and_stage(
+    chip: Chip, x: Array, values: Array, scale: Array, weight: Array, bias: Array, layer: Array
+) -> Array:
     choice = router.Choice(EXPERTS, PICKS, norm_topk_prob=True, routed_scaling_factor=2.5)
     local = route_stage.Local(jnp.int32(0), LOCAL_EXPERTS)
     counter = grid.make_counter()
     _, weights, plan = route_stage.route_and_stage(
-        x, (values, scale), *router_, choice, local, counter, chip=chip
+        x, (values, scale), weight, bias, layer, choice, local, counter, chip=chip
     )
     return weights.sum() + plan.rows.sum().astype(F32)
 

@@ -57,6 +57,8 @@ def test_routing_and_sorting(num_tokens: int) -> None:
     def merged(*operands: Array) -> Any:
         quantized, counter = quantize_rows(operands[0]), grid.make_counter()
         x, weight, bias = operands
+        chip = chip_in_trace()
+        assert chip is not None
         return repeated(
             lambda: route_stage.route_and_stage(
                 x,
@@ -67,7 +69,7 @@ def test_routing_and_sorting(num_tokens: int) -> None:
                 choice,
                 local,
                 counter,
-                chip=chip_in_trace(),
+                chip=chip,
                 shift=1,
             )  # fmt: skip
         )
@@ -119,8 +121,10 @@ def test_gate_up_and_quantization(num_tokens: int) -> None:
                 counter=counter, **on,
             )  # fmt: skip
 
-        pairs = repeated(products) if is_merged else quantize_hidden(*products(), plan)
-        return pairs, plan.num_tiles
+        if is_merged:
+            return repeated(products), plan.num_tiles
+        rows, passed = products()
+        return quantize_hidden(rows, passed, plan), plan.num_tiles
 
     (routed, passed), _ = run(lambda *operands: body(True, *operands), x, picks, gate_up, shared)
     (want, want_passed), num_tiles = run(
