@@ -23,6 +23,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import modal
 
@@ -172,7 +173,11 @@ secrets = [modal.Secret.from_name(plan.secret, required_keys=["API_KEY"])] if pl
 gpu_image = image_of(("cuda12",)) if modal.is_local() else modal.Image.debian_slim()
 host_image = image_of(("aot",)) if modal.is_local() else modal.Image.debian_slim()
 # What a container's copy of this file must read as the deploying one did.
-settings = {f"GLM_{field.name.upper()}": str(getattr(plan, field.name)) for field in fields(Plan)}
+settings: dict[str, str | None] = {
+    f"GLM_{field.name.upper()}": str(getattr(plan, field.name)) for field in fields(Plan)
+}
+# What the functions that fill the Volume have in common.
+filling: dict[str, Any] = {"image": host_image, "volumes": {VOLUME: volume}, "env": settings}
 
 
 def run(command: list[str], environ: Mapping[str, str] = os.environ) -> None:
@@ -181,15 +186,7 @@ def run(command: list[str], environ: Mapping[str, str] = os.environ) -> None:
     subprocess.run(command, check=True, env=dict(environ))
 
 
-@app.function(
-    image=host_image,
-    volumes={VOLUME: volume},
-    env=dict(settings),
-    cpu=8,
-    memory=16 * 1024,
-    timeout=6 * 60 * MINUTES,
-    retries=2,
-)
+@app.function(**filling, cpu=8, memory=16 * 1024, timeout=6 * 60 * MINUTES, retries=2)
 def download() -> None:
     """Fetches the published weights, once; what is there already is not fetched again."""
     from huggingface_hub import HfApi, snapshot_download
@@ -206,15 +203,7 @@ def download() -> None:
     volume.commit()
 
 
-@app.function(
-    image=host_image,
-    volumes={VOLUME: volume},
-    env=dict(settings),
-    cpu=8,
-    memory=16 * 1024,
-    timeout=6 * 60 * MINUTES,
-    retries=2,
-)
+@app.function(**filling, cpu=8, memory=16 * 1024, timeout=6 * 60 * MINUTES, retries=2)
 def convert() -> None:
     """Cuts the weights as the devices read them; a conversion that was cut short goes on."""
     volume.reload()
@@ -224,14 +213,7 @@ def convert() -> None:
         volume.commit()
 
 
-@app.function(
-    image=host_image,
-    volumes={VOLUME: volume},
-    env=dict(settings),
-    cpu=16,
-    memory=64 * 1024,
-    timeout=60 * MINUTES,
-)
+@app.function(**filling, cpu=16, memory=64 * 1024, timeout=60 * MINUTES)
 def build() -> None:
     """Compiles every step with no GPU, with what a GPU has found out about tiles, if one has run."""
     volume.reload()
@@ -244,7 +226,7 @@ def build() -> None:
     gpu=plan.gpu,
     volumes={VOLUME: volume},
     secrets=secrets,
-    env=dict(settings),
+    env=settings,
     cpu=16,
     memory=64 * 1024,
     timeout=24 * 60 * MINUTES,
@@ -311,7 +293,7 @@ def stop_server(process: subprocess.Popen[bytes], seconds: float) -> int:
         return process.wait()
 
 
-@app.function(image=host_image, secrets=secrets, env=dict(settings), cpu=4, timeout=60 * MINUTES)
+@app.function(image=host_image, secrets=secrets, env=settings, cpu=4, timeout=60 * MINUTES)
 def measure(url: str, flags: list[str]) -> None:
     """Runs the bench beside the server, so that no home connection is measured."""
     # By the environment, so that no log holds it.
