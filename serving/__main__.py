@@ -38,9 +38,8 @@ def option(flag: str, default: Any, type: Any, help: str, env: str | None = None
         type=type,
         help=help,
         envvar=variable,
-        show_default=default is not None,
         show_envvar=True,
-        **kwargs,
+        **{"show_default": default is not None} | kwargs,
     )
 
 
@@ -59,7 +58,8 @@ def main() -> None:
     "--model-dir",
     None,
     _DIRECTORY,
-    "Directory of the model, published or converted. [default: ./model, if there is one, else the bundled nano]",
+    "Directory of the model, published or converted.",
+    show_default="./model, else the bundled nano",
 )
 @option(
     "--engine",

@@ -66,8 +66,9 @@ def test_columns_are_the_fields_the_page_table_and_a_tile_of_prompt() -> None:
         shapes.TOP_P, shapes.MIN_P, shapes.TOP_K, shapes.SEED_LOW, shapes.SEED_HIGH,
         shapes.FREQUENCY_PENALTY, shapes.PRESENCE_PENALTY, shapes.REPETITION_PENALTY,
         shapes.PROMPT_LENGTH, shapes.MIN_LENGTH, shapes.NUM_BIASES, shapes.NUM_BANS,
-        shapes.NUM_LOGPROBS, shapes.IS_MASKED,
+        shapes.NUM_LOGPROBS, shapes.IS_MASKED, shapes.NUM_STOPS,
     ]  # fmt: skip
+    fields += range(shapes.NUM_FIELDS)[shapes.STOP_TOKENS]
     assert sorted(fields) == list(range(shapes.NUM_FIELDS))
     assert make().columns("decode") == shapes.NUM_FIELDS + 3
     assert make().columns("prefill") == shapes.NUM_FIELDS + 3 + 8

@@ -372,7 +372,7 @@ def test_every_flag_has_its_environment_variable_and_default():
     ).stdout
     words = " ".join(help_.split())
     for flag, variable, default in (
-        ("model-dir", "MODEL_DIR", "model"),
+        ("model-dir", "MODEL_DIR", "(./model, else the bundled nano)"),
         ("host", "HOST", "0.0.0.0"),
         ("port", "PORT", "5000"),
         ("max-concurrency", "MAX_CONCURRENCY", "64"),
