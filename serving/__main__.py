@@ -32,6 +32,7 @@ _SECONDS = click.FloatRange(min=0)
 def option(flag: str, default: Any, type: Any, help: str, env: str | None = None, **kwargs: Any):
     """A flag, and the environment variable of the same name in capitals."""
     variable = env or flag.removeprefix("--").replace("-", "_").upper()
+    kwargs.setdefault("show_default", default is not None)
     return click.option(
         flag,
         default=default,
@@ -39,7 +40,7 @@ def option(flag: str, default: Any, type: Any, help: str, env: str | None = None
         help=help,
         envvar=variable,
         show_envvar=True,
-        **{"show_default": default is not None} | kwargs,
+        **kwargs,
     )
 
 
