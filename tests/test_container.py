@@ -163,7 +163,8 @@ def container(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
             shutil.copy(source, build)
     *_, install = (rest for name, rest in STAGES["project"] if name == "RUN")
     assert install.startswith("pip install ")
-    command = inside(f"{shlex.quote(sys.executable)} -m {install}", tmp_path)
+    # This Python may itself be below /tmp or /opt.
+    command = f"{shlex.quote(sys.executable)} -m {inside(install, tmp_path)}"
     subprocess.run(["sh", "-euc", command], cwd=build, check=True, capture_output=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -78,7 +78,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 def loaded(directory: Path, config: ModelConfig = CONFIG, **limits: int) -> saved.SavedEngine:
-    return load(config, make_mesh(1), BF16, LIMITS | limits, directory)
+    return load(config, make_mesh(1), BF16, LIMITS | {"num_drafts": 0} | limits, directory)
 
 
 def requests() -> list[Request]:
