@@ -169,8 +169,8 @@ def _make_pieces(
     free = shutil.disk_usage(destination).free
     if free < left:
         raise CheckpointError(
-            f"cannot write {destination}: {left / 1e9:.1f} GB are still to be written and "
-            f"{free / 1e9:.1f} GB are free; free some space and run the same command again"
+            f"cannot write {destination}: {left / 1e9:.3f} GB are still to be written and "
+            f"{free / 1e9:.3f} GB are free; free some space and run the same command again"
         )
     for path in plan.targets:
         make_directory(destination / WEIGHTS_NAME / path)
