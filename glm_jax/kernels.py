@@ -84,11 +84,11 @@ class Kernels:
         is_alone = jax.process_count() == 1
         return self.fused_all_reduce and is_alone and num_rows <= all_reduce.MAX_ROWS
 
-    def workspace(self, num_rows: int, num_experts: int) -> Workspace | None:
-        """What the kernels of a step of so many rows share; None where each does without."""
+    def workspace(self, num_rows: int, num_local: int) -> Workspace | None:
+        """What kernels of so many rows and experts of this device share; None where each does without."""
         if self._interprets or self._chip() is None or num_rows > route_stage.MAX_TOKENS:
             return None
-        first = sharding.device_index() * (num_experts // sharding.num_devices())
+        first = sharding.device_index() * num_local
         is_shared = self._fuses_sums(num_rows) and sharding.num_devices() > 1
         semaphores = all_reduce.make_semaphores(num_rows) if is_shared else None
         return Workspace(grid.make_counter(), grid.make_counter(), semaphores, first)

@@ -68,7 +68,6 @@ class DecoderLayers(nnx.Module):
         self.is_fp8 = config.is_fp8
         self.num_dense = config.first_k_dense_replace
         self.num_layers = num_layers
-        self.num_experts = config.n_routed_experts
         width = config.intermediate_size
         self.dense_mlp = nnx.data(
             MLP(config, self.num_dense, width, dtype, kernels, rngs=rngs)
@@ -172,7 +171,7 @@ class Glm4Moe(nnx.Module):
         attend = layers.self_attn.prepare(attend, positions)
         norms = layers.norms_between(self.norm)
 
-        workspace = layers.kernels.workspace(tokens.size, layers.num_experts)
+        workspace = layers.kernels.workspace(tokens.size, layers.moe.experts.num_local)
 
         def run(is_dense: bool, carry: Carry, _: None) -> tuple[Carry, Layerwise | None]:
             layer, normed, cache = carry

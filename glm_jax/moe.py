@@ -142,6 +142,11 @@ class Experts(nnx.Module):
         self.group_size = num_experts // config.num_key_value_heads
         self.kernels = kernels
 
+    @property
+    def num_local(self) -> int:
+        """Experts that each device holds; inside a step, where arrays are a device's part."""
+        return self.down_proj.values.shape[1]
+
     def __call__(self, rows: Rows, routing: Routing, shared: MLP, layer: Layer) -> Pending:
         """Partial sums over groups of experts, the shared expert's part with each; every device sees
         every token and adds its own."""
@@ -185,7 +190,6 @@ class MoE(nnx.Module):
             if workspace is None:
                 routing = self.gate(rows.plain, layer)
             else:
-                num_local = self.experts.down_proj.values.shape[1]
-                routing = self.gate.stage(rows, layer, num_local, workspace)
+                routing = self.gate.stage(rows, layer, self.experts.num_local, workspace)
         pending = self.experts(rows, routing, self.shared_experts, layer)
         return pending, routing._replace(staged=None)
