@@ -16,7 +16,7 @@ from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 from glm_jax.pallas import fp8_product
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.fp8_product import SCALE_SLOTS
-from glm_jax.pallas.tiling import STEP, TuningConfig, fitting_stages
+from glm_jax.pallas.tiling import LINE, TuningConfig, fitting_stages
 
 # Tokens up to which tiles are so few that each may have CTAs of its own.
 _MOST_SPREAD = 128
@@ -46,7 +46,7 @@ def config_in_parts(chip: Chip, num_tokens: int, num_rows: int, width: int) -> T
     all of a deployment's steps are cut this way or none. On sm100 nothing is cut, since the sums of
     several parts would not fit into tensor memory in prefill.
     """
-    steps, tiles = pl.cdiv(width, STEP), pl.cdiv(num_rows, 2 * 64)
+    steps, tiles = pl.cdiv(width, LINE), pl.cdiv(num_rows, 2 * 64)
     fitting = (n for n in (4, 3, 2) if steps % n == 0 and tiles * n <= chip.num_cores)
     parts = next(fitting, 1) if chip.architecture == "sm90" and steps >= 8 else 1
     config = default_config(chip, num_tokens, num_rows)
@@ -88,9 +88,11 @@ def matmul(
     if padding := fp8_product.padding(num_tokens):
         x, x_scale = (jnp.pad(operand, ((0, padding), (0, 0))) for operand in (x, x_scale))
     config = config or default_config(chip, num_tokens, num_rows)
-    num_steps = pl.cdiv(width, STEP)
-    if config.parts > 1 and chip.architecture == "sm100":
-        raise NotImplementedError(f"{config.parts=}: on sm100 K is one part")
+    if chip.architecture == "sm100" and (config.parts > 1 or config.takes_turns):
+        raise NotImplementedError(f"{config.parts=}, {config.takes_turns=}: not on sm100")
+    num_steps = pl.cdiv(width, config.step)
+    if config.parts > 1 and width % config.step:
+        raise NotImplementedError(f"{width=} in parts is no multiple of {config.step=}")
     if num_steps % config.parts:
         raise NotImplementedError(f"{width=}: {num_steps} steps are not {config.parts=}")
     if interpret:
@@ -117,7 +119,7 @@ def matmul(
             )
 
         def fetch(place: _Place, step: jax.Array, weights: Any, tokens: Any, barrier: Any) -> None:
-            columns = pl.ds((first_step + step) * STEP, STEP)
+            columns = pl.ds((first_step + step) * config.step, config.step)
             rows = pl.ds(place.row, config.tile_rows)
             plgpu.copy_gmem_to_smem(
                 values_ref.at[layer_index, rows, columns],
@@ -129,7 +131,7 @@ def matmul(
             )
 
         def fetch_scales(place: _Place, slot: jax.Array, barrier: Any) -> None:
-            rows = pl.ds(place.row, config.rows * config.warpgroups)
+            rows = pl.ds(place.row, config.cta_rows)
             plgpu.copy_gmem_to_smem(
                 x_scale_ref.at[pl.ds(place.token, config.tokens)],
                 scratch["x_scales"].at[slot, pl.ds(0, config.tokens)],
@@ -144,10 +146,10 @@ def matmul(
                 )
 
         def finish(
-            slot: jax.Array, warpgroup: jax.Array, first: int, products: list[jax.Array]
+            slot: jax.Array, row: jax.Array | int, first: int, products: list[jax.Array]
         ) -> jax.Array:
             [out] = products
-            mine = pl.ds(warpgroup * config.rows, config.rows)
+            mine = pl.ds(row, out.shape[0])
             x_scales = scratch["x_scales"][slot, pl.ds(first, out.shape[1])]
             row_scales = scratch["row_scales"][slot, mine]
             out = out * lax.broadcast_in_dim(x_scales, out.shape, (1,))
@@ -158,7 +160,7 @@ def matmul(
             return out
 
         def send(place: _Place, warpgroup: jax.Array, staged: Any) -> None:
-            row = place.row + warpgroup * config.rows
+            row = place.row + config.first_row(warpgroup)
             fp8_product.send(config, staged, out_ref, place.token, row)
 
         streams = fp8_product.Streams(
@@ -181,7 +183,7 @@ def matmul(
         num_scale_copies=2 + (bias is not None),
     )
     scratch["x_scales"] = fp8_product.token_scales(config)
-    rows = config.rows * config.warpgroups
+    rows = config.cta_rows
     scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, rows), jnp.float32)
     if bias is not None:
         scratch["biases"] = plgpu.SMEM((SCALE_SLOTS, rows), jnp.bfloat16)

@@ -14,6 +14,7 @@ alone and are added in their order, whatever the number of tokens, tiles or SMs:
 depend on its own two rows. One CTA may walk all parts, or a cluster of CTAs one part each.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +27,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm_jax.pallas.chip import Chip
-from glm_jax.pallas.tiling import STEP, TuningConfig
+from glm_jax.pallas.tiling import LINE, TuningConfig
 
 FP8 = jnp.float8_e4m3fn
+# What multiplies the rows that a warpgroup has of a tile: (block of them, first token, tokens) to the
+# products of each half.
+_Products = Callable[[int, int, int], list[jax.Array]]
 # Tiles whose scales may be under way: more than the ring's stages span where K is two steps short.
 SCALE_SLOTS = 4
 _ACC_SLOTS = 2
+# M of wgmma; a warpgroup with more rows multiplies them block by block.
+_WGMMA_ROWS = 64
 
 
 def _tiled(columns: int, dtype: Any) -> tuple[plgpu.Transform, ...]:
@@ -56,8 +62,8 @@ class Streams:
       num_steps: steps along K at a place.
       fetch: copies the weights and tokens of (place, step) to (weight ref, token ref), on barrier.
       fetch_scales: copies the scales of a place to a slot, on barrier.
-      finish: what becomes of (slot, warpgroup, first, products), float32[rows, count] of products that
-        holds the same for each half, for the tokens first ... first + count of a tile.
+      finish: what becomes of (slot, row, first, products), float32[rows, count] of products that holds
+        the same for each half, for the rows from row on of a stage and the tokens from first on of a tile.
       send: stores what was staged of (place, warpgroup, staged).
     """
 
@@ -66,7 +72,7 @@ class Streams:
     num_steps: Callable[[Any], jax.Array | int]
     fetch: Callable[[Any, jax.Array, Any, Any, Any], None]
     fetch_scales: Callable[[Any, jax.Array, Any], None]
-    finish: Callable[[jax.Array, jax.Array, int, list[jax.Array]], jax.Array]
+    finish: Callable[[jax.Array, jax.Array | int, int, list[jax.Array]], jax.Array]
     send: Callable[[Any, jax.Array, Any], None]
 
 
@@ -88,26 +94,27 @@ def scratch_types(
       num_scale_copies: copies that fetch_scales issues.
     """
     is_sm100 = chip.architecture == "sm100"
-    stages, warpgroups = config.stages, config.warpgroups
-    rows = config.rows * warpgroups
+    stages, warpgroups, step = config.stages, config.warpgroups, config.step
+    # Who takes turns never waits for what the other one reads, so barriers of one's own count that.
+    readers, teams = (1, warpgroups) if config.takes_turns else (warpgroups, 1)
     # TMA cuts what is in device memory along the swizzle, so each K must be a multiple of it.
-    transforms = _tiled(STEP if all(width % STEP == 0 for width in widths) else STEP // 2, FP8)
+    transforms = _tiled(LINE if all(width % LINE == 0 for width in widths) else LINE // 2, FP8)
     types = {
-        "weights": plgpu.SMEM((stages, halves, rows, STEP), FP8, transforms=transforms),
-        "tokens": plgpu.SMEM((stages, config.tokens, STEP), FP8, transforms=transforms),
-        "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=stages),
+        "weights": plgpu.SMEM((stages, halves, config.cta_rows, step), FP8, transforms=transforms),
+        "tokens": plgpu.SMEM((stages, config.tokens, step), FP8, transforms=transforms),
+        "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=teams * stages),
         "empty": plgpu.Barrier(
-            num_arrivals=1 if is_sm100 else warpgroups,
+            num_arrivals=1 if is_sm100 else readers,
             num_barriers=stages,
             orders_tensor_core=is_sm100,
         ),
         "staged": plgpu.SMEM(
             (warpgroups, config.tokens, config.rows),
             jnp.bfloat16,
-            transforms=_tiled(min(config.store_rows, 64), jnp.bfloat16),
+            transforms=_tiled(math.gcd(config.store_rows, 64), jnp.bfloat16),
         ),
         "scales_full": plgpu.Barrier(num_arrivals=num_scale_copies, num_barriers=SCALE_SLOTS),
-        "scales_empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=SCALE_SLOTS),
+        "scales_empty": plgpu.Barrier(num_arrivals=readers, num_barriers=SCALE_SLOTS),
     }
     if config.num_spread > 1:
         others = config.num_spread - 1
@@ -180,7 +187,7 @@ def stream(
     """Runs the main loop inside a kernel body, over every tile of this CTA."""
     warpgroup = lax.axis_index("warpgroup")
     is_feeder = warpgroup == config.warpgroups
-    loop = _Loop(config, num_ctas, streams, scratch)
+    loop = _Loop(chip, config, num_ctas, streams, scratch)
     if chip.architecture == "sm90":
         _stream_sm90(loop, warpgroup, is_feeder)
     else:
@@ -191,9 +198,18 @@ class _Loop:
     """The walk over tiles and steps that all roles of a CTA share."""
 
     def __init__(
-        self, config: TuningConfig, num_ctas: int, streams: Streams, scratch: Mapping[str, Any]
+        self,
+        chip: Chip,
+        config: TuningConfig,
+        num_ctas: int,
+        streams: Streams,
+        scratch: Mapping[str, Any],
     ) -> None:
         self.config = config
+        is_sm90 = chip.architecture == "sm90"
+        self.block_rows = _WGMMA_ROWS if is_sm90 else config.rows
+        # Products come out of tensor memory in pieces that fit registers.
+        self.block_tokens = config.tokens if is_sm90 else min(config.tokens, 64)
         self.num_ctas = num_ctas
         self.streams = streams
         self.scratch = scratch
@@ -215,9 +231,19 @@ class _Loop:
     def stage(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.config.stages))
 
+    def full(self, number: jax.Array, stage: jax.Array) -> Any:
+        """The barrier of those who read a stage of a tile."""
+        if self.config.takes_turns:
+            stage = stage + self.turn(number) * self.config.stages
+        return self.scratch["full"].at[stage]
+
+    def turn(self, number: jax.Array) -> jax.Array:
+        """The warpgroup whose turn a tile is, where they take turns."""
+        return lax.rem(number, jnp.int32(self.config.warpgroups))
+
     def feed(self) -> None:
         """Keeps every stage of the ring under way."""
-        full, empty = self.scratch["full"], self.scratch["empty"]
+        empty = self.scratch["empty"]
         scales_full, scales_empty = self.scratch["scales_full"], self.scratch["scales_empty"]
 
         def feed_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
@@ -239,37 +265,26 @@ class _Loop:
 
                 weights = self.scratch["weights"].at[stage]
                 tokens = self.scratch["tokens"].at[stage]
-                self.streams.fetch(place, index, weights, tokens, full.at[stage])
+                self.streams.fetch(place, index, weights, tokens, self.full(number, stage))
 
             lax.fori_loop(0, self.streams.num_steps(place), feed_step, None)
 
         self.over_tiles(feed_tile)
 
     def finish(
-        self,
-        number: jax.Array,
-        place: Any,
-        warpgroup: jax.Array,
-        products: Callable[[int, int], list[jax.Array]],
-        count: int,
+        self, number: jax.Array, place: Any, warpgroup: jax.Array, products: _Products
     ) -> None:
-        """Rounds, stages and sends a tile's products(first, count), count tokens at a time."""
-        if self.config.num_spread > 1:
-            self._finish_spread(number, place, warpgroup, products)
-            return
-        self._store(number, place, warpgroup, products, count)
+        """Rounds, stages and sends a tile's products, where a cluster walks them their sum."""
+        finish = self._finish_spread if self.config.num_spread > 1 else self._store
+        finish(number, place, warpgroup, products)
 
     def _finish_spread(
-        self,
-        number: jax.Array,
-        place: Any,
-        warpgroup: jax.Array,
-        products: Callable[[int, int], list[jax.Array]],
+        self, number: jax.Array, place: Any, warpgroup: jax.Array, products: _Products
     ) -> None:
         """Sends this CTA's part to the cluster's first one, which adds what it gets to its own."""
         part, partials = lax.axis_index("part"), self.scratch["partials"]
         full = self.scratch["partials_full"].at[warpgroup]
-        [mine] = products(0, self.config.tokens)
+        [mine] = products(0, 0, self.config.tokens)
 
         @pl.when(part > 0)
         def _():
@@ -287,24 +302,26 @@ class _Loop:
             total = mine
             for other in range(self.config.num_spread - 1):
                 total = total + partials[other, warpgroup]
-            self._store(number, place, warpgroup, lambda *_: [total], self.config.tokens)
+            self._store(number, place, warpgroup, lambda *_: [total])
 
     def _store(
-        self,
-        number: jax.Array,
-        place: Any,
-        warpgroup: jax.Array,
-        products: Callable[[int, int], list[jax.Array]],
-        count: int,
+        self, number: jax.Array, place: Any, warpgroup: jax.Array, products: _Products
     ) -> None:
         slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
         staged = self.scratch["staged"].at[warpgroup]
         plgpu.barrier_wait(self.scratch["scales_full"].at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for first in range(0, self.config.tokens, count):
-            values = self.streams.finish(slot, warpgroup, first, products(first, count))
-            part = staged.at[pl.ds(first, count)]
-            part.transpose((1, 0))[...] = values.astype(jnp.bfloat16)
+        first_row, rows, count = (
+            self.config.first_row(warpgroup),
+            self.block_rows,
+            self.block_tokens,
+        )
+        for block in range(self.config.rows // rows):
+            for first in range(0, self.config.tokens, count):
+                row = first_row + block * rows
+                values = self.streams.finish(slot, row, first, products(block, first, count))
+                part = staged.at[pl.ds(first, count), pl.ds(block * rows, rows)]
+                part.transpose((1, 0))[...] = values.astype(jnp.bfloat16)
         plgpu.barrier_arrive(self.scratch["scales_empty"].at[slot])
         plgpu.commit_smem()
         self.streams.send(place, warpgroup, staged)
@@ -320,8 +337,12 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
     """wgmma: each warpgroup issues its own products and keeps them in registers."""
     config, scratch = loop.config, loop.scratch
     weights, tokens = scratch["weights"], scratch["tokens"]
-    full, empty = scratch["full"], scratch["empty"]
-    rows = pl.ds(warpgroup * config.rows, config.rows)
+    empty = scratch["empty"]
+    blocks = [
+        (half, pl.ds(config.first_row(warpgroup) + first, _WGMMA_ROWS))
+        for first in range(0, config.rows, _WGMMA_ROWS)
+        for half in range(loop.halves)
+    ]
 
     @pl.when(is_feeder)
     def _():
@@ -338,8 +359,8 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
             def multiply(first_step: jax.Array, *accumulators: Any) -> list[jax.Array]:
                 def step(index: jax.Array, _: None) -> None:
                     stage = loop.stage(first_step + index)
-                    plgpu.barrier_wait(full.at[stage])
-                    for half, accumulator in enumerate(accumulators):
+                    plgpu.barrier_wait(loop.full(number, stage))
+                    for (half, rows), accumulator in zip(blocks, accumulators, strict=True):
                         plgpu.wgmma(
                             accumulator,
                             weights.at[stage, half, rows],
@@ -357,8 +378,8 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
                 plgpu.barrier_arrive(empty.at[loop.stage(first_step + num_steps - 1)])
                 return products
 
-            accumulator = plgpu.WGMMAAccumulatorRef((config.rows, config.tokens), jnp.float32)
-            accumulators = [accumulator] * loop.halves
+            accumulator = plgpu.WGMMAAccumulatorRef((_WGMMA_ROWS, config.tokens), jnp.float32)
+            accumulators = [accumulator] * len(blocks)
             products = pl.run_scoped(partial(multiply, first_step), *accumulators)
 
             def add_part(part: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
@@ -368,9 +389,18 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
 
             if config.num_walked > 1:
                 products = lax.fori_loop(1, config.num_walked, add_part, products)
-            loop.finish(number, place, warpgroup, lambda *_: products, config.tokens)
 
-        loop.over_tiles(multiply_tile)
+            def of_block(block: int, *_: int) -> list[jax.Array]:
+                return products[block * loop.halves : (block + 1) * loop.halves]
+
+            loop.finish(number, place, warpgroup, of_block)
+
+        def multiply_mine(number: jax.Array, place: Any, first_step: jax.Array) -> None:
+            @pl.when(loop.turn(number) == warpgroup)
+            def _():
+                multiply_tile(number, place, first_step)
+
+        loop.over_tiles(multiply_mine if config.takes_turns else multiply_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -405,13 +435,13 @@ def _stream_sm100(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> No
 
                 @pl.when(is_mine)
                 def _(slot: int = slot, group: int = group):
-                    def products(first: int, count: int) -> list[jax.Array]:
+                    def products(_: int, first: int, count: int) -> list[jax.Array]:
                         part = pl.ds(first, count)
                         halves = accumulators(slot, group)
                         return [plgpu.async_load_tmem(half.at[:, part]) for half in halves]
 
                     plgpu.barrier_wait(products_full.at[slot])
-                    loop.finish(number, place, warpgroup, products, min(config.tokens, 64))
+                    loop.finish(number, place, warpgroup, products)
                     plgpu.wait_load_tmem()
                     plgpu.barrier_arrive(products_empty.at[slot])
 

@@ -20,7 +20,7 @@ from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
 from glm_jax.pallas.fp8_product import SCALE_SLOTS
 from glm_jax.pallas.quantize import GROUP, quantize_rows, quantized_types
-from glm_jax.pallas.tiling import STEP, TuningConfig
+from glm_jax.pallas.tiling import TuningConfig
 
 
 class Weights(NamedTuple):
@@ -130,19 +130,19 @@ def product(
         loads = _Loads(config, side_refs, layer_ref[0] + shift, scratch)
 
         def finish(
-            slot: jax.Array, warpgroup: jax.Array, first: int, products: list[jax.Array]
+            slot: jax.Array, row: jax.Array | int, first: int, products: list[jax.Array]
         ) -> jax.Array:
-            return combine_halves(_scaled(config, scratch, slot, warpgroup, first, products))
+            return combine_halves(_scaled(scratch, slot, row, first, products))
 
         def send(place: _Place, warpgroup: jax.Array, staged: Any) -> None:
-            row = place.row + warpgroup * config.rows
+            row = place.row + config.first_row(warpgroup)
             for is_shared, side in enumerate(side_refs):
 
                 @pl.when(place.is_shared == bool(is_shared))
                 def _(side: _Side = side):
                     fp8_product.send(config, staged, side.out, place.token, row)
 
-        num_steps = [pl.cdiv(side.values.shape[-1], STEP) for _, side in sides]
+        num_steps = [pl.cdiv(side.values.shape[-1], config.step) for _, side in sides]
         streams = fp8_product.Streams(
             num_tiles=walk.num_tiles(),
             locate=walk.locate,
@@ -171,7 +171,7 @@ def product(
         num_copies=halves + 1,
         num_scale_copies=halves + 1,
     )
-    all_rows = config.rows * config.warpgroups
+    all_rows = config.cta_rows
     scratch["token_scales"] = fp8_product.token_scales(config)
     scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, halves, all_rows), jnp.float32)
     if counters:
@@ -271,7 +271,7 @@ class _Loads:
     def fetch(
         self, place: _Place, step: jax.Array, weights: Any, tokens: Any, barrier: Any
     ) -> None:
-        columns = pl.ds(step * STEP, STEP)
+        columns = pl.ds(step * self.config.step, self.config.step)
         rows = pl.ds(place.row, self.config.tile_rows)
         for is_shared, side in enumerate(self.sides):
 
@@ -290,7 +290,7 @@ class _Loads:
                 )
 
     def fetch_scales(self, place: _Place, slot: jax.Array, barrier: Any) -> None:
-        rows = pl.ds(place.row, self.config.rows * self.config.warpgroups)
+        rows = pl.ds(place.row, self.config.cta_rows)
         for is_shared, side in enumerate(self.sides):
 
             @pl.when(place.is_shared == bool(is_shared))
@@ -309,15 +309,14 @@ class _Loads:
 
 
 def _scaled(
-    config: TuningConfig,
     scratch: dict[str, Any],
     slot: jax.Array,
-    warpgroup: jax.Array,
+    row: jax.Array | int,
     first: int,
     products: list[jax.Array],
 ) -> list[jax.Array]:
     shape = products[0].shape
-    mine = pl.ds(warpgroup * config.rows, config.rows)
+    mine = pl.ds(row, shape[0])
     token_scales = scratch["token_scales"][slot, pl.ds(first, shape[1])]
     token_scales = lax.broadcast_in_dim(token_scales, shape, (1,))
     scaled = []

@@ -5,8 +5,11 @@ Knows no instruction: fp8_product does what is said here.
 
 from dataclasses import dataclass
 
-# Columns of a stage: as wide as the widest swizzle that TMA and the tensor cores share.
-STEP = 128
+import jax
+import jax.numpy as jnp
+
+# Columns of a line: as wide as the widest swizzle that TMA and the tensor cores share.
+LINE = 128
 # Of the 227 KiB a CTA may have, what is left when scales and barriers have theirs.
 _SHARED_MEMORY = 216 * 1024
 # CTAs of a cluster that every chip can place.
@@ -21,12 +24,17 @@ class TuningConfig:
       tokens: tokens per tile, N of an instruction.
       rows: weight rows per warpgroup, M of an instruction.
       warpgroups: how many warpgroups share a tile's tokens, each with its own weight rows.
-      stages: steps of 128 along K in flight.
+      stages: steps along K in flight.
+      step: columns of a step. A stage costs its feeder and its readers a few hundred cycles of
+        arrivals, however wide it is.
       fill: how many of a lone warpgroup's rows a tile really has; the others are never loaded nor
         stored. It gives more SMs a share of a small product.
       parts: sums that K is cut into. Part of the answer: it decides the order of additions.
       is_spread: whether a cluster of CTAs walks the parts, each one of them, for the first to add up;
         every tile then has CTAs of its own. The bits are the same.
+      takes_turns: whether each of two warpgroups has tiles of its own, every other one, so that one
+        multiplies while the other stores; otherwise they share the rows of every tile. Only on sm90:
+        tensor memory does the same for sm100.
     """
 
     tokens: int
@@ -36,6 +44,8 @@ class TuningConfig:
     fill: int | None = None
     parts: int = 1
     is_spread: bool = False
+    step: int = LINE
+    takes_turns: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens not in (16, 32, 64, 128):
@@ -46,8 +56,14 @@ class TuningConfig:
             raise ValueError(f"warpgroups={self.warpgroups} is not 1 or 2")
         if self.stages < 2:
             raise ValueError(f"stages={self.stages}: a ring needs at least 2")
-        if self.fill not in (None, 32, 64) or (self.fill and self.warpgroups != 1):
-            raise ValueError(f"fill={self.fill} is not 32 or 64 rows of one warpgroup")
+        if self.fill is not None and (self.fill % 8 or not 0 < self.fill <= 64):
+            raise ValueError(f"fill={self.fill} is no multiple of 8 up to 64")
+        if self.fill and self.warpgroups != 1:
+            raise ValueError(f"fill={self.fill} is for one warpgroup alone")
+        if self.step % LINE or not LINE <= self.step <= 8 * LINE:
+            raise ValueError(f"step={self.step} is no multiple of {LINE} up to {8 * LINE}")
+        if self.takes_turns and (self.warpgroups != 2 or self.is_spread):
+            raise ValueError("takes_turns is for two warpgroups of a CTA that shares no tile")
         if not 1 <= self.parts <= _MOST_PARTS:
             raise ValueError(f"parts={self.parts} is not 1 to {_MOST_PARTS}")
 
@@ -64,7 +80,16 @@ class TuningConfig:
     @property
     def tile_rows(self) -> int:
         """Weight rows of a tile."""
-        return self.fill or self.rows * self.warpgroups
+        return self.fill or self.cta_rows
+
+    @property
+    def cta_rows(self) -> int:
+        """Weight rows that a stage has room for."""
+        return self.rows if self.takes_turns else self.rows * self.warpgroups
+
+    def first_row(self, warpgroup: jax.Array) -> jax.Array:
+        """Where in a stage the rows of a warpgroup begin."""
+        return jnp.int32(0) if self.takes_turns else warpgroup * self.rows
 
     @property
     def store_rows(self) -> int:
@@ -72,7 +97,21 @@ class TuningConfig:
         return self.fill or self.rows
 
 
-def fitting_stages(tokens: int, rows: int, *, halves: int = 1, num_spread: int = 1) -> int:
-    """How many stages a tile of so many tokens and weight rows leaves room for, 16 at most."""
-    staged = tokens * rows * (2 + 4 * (num_spread - 1))
-    return min(16, (_SHARED_MEMORY - staged) // ((halves * rows + tokens) * STEP))
+def fitting_stages(
+    tokens: int,
+    rows: int,
+    *,
+    halves: int = 1,
+    num_spread: int = 1,
+    step: int = LINE,
+    num_staged: int = 1,
+    num_ctas: int = 1,
+) -> int:
+    """How many stages a tile of so many tokens and weight rows leaves room for, 16 at most.
+
+    Args:
+      num_staged: tiles whose products may be on their way out.
+      num_ctas: CTAs that share the memory of an SM.
+    """
+    staged = tokens * rows * (2 * num_staged + 4 * (num_spread - 1))
+    return min(16, (_SHARED_MEMORY // num_ctas - staged) // ((halves * rows + tokens) * step))

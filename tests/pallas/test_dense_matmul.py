@@ -93,9 +93,29 @@ def test_a_token_has_the_same_bits_alone_and_in_any_tiling(architecture: Archite
         operands.x[17:], operands.x_scale[17:], *operands[2:], layer, chip=chip, interpret=True
     )
     np.testing.assert_array_equal(np.asarray(alone[0]), np.asarray(together[17]))
-    config = TuningConfig(tokens=32, rows=rows, fill=64, stages=3)
-    otherwise = matmul(*operands, layer, chip=chip, config=config, interpret=True)
-    np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(together))
+    for config in (
+        TuningConfig(tokens=32, rows=rows, fill=64, stages=3),
+        TuningConfig(tokens=16, rows=rows, stages=2, step=512),
+    ):
+        otherwise = matmul(*operands, layer, chip=chip, config=config, interpret=True)
+        np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(together))
+
+
+def test_warpgroups_that_take_turns_make_the_same_bits() -> None:
+    chip = Chip("sm90", 2)
+    # Twelve tiles of 64 rows or eight of 128 for two CTAs, whose rings begin anew amid a tile.
+    operands = random_operands(8, 100, 640, 192)
+    on = {"chip": chip, "interpret": True}
+    together = matmul(*operands, jnp.int32(1), **on)
+    assert_close(together, reference(operands, 1, has_bias=True))
+    for rows, stages in ((64, 3), (128, 2)):
+        config = TuningConfig(tokens=32, rows=rows, warpgroups=2, stages=stages, takes_turns=True)
+        otherwise = matmul(*operands, jnp.int32(1), config=config, **on)
+        np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(together))
+    with pytest.raises(NotImplementedError, match="not on sm100"):
+        matmul(*operands, jnp.int32(1), chip=Chip("sm100", 2), config=config, interpret=True)
+    with pytest.raises(ValueError, match="takes_turns is for two warpgroups"):
+        TuningConfig(tokens=16, rows=64, takes_turns=True)
 
 
 def test_parts_of_a_wide_k_are_added_in_their_order_whatever_the_tiling() -> None:
@@ -140,6 +160,11 @@ def test_unsupported_shapes_and_mistaken_tilings_are_refused() -> None:
         TuningConfig(tokens=16, rows=32)
     with pytest.raises(ValueError, match="fill=32"):
         TuningConfig(tokens=16, rows=64, warpgroups=2, fill=32)
+    with pytest.raises(ValueError, match="step=192"):
+        TuningConfig(tokens=16, rows=64, step=192)
+    with pytest.raises(NotImplementedError, match="no multiple of config.step=256"):
+        config = TuningConfig(tokens=16, rows=64, parts=2, step=256)
+        matmul(*random_operands(6, 2, 384, 64), jnp.int32(0), chip=Chip("sm90", 2), config=config)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -144,6 +144,42 @@ def test_rows_staged_by_the_kernel_serve_as_well() -> None:
     run(case, "sm90", is_staged=True)
 
 
+def test_ways_to_cut_the_work_make_the_same_bits() -> None:
+    x, x_scale = random_tokens(0, 40, 384)
+    weights, shared = random_weights(1, (1, 3), 384, 64), random_weights(2, (1,), 384, 192)
+    picks = jax.random.randint(jax.random.key(3), (40, 1), 0, 3)
+    plan = dispatch(picks, jnp.int32(0), 3, tile=32)
+    in_use = int(plan.num_tiles[0]) * 32
+
+    def hidden(config: TuningConfig) -> list[np.ndarray]:
+        outs = grouped_gate_up(
+            x, x_scale, plan, weights.gate_up, weights.gate_up_scale, jnp.int32(0),
+            shared_values=shared.gate_up, shared_scale=shared.gate_up_scale,
+            chip=Chip("sm90", 2), config=config, interpret=True,
+        )  # fmt: skip
+        return [np.asarray(outs[0])[:in_use], np.asarray(outs[1])]
+
+    def answers(config: TuningConfig) -> list[np.ndarray]:
+        # Routed rows have K of 384, the shared expert's of 192: tiles of three steps and of two.
+        rows = random_tokens(4, plan.tokens.shape[0], 384)
+        outs = grouped_down(
+            *rows, plan, weights.gate_up[:, :, 0], weights.gate_up_scale[:, :, 0], jnp.int32(0),
+            shared_hidden=x[:, :192], shared_hidden_scale=x_scale,
+            shared_values=shared.gate_up[:, 0, :64, :192], shared_scale=shared.gate_up_scale[:, 0, :64],
+            chip=Chip("sm90", 2), config=config, interpret=True,
+        )  # fmt: skip
+        return [np.asarray(outs[0])[:in_use], np.asarray(outs[1])]
+
+    plain = TuningConfig(tokens=32, rows=64, stages=3)
+    wide = TuningConfig(tokens=32, rows=64, stages=2, step=256)
+    turns = TuningConfig(tokens=32, rows=64, warpgroups=2, stages=2, takes_turns=True)
+    for run_of in (hidden, answers):
+        expected = run_of(plain)
+        for config in (wide, turns):
+            for out, want in zip(run_of(config), expected, strict=True):
+                np.testing.assert_array_equal(out, want)
+
+
 def test_no_local_expert_is_picked() -> None:
     x, x_scale = random_tokens(0, 3, 128)
     weights = random_weights(1, (1, 2), 128, 64)

@@ -3,13 +3,14 @@
 Knows no kernel.
 """
 
+import logging
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from glm_jax.pallas.chip import Chip
 
 # A step takes the case's operands and a layer, and returns arrays.
 Step = Callable[[Any, jax.Array], Any]
+
+logger = logging.getLogger(__name__)
 
 _REPEATS = 5
 _OURS = "mosaic_gpu_kernel"
@@ -94,9 +97,7 @@ class Programs:
 
     Attributes:
       draw: makes the operands.
-      step: one call; timed: many; reference, errors: as the case's.
-      alternatives: many calls of each.
-      num_calls: of timed; num_alternative_calls: of an alternative.
+      step: one call; timed: num_calls of it; reference, errors: as the case's.
     """
 
     draw: Callable[..., Any]
@@ -104,9 +105,14 @@ class Programs:
     timed: Callable[..., Any]
     reference: Callable[..., Any]
     errors: Callable[..., Any]
-    alternatives: dict[str, Callable[..., Any]]
     num_calls: int
-    num_alternative_calls: int
+
+
+class Alternative(NamedTuple):
+    """Another way to a case's end, compiled: so many calls."""
+
+    program: Callable[..., Any]
+    num_calls: int
 
 
 def chip_of(device: Any) -> Chip:
@@ -126,38 +132,41 @@ def mismatches(got: jax.Array, expected: jax.Array) -> jax.Array:
     return jnp.mean((got != expected).astype(jnp.float32))
 
 
-def compile_case(case: Case, card: Card, *, has_reference: bool = True) -> Programs:
-    """Compiles everything the case runs, without running any of it.
-
-    Args:
-      has_reference: otherwise the kernel stands in its place, for callers that compare with `expect`.
-    """
+def compile_case(case: Case, card: Card) -> Programs:
+    """Compiles everything the case itself runs, without running any of it."""
     # A program of a few milliseconds: outputs of all its calls live until its end.
     num_calls = max(1, min(64, int(2e-3 / card.floor(case))))
-    operands = jax.eval_shape(case.draw, jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    operands = jax.eval_shape(case.draw, key)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
 
     def compiled(step: Step) -> Callable[..., Any]:
         return jax.jit(step, compiler_options=_UNTUNED).lower(operands, layer).compile()
 
-    def many(step: Step, calls: int) -> Callable[..., Any]:
-        return jax.jit(many_calls(step, calls, case.num_layers)).lower(operands).compile()
-
     outputs = (jax.eval_shape(step, operands, layer) for step in (case.step, case.reference))
-    step = compiled(case.step)
     return Programs(
-        draw=jax.jit(case.draw),
-        step=step,
-        timed=many(case.step, num_calls),
-        reference=compiled(case.reference) if has_reference else step,
+        draw=jax.jit(case.draw).lower(key).compile(),
+        step=compiled(case.step),
+        timed=_compile_calls(case, case.step, num_calls, operands),
+        reference=compiled(case.reference),
         errors=jax.jit(case.errors).lower(*outputs).compile(),
-        # Of XLA's own operations every call is compiled anew.
-        alternatives={
-            name: many(step, min(num_calls, 4)) for name, step in case.alternatives.items()
-        },
         num_calls=num_calls,
-        num_alternative_calls=min(num_calls, 4),
     )
+
+
+def compile_alternatives(case: Case, card: Card) -> dict[str, Alternative]:
+    """Compiles the case's alternatives, tuned as XLA does it."""
+    # Of XLA's own operations every call is compiled anew.
+    num_calls = max(1, min(4, int(2e-3 / card.floor(case))))
+    operands = jax.eval_shape(case.draw, jax.eval_shape(lambda: jax.random.key(0)))
+    return {
+        name: Alternative(_compile_calls(case, step, num_calls, operands), num_calls)
+        for name, step in case.alternatives.items()
+    }
+
+
+def _compile_calls(case: Case, step: Step, num_calls: int, operands: Any) -> Callable[..., Any]:
+    return jax.jit(many_calls(step, num_calls, case.num_layers)).lower(operands).compile()
 
 
 def check(case: Case, programs: Programs, seed: int, poisoned_bytes: int) -> float:
@@ -167,13 +176,6 @@ def check(case: Case, programs: Programs, seed: int, poisoned_bytes: int) -> flo
     expected = jax.block_until_ready(programs.reference(operands, layer))
     _poison(poisoned_bytes)
     return largest(programs.errors(programs.step(operands, layer), expected))
-
-
-def expect(case: Case, seed: int) -> tuple[Any, jax.Array, Any]:
-    """Operands, a layer, and what the reference makes of them."""
-    operands, layer = jax.jit(case.draw)(jax.random.key(seed)), jnp.int32(seed % case.num_layers)
-    reference = jax.jit(case.reference, compiler_options=_UNTUNED)
-    return operands, layer, jax.block_until_ready(reference(operands, layer))
 
 
 def check_interpreted(case: Case, seed: int) -> float:
@@ -190,16 +192,25 @@ def largest(errors: dict[str, jax.Array]) -> float:
 
 
 def measure(case: Case, programs: Programs) -> dict[str, Any]:
-    """Microseconds of one call and of each alternative; see time_program."""
+    """Microseconds of one call; see time_program."""
     operands = jax.block_until_ready(programs.draw(jax.random.key(0)))
     times = time_program(programs.timed, operands, programs.num_calls)
-    if case.is_timed_alone:
+    if case.is_timed_alone and times["kernels_us"]:
         times["us"] = sum(us for name, us in times["kernels_us"].items() if _OURS in name)
-    alternatives = {
-        name: time_program(program, operands, programs.num_alternative_calls)
-        for name, program in programs.alternatives.items()
+    return times
+
+
+def measure_alternatives(
+    programs: Programs, alternatives: dict[str, Alternative]
+) -> dict[str, dict[str, Any]]:
+    """The same of each alternative, by name."""
+    if not alternatives:
+        return {}
+    operands = jax.block_until_ready(programs.draw(jax.random.key(0)))
+    return {
+        name: time_program(alternative.program, operands, alternative.num_calls)
+        for name, alternative in alternatives.items()
     }
-    return {**times, "alternatives": alternatives}
 
 
 def time_program(program: Callable[..., Any], operands: Any, num_calls: int) -> dict[str, Any]:
@@ -217,7 +228,13 @@ def time_program(program: Callable[..., Any], operands: Any, num_calls: int) -> 
         jax.block_until_ready([program(operands) for _ in range(3)])
         walls.append((time.perf_counter() - start) / 3)
     wall = statistics.median(walls) / num_calls * 1e6
-    _, rounds = profiler.measure(program, aggregate=False, iterations=_REPEATS)(operands)
+    profiled = profiler.measure(program, aggregate=False, iterations=_REPEATS)
+    try:
+        rounds = profiled(operands)[1]
+    except RuntimeError as error:
+        # Without CUPTI the time between kernels counts too.
+        logger.warning("%s", error)
+        rounds = None
     if not rounds:
         return {"us": wall, "us_wall": wall, "kernels_us": {}}
     by_name = []

@@ -18,6 +18,7 @@ from glm_jax.pallas.dispatch import stage
 from glm_jax.pallas.grouped_down import combine, grouped_down
 from glm_jax.pallas.grouped_gate_up import grouped_gate_up
 from glm_jax.pallas.quantize import quantize_hidden
+from glm_jax.pallas.tiling import TuningConfig
 from tests.perf import peers
 from tests.perf.measure import Case, relative_error
 from tests.perf.sizes import Sizes
@@ -81,6 +82,33 @@ def dense_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             )
 
 
+def expert_step(
+    operands: Any,
+    layer: jax.Array,
+    *,
+    chip: Chip,
+    interpret: bool = False,
+    gate_up: TuningConfig | None = None,
+    down: TuningConfig | None = None,
+) -> jax.Array:
+    """This device's experts from the tokens' picks to their sum, cut as their kernels choose or as said."""
+    x, x_scale, picks, weights, up, up_scale, down_values, down_scale, *of_shared = operands
+    on = {"chip": chip, "interpret": interpret}
+    plan = stage(x, x_scale, picks, jnp.int32(0), up.shape[1], **on)
+    hidden, shared_hidden = grouped_gate_up(
+        x, x_scale, plan, up, up_scale, layer,
+        shared_values=of_shared[0], shared_scale=of_shared[1], config=gate_up, **on,
+    )  # fmt: skip
+    quantized, shared_quantized = quantize_hidden(hidden, shared_hidden, plan, interpret=interpret)
+    assert shared_quantized is not None
+    out, shared_out = grouped_down(
+        *quantized, plan, down_values, down_scale, layer,
+        shared_hidden=shared_quantized[0], shared_hidden_scale=shared_quantized[1],
+        shared_values=of_shared[2], shared_scale=of_shared[3], config=down, **on,
+    )  # fmt: skip
+    return combine(out, shared_out, plan.rows, weights)
+
+
 def expert_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
     """This device's experts from the tokens' picks to their sum, the shared expert with them."""
     layers, width = sizes.heavy_layers, sizes.hidden
@@ -100,25 +128,6 @@ def expert_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             *(_values(keys[6], (*shared_up, width)), _scales(keys[7], shared_up, width)),
             *(_values(keys[8], (*shared_down, shared)), _scales(keys[9], shared_down, shared)),
         )
-
-    def step(operands: Any, layer: jax.Array) -> jax.Array:
-        x, x_scale, picks, weights, up, up_scale, down, down_scale, *of_shared = operands
-        on = {"chip": chip, "interpret": interpret}
-        plan = stage(x, x_scale, picks, jnp.int32(0), num_local, **on)
-        hidden, shared_hidden = grouped_gate_up(
-            x, x_scale, plan, up, up_scale, layer,
-            shared_values=of_shared[0], shared_scale=of_shared[1], **on,
-        )  # fmt: skip
-        quantized, shared_quantized = quantize_hidden(
-            hidden, shared_hidden, plan, interpret=interpret
-        )
-        assert shared_quantized is not None
-        out, shared_out = grouped_down(
-            *quantized, plan, down, down_scale, layer,
-            shared_hidden=shared_quantized[0], shared_hidden_scale=shared_quantized[1],
-            shared_values=of_shared[2], shared_scale=of_shared[3], **on,
-        )  # fmt: skip
-        return combine(out, shared_out, plan.rows, weights)
 
     def reference(operands: Any, layer: jax.Array) -> jax.Array:
         x, x_scale, picks, weights, up, up_scale, down, down_scale, *of_shared = operands
@@ -140,7 +149,7 @@ def expert_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             shape=f"T={tokens}",
             draw=partial(draw, tokens),
             num_layers=layers,
-            step=step,
+            step=partial(expert_step, chip=chip, interpret=interpret),
             reference=reference,
             errors=_one_error,
             # The reference quantizes hidden rows of its own; where they round another way, the sums
