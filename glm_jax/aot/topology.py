@@ -14,18 +14,23 @@ from jax.sharding import Mesh
 from glm_jax.sharding import MESH_AXIS, make_mesh
 from glm_jax.targets.target import Target, TargetError
 
+# Those of the extra `aot`, and what does as well: the plugin must be that of the machine to come.
 _WHEELS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
+_WHEELS_13 = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 
 
 def missing_wheels() -> list[str]:
-    """The packages of the extra `aot` that are not installed."""
-    missing = []
-    for name in _WHEELS:
-        try:
-            version(name)
-        except PackageNotFoundError:
-            missing.append(name)
-    return missing
+    """The packages of the extra `aot` that are not installed; none where those of CUDA 13 are."""
+    missing = [name for name in _WHEELS if not _is_installed(name)]
+    return missing if missing and not all(map(_is_installed, _WHEELS_13)) else []
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def stay_off_devices() -> None:
