@@ -17,12 +17,12 @@ from typing import Protocol
 import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
-from tqdm import tqdm
 
 from checkpoints.checks import check_arrays, check_tensors
 from checkpoints.converted import Converted, is_converted
 from checkpoints.cuts import Job, Part, cut_up
 from checkpoints.names import MTP_PREFIX, Placement, placements
+from checkpoints.progress import Progress
 from checkpoints.reader import DTYPES, Checkpoint, TensorInfo
 from checkpoints.shards import Shard, make_shard
 from glm_jax.config import ModelConfig
@@ -154,7 +154,7 @@ def _run(source: Source, jobs: Sequence[Job[Shard]], progress: bool, reading: Re
     under_way: deque[tuple[Job[Shard], int, Future[np.ndarray | None]]] = deque()
     held = 0
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar,
+        Progress("weights", total, shown=progress) as bar,
         ThreadPoolExecutor(reading.num_readers, "checkpoint-reader") as pool,
     ):
         placer = _Placer(budget)
@@ -165,7 +165,7 @@ def _run(source: Source, jobs: Sequence[Job[Shard]], progress: bool, reading: Re
             tensor = future.result()
             if tensor is not None:
                 placer.place(job, tensor)
-            bar.update(job.nbytes)
+            bar.advance(job.nbytes)
             return nbytes
 
         for job in jobs:

@@ -1,10 +1,12 @@
-"""How far a long run over bytes is: a bar on a terminal, a line now and then elsewhere.
+"""How far a long run over bytes is: a bar on a terminal, a line of the log now and then elsewhere.
 
 Knows no files.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from types import TracebackType
@@ -12,7 +14,17 @@ from typing import Self
 
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def has_bars() -> bool:
+    """Whether a bar may be drawn: on a terminal that nobody wants to have lines alone.
+
+    TQDM_DISABLE, which tqdm itself reads when it is imported, may be set later than that.
+    """
+    return sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
 
 
 class Progress:
@@ -28,15 +40,15 @@ class Progress:
     def __init__(self, what: str, total: int, *, done: int = 0, shown: bool = True) -> None:
         self._what, self._total, self._done, self._before = what, total, done, done
         self._start = self._last = time.monotonic()
-        is_terminal = sys.stderr.isatty()
-        self._lines = shown and not is_terminal
+        is_bar = shown and has_bars()
+        self._lines = shown and not is_bar
         self._bar = tqdm(
             total=total,
             initial=done,
             unit="B",
             unit_scale=True,
             desc=what,
-            disable=not (shown and is_terminal),
+            disable=not is_bar,
         )
 
     def __enter__(self) -> Self:
@@ -61,8 +73,11 @@ class Progress:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = (self._done - self._before) / seconds
         left = (self._total - self._done) / rate if rate else float("inf")
-        print(
-            f"{self._what}: {self._done / 1e9:.3f} of {self._total / 1e9:.3f} GB, "
-            f"{rate / 1e9:.3f} GB/s, {left:.0f} s left",
-            file=sys.stderr,
+        logger.info(
+            "%s: %.3f of %.3f GB, %.3f GB/s, %.0f s left",
+            self._what,
+            self._done / 1e9,
+            self._total / 1e9,
+            rate / 1e9,
+            left,
         )

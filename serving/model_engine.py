@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from checkpoints.dummy import dummy_weights
 from checkpoints.load import Reading, load_weights
+from checkpoints.progress import has_bars
 from checkpoints.reader import CheckpointError
 from glm_jax.aot.saved import EngineMismatchError, SavedEngine, load
 from glm_jax.cache import KV_DTYPES
@@ -33,14 +32,24 @@ from glm_jax.kernels import Kernels
 from glm_jax.model import Weights
 from glm_jax.mtp import weight_specs
 from glm_jax.processes import Followers, Leader, LeadingRunner, Member, ProcessesError, join
-from glm_jax.runner import Programs, Runner, buckets, compile_steps
+from glm_jax.runner import Bucket, Programs, Runner, buckets, compile_steps
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh
 from glm_jax.sizing import NO_MTP_LAYER, SizingError, choose_shapes
 from glm_jax.steps import StepOptions
 from serving.bridge import CannotStartError
+from serving.facts import (
+    cached_steps,
+    tell_cache,
+    tell_memory,
+    tell_mesh,
+    tell_model,
+    tell_steps,
+    tell_weights,
+)
+from serving.start import Start
 from serving.tokenizer import ModelTokenizer
-from serving.wiring import Options, ReportPhase
+from serving.wiring import Options
 
 logger = logging.getLogger(__name__)
 
@@ -48,21 +57,19 @@ _DUMMY_SEED = 0
 _CACHE_DIRECTORY = Path("~/.cache/glm-jax/steps")
 
 
-def build_engine(
-    options: Options, tokenizer: ModelTokenizer, report: ReportPhase = lambda phase, seconds: None
-) -> Engine:
+def build_engine(options: Options, tokenizer: ModelTokenizer, start: Start | None = None) -> Engine:
     """Loads the model of options.model_dir, and loads or compiles its steps.
 
     Args:
-      report: told each phase of the start and its seconds: "weights", "load" or "compile",
-        "warm_up", "total".
+      start: told each phase and its seconds, "weights", "load" or "compile", "warm_up", "total",
+        and what becomes known of model, devices, memory and steps.
 
     Raises:
       CannotStartError: the checkpoint, the devices and the options do not fit together; the message
         is for the user.
     """
     try:
-        return _build(options, tokenizer, _logged(report))
+        return _build(options, tokenizer, start or Start())
     except EngineMismatchError as error:
         raise CannotStartError(f"{error}, or add --engine-fallback to compile") from error
     except (
@@ -121,32 +128,19 @@ def engine_of(model: LoadedModel, options: Options) -> Engine:
     return _engine(runner, options)
 
 
-def _logged(report: ReportPhase) -> ReportPhase:
-    def both(phase: str, seconds: float) -> None:
-        logger.info("start, %s: %.2f s", phase, seconds)
-        report(phase, seconds)
-
-    return both
-
-
-@contextmanager
-def _timed(report: ReportPhase, phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    report(phase, time.perf_counter() - start)
-
-
-def _build(options: Options, tokenizer: ModelTokenizer, report: ReportPhase) -> Engine:
-    with _timed(report, "total"):
+def _build(options: Options, tokenizer: ModelTokenizer, start: Start) -> Engine:
+    with start.phase("total"):
         followers = _joined(options, Followers)
         config = _config(options, tokenizer)
+        tell_model(start, config, options)
         mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
-        saved = _saved_engine(options, config, mesh, dtype, report)
+        tell_mesh(start, mesh)
+        saved = _saved_engine(options, config, mesh, dtype, start)
         shapes = saved.shapes if saved else _shapes(options, config, mesh, dtype)
-        _log_shapes(shapes, options.max_batch_tokens)
+        tell_cache(start, config, shapes, mesh, options)
         if followers is not None:
             followers.begin(shapes, _what(config, mesh, options))
-        runner = _runner(options, config, shapes, mesh, dtype, saved, report)
+        runner = _runner(options, config, shapes, mesh, dtype, saved, start)
     return _engine(runner if followers is None else LeadingRunner(runner, followers), options)
 
 
@@ -162,7 +156,7 @@ def follow(options: Options) -> None:
         config = _config(options, ModelTokenizer.from_directory(options.model_dir))
         mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
         shapes = leader.begun(_what(config, mesh, options))
-        runner = _runner(options, config, shapes, mesh, dtype, None, _logged(_unheard))
+        runner = _runner(options, config, shapes, mesh, dtype, None, Start())
         # Whoever ends all processes at once means process 0, which finishes first what it has begun.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -176,10 +170,6 @@ def follow(options: Options) -> None:
         ValueError,
     ) as error:
         raise CannotStartError(str(error)) from error
-
-
-def _unheard(phase: str, seconds: float) -> None:
-    """Nobody reads the metrics of a process that follows."""
 
 
 def _joined[T](options: Options, connect: Callable[[Member], T]) -> T | None:
@@ -207,18 +197,20 @@ def _runner(
     mesh: Mesh,
     dtype: np.dtype,
     saved: SavedEngine | None,
-    report: ReportPhase,
+    start: Start,
 ) -> Runner:
     """Loads weights and steps at the same time, and runs every step once."""
     how = step_options(options)
     with ThreadPoolExecutor(1, thread_name_prefix="compile") as pool:
-        programs = pool.submit(_programs, saved, config, shapes, mesh, dtype, how, report)
-        with _timed(report, "weights"):
+        programs = pool.submit(_programs, saved, config, shapes, mesh, dtype, how, start)
+        with start.phase("weights"):
             weights = _weights(options, config, mesh, dtype)
+        tell_weights(start, weights)
         zeros = saved.make_zeros if saved else None
         runner = Runner(config, shapes, mesh, dtype, weights, programs.result(), zeros, how)
-    with _timed(report, "warm_up"):
+    with start.phase("warm_up"):
         runner.warm_up()
+    tell_memory(start, config, shapes, mesh, weights, how.kv_dtype or dtype)
     return runner
 
 
@@ -262,7 +254,7 @@ def step_options(options: Options) -> StepOptions:
 
 
 def _saved_engine(
-    options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype, report: ReportPhase
+    options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype, start: Start
 ) -> SavedEngine | None:
     """The engine of --engine; None where steps are to be compiled."""
     if options.engine is None:
@@ -272,7 +264,7 @@ def _saved_engine(
             raise EngineMismatchError(
                 "an engine's decode steps are single: leave --decode-steps out"
             )
-        with _timed(report, "load"):
+        with start.phase("load"):
             how = step_options(options)
             return load(config, mesh, dtype, _limits(options), options.engine, how)
     except EngineMismatchError as error:
@@ -289,13 +281,16 @@ def _programs(
     mesh: Mesh,
     dtype: np.dtype,
     how: StepOptions,
-    report: ReportPhase,
+    start: Start,
 ) -> Programs:
     if saved is not None:
+        tell_steps(start, shapes, None)
         return saved.programs
     _keep_compiled_steps()
-    with _timed(report, "compile"):
-        return _compile(config, shapes, mesh, dtype, how)
+    with start.phase("compile"), cached_steps() as cached:
+        programs = _compile(config, shapes, mesh, dtype, how)
+    tell_steps(start, shapes, cached[0])
+    return programs
 
 
 def _mesh(num_devices: int) -> Mesh:
@@ -303,31 +298,14 @@ def _mesh(num_devices: int) -> Mesh:
         # The extra aot brings JAX's CUDA plugin without CUDA, which it then complains about at length.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     devices = jax.devices()
-    platform, kind = devices[0].platform, devices[0].device_kind
-    if platform == "cpu" and num_devices > len(devices):
+    if devices[0].platform == "cpu" and num_devices > len(devices):
         logger.info("no GPU: the mesh is %d CPU device(s), not %d", len(devices), num_devices)
         num_devices = len(devices)
     try:
         mesh = make_mesh(num_devices)
     except ValueError as error:
         raise SizingError(f"{error}; lower --num-gpus") from error
-    logger.info("mesh: %d x %s", mesh.size, kind)
     return mesh
-
-
-def _log_shapes(shapes: StepShapes, max_batch_tokens: int) -> None:
-    logger.info(
-        "KV cache: %d pages of %d positions, %d tokens in all",
-        shapes.num_pages,
-        shapes.page_size,
-        shapes.num_pages * shapes.page_size,
-    )
-    if shapes.prefill_budget < max_batch_tokens:
-        logger.info(
-            "a prefill step takes %d tokens, not %d: more does not pay on this device",
-            shapes.prefill_budget,
-            max_batch_tokens,
-        )
 
 
 def _keep_compiled_steps() -> None:
@@ -341,14 +319,25 @@ def _keep_compiled_steps() -> None:
 def _compile(
     config: ModelConfig, shapes: StepShapes, mesh: Mesh, dtype: np.dtype, how: StepOptions
 ) -> Programs:
-    with tqdm(total=len(buckets(shapes)), desc="compiling steps", unit="step", disable=None) as bar:
+    number = len(buckets(shapes))
+    with tqdm(total=number, desc="compiling steps", unit="step", disable=not has_bars()) as bar:
+        done = 0
+
+        def on_compiled(bucket: Bucket, seconds: float) -> None:
+            nonlocal done
+            done += 1
+            bar.update()
+            if bar.disable:
+                phase, rows = bucket
+                logger.info("step %d of %d: %s %d, %.1f s", done, number, phase, rows, seconds)
+
         return compile_steps(
             config,
             shapes,
             mesh,
             dtype,
             how,
-            on_compiled=lambda bucket, seconds: bar.update(),
+            on_compiled=on_compiled,
             num_workers=os.cpu_count() or 1,
         )
 
@@ -357,15 +346,7 @@ def _weights(options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype)
     if options.speculative_tokens and not config.num_nextn_predict_layers:
         raise SizingError(NO_MTP_LAYER)
     specs = weight_specs(config, dtype, with_mtp=options.speculative_tokens > 0)
-    start = time.perf_counter()
     if options.load_format == "dummy":
-        weights = dummy_weights(specs, mesh, _DUMMY_SEED)
-    else:
-        reading = Reading(num_readers=options.load_readers)
-        weights = load_weights(options.model_dir, config, specs, mesh, reading=reading)
-    num_bytes = sum(weight.nbytes for weight in weights.values())
-    seconds = time.perf_counter() - start
-    logger.info(
-        "loaded %.3f GB of weights at %.2f GB/s", num_bytes / 1e9, num_bytes / seconds / 1e9
-    )
-    return weights
+        return dummy_weights(specs, mesh, _DUMMY_SEED)
+    reading = Reading(num_readers=options.load_readers)
+    return load_weights(options.model_dir, config, specs, mesh, reading=reading)

@@ -5,9 +5,10 @@ Knows neither flags nor environment variables nor JAX: whoever builds the engine
 
 from __future__ import annotations
 
-import logging
+import json
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from glm_jax.engine.engine import Engine
@@ -22,9 +23,8 @@ from serving.metrics import Metrics
 from serving.operations import Profiler
 from serving.server import Address, ListenError, serve
 from serving.service import Service
+from serving.start import Start
 from serving.tokenizer import ModelTokenizer
-
-logger = logging.getLogger(__name__)
 
 PAGE_SIZE = 64
 PREFILL_TILE = 128
@@ -64,17 +64,21 @@ class StartupError(Exception):
     """The server cannot start with these options; the message is for the user."""
 
 
-# Told the name of each phase of the start and the seconds it took.
-ReportPhase = Callable[[str, float], object]
-BuildEngine = Callable[[Options, ModelTokenizer, ReportPhase], Engine]
+BuildEngine = Callable[[Options, ModelTokenizer, Start], Engine]
 
 
-async def run(options: Options, build_engine: BuildEngine, profiler: Profiler | None = None) -> int:
+async def run(
+    options: Options,
+    build_engine: BuildEngine,
+    profiler: Profiler | None = None,
+    began: float | None = None,
+) -> int:
     """Serves with these options; returns the process's exit code.
 
     Args:
       build_engine: called on the engine's thread, while the server already listens.
       profiler: what /start_profile starts; None where there is none.
+      began: time.perf_counter() when the process began, for the log.
 
     Raises:
       StartupError: a file of the model directory, or the address, is at fault.
@@ -83,18 +87,39 @@ async def run(options: Options, build_engine: BuildEngine, profiler: Profiler | 
         service = _service(options)
     except ValueError as error:
         raise StartupError(str(error)) from error
-    logger.info(
-        "model %s: %d tokens in the vocabulary", service.model_names[0], service.tokenizer.size
-    )
+    start = Start(service.metrics.started, began)
+
+    def build() -> Engine:
+        engine = build_engine(options, service.tokenizer, start)
+        start.ready(**_places(options, service.model_names[0]))
+        return engine
+
     try:
-        return await serve(
-            create_app(service, options.http, profiler),
-            service.bridge,
-            lambda: build_engine(options, service.tokenizer, service.metrics.started),
-            options.address,
-        )
+        app = create_app(service, options.http, profiler)
+        return await serve(app, service.bridge, build, options.address)
     except ListenError as error:
         raise StartupError(str(error)) from error
+
+
+def _places(options: Options, name: str) -> dict[str, str]:
+    """Where the server is reached, and a command that asks it something."""
+    address = options.address
+    is_any = address.host in ("0.0.0.0", "::")
+    url = replace(address, host="localhost").url if is_any else address.url
+    where = f"{url} (on every interface)" if is_any else url
+    body = {"model": name, "messages": [{"role": "user", "content": "Hello!"}]}
+    words = ["curl", f"{url}/v1/chat/completions", "-H", "content-type: application/json"]
+    if options.http.access.api_keys:
+        words += ["-H", "authorization: Bearer $API_KEY"]
+    if address.certificate is not None:
+        words += ["--cacert", str(address.certificate)]
+    words += ["-d", json.dumps(body)]
+    # In double quotes what the shell is to fill in.
+    curl = " ".join(f'"{word}"' if "$" in word else shlex.quote(word) for word in words)
+    return {
+        "listening": f"{where}: /v1, a chat page at /, the API at /docs, /metrics, /readyz",
+        "try": curl,
+    }
 
 
 def _service(options: Options) -> Service:
@@ -119,13 +144,14 @@ def _service(options: Options) -> Service:
 
 
 def mock_engine(
-    options: Options, tokenizer: ModelTokenizer, report: ReportPhase, *, rate: float
+    options: Options, tokenizer: ModelTokenizer, start: Start, *, rate: float
 ) -> Engine:
     """An engine without a model: deterministic tokens of text, `rate` a second in each stream.
 
     A rate of 0 is as fast as the host can go.
     """
-    del report  # it is there at once
+    speed = f"{rate:g} tokens a second in each stream" if rate else "as fast as it can"
+    start.tell("model", f"none (--mock): deterministic tokens, {speed}", rate=rate)
     shapes = mock_shapes(options, tokenizer.size)
     runner = MockRunner(
         shapes,

@@ -20,6 +20,7 @@ from serving.bench.prompts import Shape, Vocabulary, random_prompts
 from serving.bridge import Engine
 from serving.model_engine import build_engine
 from serving.server import Address
+from serving.start import Start
 from serving.tokenizer import ModelTokenizer
 from serving.wiring import Options
 
@@ -113,7 +114,7 @@ def built(options: Options, phases: dict[str, float]) -> Iterator[Bench]:
       CannotStartError: it cannot be built.
     """
     tokenizer = ModelTokenizer.from_directory(options.model_dir)
-    bench = Bench(build_engine(options, tokenizer, phases.__setitem__))
+    bench = Bench(build_engine(options, tokenizer, Start(phases.__setitem__)))
     try:
         yield bench
     finally:

@@ -22,6 +22,7 @@ from glm_jax.engine.request import Request, SamplingParams
 from glm_jax.sharding import make_mesh
 from serving.bridge import CannotStartError
 from serving.model_engine import build_engine
+from serving.start import Start
 from serving.tokenizer import ModelTokenizer
 from tests.serving.test_model_engine import NANO, answers, options
 
@@ -35,7 +36,7 @@ def build(out: Path, **changes: Any) -> Any:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
     # In this process, whose settings the command would change for the tests that follow.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("glm_jax.aot.__main__.stay_off_devices", lambda: None)
+        patch.setattr("glm_jax.aot.topology.stay_off_devices", lambda: None)
         return CliRunner().invoke(main, ["build", *flags])
 
 
@@ -98,13 +99,14 @@ def requests() -> list[Request]:
 def test_a_start_from_an_engine_compiles_nothing_and_says_the_same(engine: Path) -> None:
     tokenizer = ModelTokenizer.from_directory(NANO)
     plain = answers(build_engine(options(**LIMITS), tokenizer), requests())
-    phases: dict[str, float] = {}
+    start = Start()
     jax.clear_caches()
     with compilations() as compiled:
-        built = build_engine(options(engine=engine, **LIMITS), tokenizer, phases.__setitem__)
+        built = build_engine(options(engine=engine, **LIMITS), tokenizer, start)
         from_engine = answers(built, requests())
     assert not compiled
     assert from_engine == plain
+    phases = start.phases
     assert set(phases) == {"load", "weights", "warm_up", "total"}
     assert phases["total"] >= max(phases["load"], phases["weights"], phases["warm_up"]) > 0
 
@@ -185,10 +187,10 @@ def test_a_server_with_the_wrong_engine_does_not_start_unless_it_may_compile(eng
         CannotStartError, match=r"max_concurrency is 4 there, 2 here.*--engine-fall"
     ):
         build_engine(wrong, tokenizer)
-    phases: dict[str, float] = {}
+    start = Start()
     fallback = dataclasses.replace(wrong, engine_fallback=True)
-    build_engine(fallback, tokenizer, phases.__setitem__)
-    assert "compile" in phases and "total" in phases
+    build_engine(fallback, tokenizer, start)
+    assert {"compile", "total"} <= start.phases.keys()
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ OTHER_ENGINE = """
 import sys
 import time
 from serving.__main__ import main
-from serving import __main__ as command
+from serving import wiring
 from glm_jax.engine.engine import Engine
 from serving.bridge import CannotStartError
 from serving.wiring import mock_engine, mock_shapes
@@ -60,7 +60,7 @@ def build(options, tokenizer, report, rate):
     engine = mock_engine(options, tokenizer, report, rate=rate)
     return Engine(Dying(engine._runner, int(sys.argv[1])), mock_shapes(options, tokenizer.size), 8)
 
-command.mock_engine = build
+wiring.mock_engine = build
 main(sys.argv[2:])
 """
 
@@ -372,7 +372,7 @@ def test_every_flag_has_its_environment_variable_and_default():
     ).stdout
     words = " ".join(help_.split())
     for flag, variable, default in (
-        ("model-dir", "MODEL_DIR", "(./model, else the bundled nano)"),
+        ("model-dir", "MODEL_DIR", "./model, else the bundled nano"),
         ("host", "HOST", "0.0.0.0"),
         ("port", "PORT", "5000"),
         ("max-concurrency", "MAX_CONCURRENCY", "64"),
