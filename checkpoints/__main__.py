@@ -6,6 +6,7 @@ Knows what to print, not how anything is found out or done.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import click
 from checkpoints.converted import Converted, is_converted
 from checkpoints.inspection import contents_of, device_bytes, parameters_of
 from checkpoints.reader import Checkpoint
+from glm_jax.command_line import Group, flag
 from glm_jax.config import ConfigError, ModelConfig
 from glm_jax.targets.target import parse_target
 
@@ -24,9 +26,34 @@ _DIRECTORY = click.Path(path_type=Path)
 _TARGET_HELP = "The machine, as in b200x8."
 
 
-@click.group(help="Tools for checkpoints, in the published layout or converted.")
+_EXAMPLES = (
+    (
+        "What is there, what is missing, and the bytes on each of eight B200s.",
+        "python -m checkpoints inspect /models/GLM-4.7-FP8 --target b200x8",
+    ),
+    (
+        "Once, before the first start: chunks that each device reads alone.",
+        "python -m checkpoints convert /models/GLM-4.7-FP8 /models/GLM-4.7-FP8-b200x8 --target b200x8\n"
+        "python -m checkpoints verify /models/GLM-4.7-FP8-b200x8",
+    ),
+    (
+        "Random weights of four layers, to try things with.",
+        "python -m checkpoints dummy /tmp/small --layers 4 --dense-layers 1",
+    ),
+    (
+        "How well the bundled model answers.",
+        "python -m checkpoints evaluate checkpoints/nano --limit 50",
+    ),
+)
+
+
+# What needs JAX is imported by the command that needs it: it takes seconds to import.
+@click.group(cls=Group, examples=_EXAMPLES, context_settings={"max_content_width": 100})
 def main() -> None:
-    """Takes a subcommand. What needs JAX is imported there: it takes seconds to import."""
+    """Tools for checkpoints, in the published layout or converted."""
+    # Lines in place of a progress bar, where there is no terminal.
+    logging.basicConfig(level="INFO", format="%(message)s")
+    logging.getLogger("jax").setLevel("WARNING")
 
 
 @contextmanager
@@ -42,8 +69,10 @@ def _explained() -> Iterator[None]:
 
 @main.command()
 @click.argument("directory", type=_DIRECTORY)
-@click.option("--all", "show_all", is_flag=True, help="List every tensor, not only the faults.")
-@click.option("--target", help=f"{_TARGET_HELP} Adds the bytes of weights on each device.")
+@flag("--all", "show_all", is_flag=True, help="List every tensor, not only the faults.")
+@flag(
+    "--target", metavar="MACHINE", help=f"{_TARGET_HELP} Adds the bytes of weights on each device."
+)
 def inspect(directory: Path, show_all: bool, target: str | None) -> None:
     """Checks a checkpoint's files against its config.json; exits with 1 if they do not fit."""
     with _explained():
@@ -83,7 +112,7 @@ def _show_device(config: ModelConfig, target: str) -> None:
 @main.command()
 @click.argument("source", type=_DIRECTORY)
 @click.argument("destination", type=_DIRECTORY)
-@click.option("--target", default="b200x8", show_default=True, help=_TARGET_HELP)
+@flag("--target", metavar="MACHINE", default="b200x8", help=_TARGET_HELP)
 def convert(source: Path, destination: Path, target: str) -> None:
     """Turns SOURCE into sharded chunks that each device reads alone; a killed run goes on."""
     from checkpoints.convert import convert
@@ -107,7 +136,9 @@ def export(source: Path, destination: Path) -> None:
 
 @main.command()
 @click.argument("directory", type=_DIRECTORY)
-@click.option("--original", type=_DIRECTORY, help="What a conversion must have been made of.")
+@flag(
+    "--original", metavar="DIR", type=_DIRECTORY, help="What a conversion must have been made of."
+)
 def verify(directory: Path, original: Path | None) -> None:
     """Reads all of a checkpoint; exits with 1 and names what is damaged if anything is."""
     from checkpoints.verify import verify
@@ -123,16 +154,23 @@ def verify(directory: Path, original: Path | None) -> None:
 
 @main.command()
 @click.argument("directory", type=_DIRECTORY)
-@click.option(
+@flag(
     "--config",
     "name",
+    metavar="MODEL",
     default="glm-4.7",
-    show_default=True,
     help="A published model's name, or a directory with a config.json.",
 )
-@click.option("--layers", type=click.IntRange(min=1), help="So many decoder layers instead.")
-@click.option("--dense-layers", type=click.IntRange(min=0), help="So many of them dense instead.")
-@click.option("--seed", default=0, show_default=True)
+@flag(
+    "--layers", metavar="LAYERS", type=click.IntRange(min=1), help="So many decoder layers instead."
+)
+@flag(
+    "--dense-layers",
+    metavar="LAYERS",
+    type=click.IntRange(min=0),
+    help="So many of them dense instead.",
+)
+@flag("--seed", default=0, metavar="NUMBER", help="Decides every value.")
 def dummy(
     directory: Path, name: str, layers: int | None, dense_layers: int | None, seed: int
 ) -> None:
@@ -172,14 +210,14 @@ def quantize(source: Path, destination: Path) -> None:
 
 @main.command()
 @click.argument("directory", type=_DIRECTORY)
-@click.option(
+@flag(
     "--limit",
+    metavar="QUESTIONS",
     default=1000,
-    show_default=True,
     type=click.IntRange(min=1),
     help="Held-out questions to ask.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+@flag("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 def evaluate(directory: Path, limit: int, as_json: bool) -> None:
     """Accuracy per skill in FP8 and in bf16, and MTP acceptance, of a checkpoint of nano."""
     from checkpoints import evaluation

@@ -1,6 +1,6 @@
 """The command line's measurements without a load of one's own: `startup`, `frontend`, `decode`, `page`.
 
-Knows no measurement from inside.
+Knows no measurement from inside, and imports one when it is asked for.
 """
 
 from __future__ import annotations
@@ -10,44 +10,72 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-import uvloop
-from rich.console import Console
-from rich.table import Table
 
-from serving.bench import frontend, page, report, startup
-from serving.bench.chart import NoMatplotlibError
-from serving.bench.launch import ServerError
-from serving.bench.live import ProgressBar
-from serving.bench.machine import conditions
+from glm_jax.command_line import Command, flag
 from serving.bench.options import COUNTS, DIRECTORY, RESULT
-from serving.bench.prompts import Shape
-from serving.bridge import CannotStartError
+
+if TYPE_CHECKING:
+    from serving.bench.startup import Phases
 
 _COUNT = click.IntRange(min=1)
 
-_model_dir = click.option(
-    "--model-dir", type=DIRECTORY, default="checkpoints/nano", help="Directory of the model."
+_model_dir = flag(
+    "--model-dir",
+    metavar="DIR",
+    type=DIRECTORY,
+    default="checkpoints/nano",
+    help="Directory of the model.",
 )
-_json = click.option("--json", "json_path", type=RESULT, help="Write everything here.")
-_prompt_len = click.option("--prompt-len", type=_COUNT, default=128, help="Tokens of a prompt.")
-_output_len = click.option("--output-len", type=_COUNT, default=128, help="Tokens of an answer.")
+_json = flag("--json", "json_path", metavar="FILE", type=RESULT, help="Write everything here.")
+_prompt_len = flag(
+    "--prompt-len", metavar="TOKENS", type=_COUNT, default=128, help="Tokens of a prompt."
+)
+_output_len = flag(
+    "--output-len", metavar="TOKENS", type=_COUNT, default=128, help="Tokens of an answer."
+)
 
 
-@click.command("startup")
+_EXAMPLES = {
+    "startup": (
+        (
+            "Two cold starts of the bundled model, and three warm ones.",
+            "python -m serving.bench startup --cold 2 --warm 3 --serve-flags '--num-gpus 1'",
+        ),
+    ),
+    "frontend": (
+        ("64 and 256 streams at a time.", "python -m serving.bench frontend --concurrency 64,256"),
+    ),
+    "decode": (
+        (
+            "Random weights of the published shapes, kept as JSON.",
+            "python -m serving.bench decode --model-dir /models/GLM-4.7-FP8 --load-format dummy \\\n"
+            "  --concurrency 1,64,256 --json decode.json",
+        ),
+    ),
+    "page": (("The page of this checkout.", "python -m serving.bench page docs"),),
+}
+
+
+@click.command("startup", cls=Command, examples=_EXAMPLES["startup"])
 @_model_dir
-@click.option("--serve-flags", default="", help="Flags of the server.")
-@click.option("--cold", type=_COUNT, default=1, help="Cold starts.")
-@click.option("--warm", type=click.IntRange(min=0), default=2, help="Warm starts.")
+@flag("--serve-flags", metavar="FLAGS", default="", help="Flags of the server.")
+@flag("--cold", metavar="STARTS", type=_COUNT, default=1, help="Cold starts.")
+@flag("--warm", metavar="STARTS", type=click.IntRange(min=0), default=2, help="Warm starts.")
 @_json
 def startup_command(
     model_dir: Path, serve_flags: str, cold: int, warm: int, json_path: Path | None
 ) -> None:
     """Measure a server's start, cold and warm, by phase."""
+    from rich.console import Console
+    from rich.table import Table
 
-    def show(kind: str, phases: startup.Phases) -> None:
+    from serving.bench import startup
+    from serving.bench.launch import ServerError
+
+    def show(kind: str, phases: Phases) -> None:
         click.echo(f"{kind}: ready after {phases['ready']:.2f} s", err=True)
 
     try:
@@ -69,12 +97,24 @@ def startup_command(
     _write(json_path, "startup", options, {"starts": starts, "medians": middles})
 
 
-@click.command("frontend")
+@click.command("frontend", cls=Command, examples=_EXAMPLES["frontend"])
 @_model_dir
-@click.option("--concurrency", type=COUNTS, default=(64, 256), help="Streams, as in 64,256.")
+@flag(
+    "--concurrency",
+    metavar="REQUESTS",
+    type=COUNTS,
+    default=(64, 256),
+    help="Streams, as in 64,256.",
+)
 @_prompt_len
-@click.option("--output-len", type=_COUNT, default=512, help="Tokens of an answer.")
-@click.option("--duration", type=click.FloatRange(min=0.1), default=15.0, help="Seconds a run.")
+@flag("--output-len", metavar="TOKENS", type=_COUNT, default=512, help="Tokens of an answer.")
+@flag(
+    "--duration",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0.1),
+    default=15.0,
+    help="Seconds a run.",
+)
 @_json
 def frontend_command(
     model_dir: Path,
@@ -85,6 +125,14 @@ def frontend_command(
     json_path: Path | None,
 ) -> None:
     """Measure the server's ceiling: tokens streamed with no model, as fast as it can."""
+    import uvloop
+    from rich.console import Console
+
+    from serving.bench import frontend, report
+    from serving.bench.launch import ServerError
+    from serving.bench.live import ProgressBar
+    from serving.bench.prompts import Shape
+
     shape = Shape(prompt_len=prompt_len, output_len=output_len)
     try:
         with ProgressBar(Console(stderr=True), len(concurrency)) as watcher:
@@ -99,17 +147,29 @@ def frontend_command(
     sys.exit(int(any(summary["errors"] for summary in summaries)))
 
 
-@click.command("decode")
+@click.command("decode", cls=Command, examples=_EXAMPLES["decode"])
 @_model_dir
-@click.option("--concurrency", type=COUNTS, default=(1, 4, 16, 32), help="Requests at a time.")
+@flag(
+    "--concurrency",
+    metavar="REQUESTS",
+    type=COUNTS,
+    default=(1, 4, 16, 32),
+    help="Requests at a time.",
+)
 @_prompt_len
 @_output_len
-@click.option("--rounds", type=_COUNT, default=3, help="Rounds that count, for each concurrency.")
-@click.option("--num-gpus", type=_COUNT, default=8, help="Devices of the mesh.")
-@click.option(
+@flag(
+    "--rounds",
+    metavar="ROUNDS",
+    type=_COUNT,
+    default=3,
+    help="Rounds that count, for each concurrency.",
+)
+@flag("--num-gpus", metavar="DEVICES", type=_COUNT, default=8, help="Devices of the mesh.")
+@flag(
     "--load-format", type=click.Choice(["auto", "dummy"]), default="auto", help="As of the server."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the prompts.")
+@flag("--seed", metavar="NUMBER", type=click.IntRange(min=0), default=0, help="Of the prompts.")
 @_json
 def decode_command(
     model_dir: Path,
@@ -123,7 +183,12 @@ def decode_command(
     json_path: Path | None,
 ) -> None:
     """Measure the engine alone, without HTTP: an engine of its own for each concurrency."""
-    from serving.bench import decode  # JAX takes seconds, which the others need not wait
+    from rich.console import Console
+    from rich.table import Table
+
+    from serving.bench import decode
+    from serving.bench.prompts import Shape
+    from serving.bridge import CannotStartError
 
     logging.basicConfig(level="WARNING")
     shape = Shape(prompt_len=prompt_len, output_len=output_len)
@@ -169,10 +234,13 @@ def decode_command(
     _write(json_path, "decode", told, {"runs": found})
 
 
-@click.command("page")
+@click.command("page", cls=Command, examples=_EXAMPLES["page"])
 @click.argument("directory", type=DIRECTORY)
 def page_command(directory: Path) -> None:
     """Write DIRECTORY/benchmarks.md from the measurements in DIRECTORY/results/*.json."""
+    from serving.bench import page
+    from serving.bench.chart import NoMatplotlibError
+
     try:
         click.echo(f"wrote {page.write(directory)}")
     except (page.PageError, NoMatplotlibError) as error:
@@ -185,6 +253,8 @@ def _fail(message: str) -> NoReturn:
 
 
 def _write(path: Path | None, kind: str, options: Any, result: dict[str, Any]) -> None:
+    from serving.bench.machine import conditions
+
     if path is not None:
         whole = {"kind": kind, **conditions(), "options": options, **result}
         path.write_text(json.dumps(whole, indent=1) + "\n")

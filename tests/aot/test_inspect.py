@@ -77,7 +77,7 @@ def test_a_step_that_is_not_compiled_is_refused_with_those_that_are() -> None:
 def test_a_step_is_reported_whole_and_again_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glm_jax.aot.__main__.stay_off_devices", lambda: None)
+    monkeypatch.setattr("glm_jax.aot.topology.stay_off_devices", lambda: None)
     # As deployed, a kv head a device: then sums are in bfloat16.
     config = config_json(num_hidden_layers=4, num_key_value_heads=2, num_attention_heads=4)
     (tmp_path / "config.json").write_text(json.dumps(config))
