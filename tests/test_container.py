@@ -1,4 +1,4 @@
-"""The Dockerfile and the Kubernetes manifest: linted, held against the server, run as far as no engine is needed."""
+"""The Dockerfile: linted, held against the server, run as far as no engine is needed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import pytest
-import yaml
-
-from serving.__main__ import main
-from serving.app import create_app
-from tests.serving.scripted import ScriptedEngine, scripted_service
 
 ROOT = Path(__file__).parents[1]
 STARTING = 300  # seconds; a machine that has run the tests before needs a few
@@ -236,66 +230,3 @@ def wait_for(condition: Any, server: subprocess.Popen[bytes]) -> None:
 def test_nobody_is_root_and_the_port_is_the_servers() -> None:
     assert only("", "USER") == "10001:10001"
     assert only("", "EXPOSE") == environment_of("")["PORT"] == "5000"
-
-
-OBJECTS = {
-    each["kind"]: each for each in yaml.safe_load_all((ROOT / "docs/kubernetes.yaml").read_text())
-}
-TEMPLATE = OBJECTS["Deployment"]["spec"]["template"]
-(CONTAINER,) = TEMPLATE["spec"]["containers"]
-
-
-def test_the_pod_runs_the_command_of_the_image_with_flags_that_exist() -> None:
-    assert CONTAINER["command"] == json.loads(only("", "CMD"))
-    options = [each for each in main.commands["serve"].params if isinstance(each, click.Option)]
-    flags = {flag: each for each in options for flag in each.opts}
-    for argument in CONTAINER["args"]:
-        name, equals, value = argument.partition("=")
-        assert flags[name].is_flag == (not equals), argument
-        if not value.startswith("/"):  # a path of the pod's
-            flags[name].type.convert(value or True, flags[name], None)
-
-
-async def test_probes_and_annotations_name_routes_of_the_server(tmp_path: Path) -> None:
-    engine = ScriptedEngine(lambda request: [])
-    async with scripted_service(engine, tmp_path) as service:
-        routes = {rule.rule for rule in create_app(service).url_map.iter_rules()}
-        metrics = service.metrics.exposition()
-    probes = [CONTAINER[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
-    annotations = TEMPLATE["metadata"]["annotations"]
-    named = {probe["path"] for probe in probes} | {annotations["prometheus.io/path"]}
-    assert named == {"/healthz", "/readyz", "/metrics"} <= routes
-    text = (ROOT / "docs/kubernetes.yaml").read_text()
-    assert "/load" in routes and "reads /load" in text
-    told = set(re.findall(r"\bglm_\w+", text))
-    assert told and all(name.encode() in metrics for name in told)
-
-
-def test_ports_agree_from_the_service_to_the_server() -> None:
-    (port,) = CONTAINER["ports"]
-    (outside,) = OBJECTS["Service"]["spec"]["ports"]
-    assert str(port["containerPort"]) == only("", "EXPOSE")
-    assert TEMPLATE["metadata"]["annotations"]["prometheus.io/port"] == only("", "EXPOSE")
-    assert outside["targetPort"] == port["name"]
-    for kind in ("startup", "readiness", "liveness"):
-        assert CONTAINER[f"{kind}Probe"]["httpGet"]["port"] == port["name"]
-
-
-def test_the_pod_is_the_images_user_and_drains_before_it_is_killed() -> None:
-    user = TEMPLATE["spec"]["securityContext"]
-    assert user["runAsNonRoot"] and f"{user['runAsUser']}:{user['runAsGroup']}" == only("", "USER")
-    (waiting,) = re.findall(
-        r"time\.sleep\((\d+)\)", CONTAINER["lifecycle"]["preStop"]["exec"]["command"][2]
-    )
-    assert TEMPLATE["spec"]["terminationGracePeriodSeconds"] > int(waiting) + 60
-
-
-def test_every_volume_is_mounted_and_every_selector_finds_the_pod() -> None:
-    volumes = {each["name"]: each for each in TEMPLATE["spec"]["volumes"]}
-    assert set(volumes) == {each["name"] for each in CONTAINER["volumeMounts"]}
-    claim = volumes["weights"]["persistentVolumeClaim"]["claimName"]
-    assert claim == OBJECTS["PersistentVolumeClaim"]["metadata"]["name"]
-    labels = TEMPLATE["metadata"]["labels"]
-    assert OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"] == labels
-    assert OBJECTS["Service"]["spec"]["selector"] == labels
-    assert OBJECTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
