@@ -1,6 +1,7 @@
 """What README and docs say to type is real: links lead somewhere, commands parse, Python compiles.
 
-Knows no page by name but for the table of environment variables. Runs nothing; test_walk.py does.
+Every command is run by some test, or says what it needs that a test does not have. Knows no page by name
+but for the table of environment variables. Runs nothing itself; test_walk.py does.
 """
 
 import ast
@@ -8,6 +9,7 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,35 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 ROUTES = {"GET": ["/v1/models", "/healthz", "/readyz", "/metrics"], "POST": ["/v1/completions", "/v1/chat/completions"]}  # fmt: skip
+# Which test runs a command, with smaller numbers where the command would take long. `make -n` says
+# below what the others of make's targets would run.
+RUN_BY = (
+    (r"make (test|check)$", ".ci/run"),
+    (r"make ", "tests/test_docs.py"),
+    (r"curl ", "tests/serving/test_walk.py"),
+    (r"python -m serving serve --model-dir checkpoints/nano --mock", "tests/serving/test_bench_servers.py"),
+    (r"python -m serving serve .*--speculative-tokens", "tests/serving/test_speculation.py"),
+    (r"python -m serving serve .*checkpoints/nano --load-format dummy", "tests/serving/test_model_engine.py"),
+    (r"python -m serving serve --model-dir checkpoints/nano --engine", "tests/aot/test_saved.py"),
+    (r"python -m serving.bench (startup|frontend|decode)", "tests/serving/test_bench_commands.py"),
+    (r"python -m serving.bench .*(--request-rate|--model-dir)", "tests/serving/test_bench_servers.py"),
+    (r"python -m serving.bench$", "tests/serving/test_walk.py"),
+    (r"python -m glm_jax.aot plan", "tests/serving/test_walk.py"),
+    (r"python -m glm_jax.aot build --config checkpoints/nano", "tests/aot/test_saved.py"),
+    (r"python -m checkpoints evaluate", "tests/checkpoints/test_evaluation.py"),
+    (r"python -m checkpoints --help", "tests/test_command_lines.py"),
+    (r"python -m serving.modal_app", "tests/serving/test_modal_app.py"),
+)  # fmt: skip
+# What a test does not have, by what the command or its comment says.
+NEEDS = (
+    (r"/models/|/path/to/", "the weights"),
+    (r"needs a GPU", "a GPU"),
+    (r"needs Modal", "an account"),
+    (r"needs the image", "a cluster"),
+    (r"docker build", "Docker; tests/test_container.py runs its steps"),
+    (r"-m perf ", "quiet cores"),
+    (r"jupyterlab", "packages that the lock does not have; tests/test_notebooks.py runs the notebooks"),
+)  # fmt: skip
 # Programs that are not this project's: their line must name something that is here.
 OTHERS = {"docker": "Dockerfile", "kubectl": ".yaml", "modal": "serving/modal_app.py"}
 
@@ -52,6 +83,16 @@ def commands(script: str) -> list[list[str]]:
         elif found[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):
             found[-1].append(word)
     return [words for words in found if words]
+
+
+def lines_of(script: str) -> list[str]:
+    """Each command with its comment, its lines joined where a quote or a backslash goes over them."""
+    found: list[str] = []
+    is_open = False
+    for line in script.replace("\\\n", " ").splitlines():
+        found[-1:] = [f"{found[-1]} {line}"] if is_open else [*found[-1:], line]
+        is_open = found[-1].count("'") % 2 == 1
+    return [line for line in found if line]
 
 
 def without_code(page: Path) -> str:
@@ -97,6 +138,47 @@ def test_pages_have_commands_and_code() -> None:
     assert len(blocks("bash")) >= 10 and len(blocks("python")) >= 3
 
 
+def test_every_block_is_of_a_kind_that_some_test_reads() -> None:
+    """Commands, code, the figure (test_architecture.py), the tree (test_readme.py); one more has no kind."""
+    kinds: dict[str, int] = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("\n```") == 2 * len(BLOCK.findall(text)), (
+            f"{page.name}: a block has no end"
+        )
+        for name, _ in BLOCK.findall(text):
+            kinds[name] = kinds.get(name, 0) + 1
+    assert kinds.keys() == {"bash", "python", "mermaid", ""} and kinds[""] == 2
+
+
+@pytest.mark.parametrize("script", blocks("bash"))
+def test_every_command_is_run_by_a_test_or_says_what_it_needs(script: str) -> None:
+    for line in lines_of(script):
+        (words,) = commands(line)
+        command = re.sub(r"^\S*/python", "python", " ".join(words))
+        runners = [test for pattern, test in RUN_BY if re.match(pattern, command)]
+        needs = [what for pattern, what in NEEDS if re.search(pattern, line)]
+        assert runners or needs, f"no test runs this, nor does it say what it needs: {line}"
+        assert all((ROOT / test).is_file() for test in runners)
+
+
+@pytest.mark.parametrize(
+    "target", ["serve", "plan", "test", "check", "format", "tree", "docs", "nano"]
+)
+def test_what_make_would_run_is_understood(target: str) -> None:
+    done = subprocess.run(
+        ["make", "-n", "--no-print-directory", "-o", ".venv", target],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [
+        line for line in done.stdout.splitlines() if re.match(r"\S*\.venv/bin/python -m ", line)
+    ]
+    own = [line for line in lines if " -m pip " not in line]
+    assert own or target == "tree"
+    for line in own:
+        understand(shlex.split(line))
+
+
 def understand(words: list[str]) -> None:
     """Raises where a command is not one of ours or of those we name."""
     program = words[0]
@@ -118,7 +200,7 @@ def understand_python(words: list[str]) -> None:
         assert (ROOT / words[0]).is_file(), f"{words[0]} is not there"
         return
     name, rest = words[1], words[2:]
-    if name in ("pip", "jupyterlab"):
+    if name in ("pip", "jupyterlab", "ruff", "pyright", "pdoc"):
         return
     if name == "pytest":
         assert all((ROOT / word).exists() for word in rest if word.endswith(".py"))

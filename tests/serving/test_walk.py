@@ -10,14 +10,16 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.serving.live import Process, launched, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+RESEARCH = BLOCK.findall((ROOT / "docs" / "research.md").read_text(encoding="utf-8"))
 CURLS = [text for language, text in BLOCKS if language == "bash" and "curl" in text]
 CODE = [text for language, text in BLOCKS if language == "python"]
 COMPILING = 300  # seconds; a machine that has run the tests before needs a few
@@ -56,6 +58,20 @@ def test_every_curl_of_the_readme_is_answered(server: Process) -> None:
 def test_the_readme_s_python_is_answered(server: Process) -> None:
     (code,) = CODE
     assert "Paris" in typed(server, sys.executable, "-c", code)
+
+
+def test_the_python_of_the_page_for_research_says_what_it_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    asking, looking = (text for language, text in RESEARCH if language == "python")
+    exec(compile(asking, "research.md, the first", "exec"), {})
+    assert "22" in capsys.readouterr().out
+    names: dict[str, Any] = {}
+    exec(compile(looking, "research.md, the second", "exec"), names)
+    tokens, layers = names["seen"].logits.shape[0], 4
+    shapes = capsys.readouterr().out.splitlines()
+    assert shapes[1] == str((layers, tokens, 256)) and len(shapes) == 5
 
 
 def test_the_chat_page_is_there(server: Process) -> None:
