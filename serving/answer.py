@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from glm_jax.engine.request import PromptLogprob, TokenEvent
 from serving import errors
-from serving.bridge import Stream
+from serving.bridge import News, Stream, TokenRun
 from serving.detokenizer import Detokenizer, Piece, StopStrings
 from serving.metrics import Metrics, Times
 from serving.parsers import Delta, Parser, join
@@ -78,8 +78,7 @@ class Finish:
     stop: str | int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What a step added to an answer; nothing at all when there was nothing for a while.
 
     Attributes:
@@ -178,16 +177,49 @@ class Answer:
         self._stream.wake()
 
     async def __aiter__(self) -> AsyncIterator[Part]:
-        async for events in self._stream:
-            self._observe(events)
-            yield self._part(events)
+        async for news in self._stream:
+            self._observe(news)
+            yield self._part(news)
             if self.finish is not None:
                 break
 
-    def _part(self, events: list[TokenEvent]) -> Part:
-        """What these events add; tokens of mere text that follow each other are read as one."""
-        deltas: list[Delta] = []
+    def _part(self, news: list[News]) -> Part:
+        """What these news add."""
         tokens, self._untold = self._untold, []
+        if len(news) == 1 and isinstance(run := news[0], TokenRun):  # as nearly always
+            return Part(self._take_columns(run, tokens), tokens, self.finish)
+        deltas: list[Delta] = []
+        events: list[TokenEvent] = []
+        for item in news:
+            if isinstance(item, TokenEvent):
+                events.append(item)
+                continue
+            if events:
+                deltas += self._take_events(events, tokens)
+                events = []
+            if self.finish is None:
+                deltas += self._take_columns(item, tokens)
+        if events and self.finish is None:
+            deltas += self._take_events(events, tokens)
+        return Part(join(deltas) if len(deltas) > 1 else deltas, tokens, self.finish)
+
+    def _take_columns(self, run: TokenRun, tokens: list[Sampled]) -> list[Delta]:
+        """The deltas of a run: all at once where nothing need be known of any token but its text."""
+        reading = self._reading
+        if reading.reads_runs and not reading.keeps_tokens:
+            meanings = map(reading.detokenizer.meanings.__getitem__, run.tokens)
+            try:
+                data = b"".join(meanings)  # type: ignore[arg-type]
+            except TypeError:  # a tag is among them
+                pass
+            else:
+                self._count(run.logprobs, is_reasoning=reading.parser.is_reasoning)
+                return reading.parser.feed(reading.detokenizer.push_bytes(data))
+        return self._take_events(run.events(self._stream.request_id), tokens)
+
+    def _take_events(self, events: list[TokenEvent], tokens: list[Sampled]) -> list[Delta]:
+        """The deltas of these events; tokens of mere text that follow each other are read as one."""
+        deltas: list[Delta] = []
         run: list[TokenEvent] = []
         data: list[bytes] = []
         meanings, reads_runs = self._reading.detokenizer.meanings, self._reading.reads_runs
@@ -206,18 +238,23 @@ class Answer:
                 break
         if run:
             deltas += self._take_run(run, data, tokens)
-        return Part(join(deltas) if len(deltas) > 1 else deltas, tokens, self.finish)
+        return deltas
 
-    def _observe(self, events: list[TokenEvent]) -> None:
-        number = len(events)
-        if events and events[-1].token is None:  # only the last one can be
-            number -= 1
+    def _observe(self, news: list[News]) -> None:
+        number = 0
+        for item in news:
+            if isinstance(item, TokenRun):
+                number += len(item.tokens)
+            elif item.token is not None:  # only the last one can be
+                number += 1
         if not number:
             return
         now, times = time.monotonic(), self._times
         if times.last is None:
-            began = events[0].began
-            self._look_at_prompt(events[0].prompt_logprobs)
+            first, began = news[0], None
+            if isinstance(first, TokenEvent):
+                began = first.began
+                self._look_at_prompt(first.prompt_logprobs)
             self._times = Times(arrived=times.arrived, began=began, first=now, last=now)
             self._metrics.first_token(self._times)
         else:
@@ -238,19 +275,23 @@ class Answer:
         reading = self._reading
         # Text alone never ends reasoning, so that what holds for one token holds for all.
         is_reasoning = reading.parser.is_reasoning
-        self._count(run, is_reasoning)
+        self._count_events(run, is_reasoning)
         if reading.keeps_tokens:
             tokens += [_sampled(event, is_reasoning) for event in run]
         return reading.parser.feed(reading.detokenizer.push_bytes(b"".join(data)))
 
-    def _count(self, events: list[TokenEvent], is_reasoning: bool) -> None:
+    def _count_events(self, events: list[TokenEvent], is_reasoning: bool) -> None:
         usage = self.usage
-        usage.completion_tokens += len(events)
-        if is_reasoning:
-            usage.reasoning_tokens += len(events)
         if usage.prompt_tokens:
             usage.cached_tokens = max(usage.cached_tokens, events[0].num_cached_tokens)
-        self.logprob += sum([event.logprob for event in events])
+        self._count([event.logprob for event in events], is_reasoning=is_reasoning)
+
+    def _count(self, logprobs: Sequence[float], *, is_reasoning: bool) -> None:
+        """Counts tokens, one for each log-probability."""
+        self.usage.completion_tokens += len(logprobs)
+        if is_reasoning:
+            self.usage.reasoning_tokens += len(logprobs)
+        self.logprob += sum(logprobs)
 
     def _take(self, event: TokenEvent, tokens: list[Sampled]) -> list[Delta]:
         """The deltas of one token; sets finish if it is the last."""
@@ -264,7 +305,7 @@ class Answer:
             self.finish = Finish("length")
             return []
         is_reasoning = reading.parser.is_reasoning
-        self._count([event], is_reasoning)
+        self._count_events([event], is_reasoning)
         pieces: list[Piece] = []
         if ended != "stop" or reading.includes_stop:
             pieces = reading.detokenizer.push(event.token)

@@ -2,15 +2,16 @@
 
 Knows neither text nor HTTP.
 
-Two threads: the event loop's, where everything here runs, and the engine's. Into the engine go
-`submit` and `cancel`; out of it comes one call per step with the events of all requests, which are
-sorted into their streams on the loop. A stream that is left early, for whatever reason, cancels
-its request.
+Two threads: the event loop's, where nearly everything here runs, and the engine's. Into the engine
+go `submit` and `cancel`; out of it comes a turn per step with what it brought to all requests. The
+engine's thread only puts it down; the loop sorts it into the streams. A stream that is left early,
+for whatever reason, cancels its request.
 
-Readers are woken all at once, and then the loop rests for some times as long as they took. Steps
-that end meanwhile wait for the next waking, and a reader then has all their tokens at one go. With
-steps as long as a model's that never happens; but when they come faster than readers can follow,
-reading costs a fixed share of the time and the text of an event grows instead.
+Readers are woken all at once, and then the loop rests for some times as long as they took. Turns
+that end meanwhile lie there until the next waking, and a reader then has all their tokens at one
+go. With steps as long as a model's that never happens; but when they come faster than readers can
+follow, reading costs a fixed share of the time and the text of an event grows instead. Turns of the
+same requests are then sorted together: their columns become a run of tokens for each stream.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import Protocol, Self
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, Self
 
-from glm_jax.engine.request import EngineDeadError, EngineStats, Request, TokenEvent
+from glm_jax.engine.request import EngineDeadError, EngineStats, Request, TokenEvent, Turn
 
 logger = logging.getLogger(__name__)
 
-Deliver = Callable[[list[TokenEvent]], None]
+Deliver = Callable[[Turn], None]
 
 # Rest between two wakings, as a multiple of the processor time that the readers took.
-_REST = 3.0
+_REST = 1.0
 
 
 class Engine(Protocol):
@@ -45,7 +47,7 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
-    def run(self, deliver: Deliver) -> None: ...
+    def run_turns(self, deliver: Deliver) -> None: ...
 
 
 class EngineStartingError(Exception):
@@ -68,7 +70,8 @@ class Bridge:
         self._engine: Engine | None = None
         self._streams: dict[str, Stream] = {}
         self._is_stopping = False
-        self._has_news = False  # since the last waking
+        self._turns: deque[Turn] = deque()  # the engine's thread appends
+        self._is_told = False  # that there are turns, or will see them without being told
         self._is_waking = False  # or about to
         self._rests_until = 0.0  # time.monotonic()
         self.ended: asyncio.Future[BaseException | None] = (
@@ -135,17 +138,16 @@ class Bridge:
         if not stream.is_finished and self._engine is not None:
             self._engine.cancel(stream.request_id)
 
-    def _deliver(self, events: list[TokenEvent]) -> None:
-        find = self._streams.get
-        for event in events:
-            stream = find(event.request_id)
-            if stream is not None:  # else it was left early
-                stream.push(event)
-        self._has_news = True
-        if not self._is_waking:
-            self._wake_after_rest()
+    def _put_down(self, loop: asyncio.AbstractEventLoop, turn: Turn) -> None:
+        """On the engine's thread: the loop will come for it, or is told to."""
+        self._turns.append(turn)
+        if not self._is_told:
+            self._is_told = True
+            _call_soon(loop, self._wake_after_rest)
 
     def _wake_after_rest(self) -> None:
+        if self._is_waking:
+            return
         self._is_waking = True
         rest = self._rests_until - time.monotonic()
         if rest > 0:
@@ -155,8 +157,8 @@ class Bridge:
 
     def _wake(self) -> None:
         """Lets the readers of all streams with news take their turns."""
-        self._has_news = False
         started = time.thread_time()
+        self._sort()
         for stream in self._streams.values():
             if stream.has_news:
                 stream.wake()
@@ -164,10 +166,40 @@ class Bridge:
         asyncio.get_running_loop().call_soon(self._rest, started)
 
     def _rest(self, started: float) -> None:
-        self._is_waking = False
         self._rests_until = time.monotonic() + _REST * (time.thread_time() - started)
-        if self._has_news:
+        self._is_waking = self._is_told = False
+        # Looked at last: who puts a turn down after this look finds that the loop is not told.
+        if self._turns:
+            self._is_told = True
             self._wake_after_rest()
+
+    def _sort(self) -> None:
+        """What was put down goes to its streams. One that was left early gets nothing."""
+        find, turns = self._streams.get, self._turns
+        alike: list[Turn] = []  # turns that follow each other, of the same requests
+        while turns:
+            turn = turns.popleft()
+            if alike and turn.ids is not alike[0].ids:
+                self._push_columns(alike)
+                alike = []
+            for event in turn.events:
+                stream = find(event.request_id)
+                if stream is not None:
+                    stream.push(event)
+            if turn.ids:
+                alike.append(turn)
+        if alike:
+            self._push_columns(alike)
+
+    def _push_columns(self, turns: list[Turn]) -> None:
+        find = self._streams.get
+        tokens = zip(*[turn.tokens for turn in turns], strict=True)
+        logprobs = zip(*[turn.logprobs for turn in turns], strict=True)
+        runs = map(TokenRun, tokens, logprobs)
+        for request_id, run in zip(turns[0].ids, runs, strict=True):
+            stream = find(request_id)
+            if stream is not None:
+                stream.push_run(run)
 
     def _run(self, loop: asyncio.AbstractEventLoop, build: Callable[[], Engine]) -> None:
         """The body of the engine's thread."""
@@ -184,7 +216,7 @@ class Bridge:
             return
         try:
             loop.call_soon_threadsafe(self._ready, engine)
-            engine.run(lambda events: _call_soon(loop, self._deliver, events))
+            engine.run_turns(lambda turn: self._put_down(loop, turn))
         except BaseException as error:
             logger.critical("the engine died", exc_info=error)
             cause = error
@@ -200,6 +232,7 @@ class Bridge:
             cause = EngineDeadError("the engine ended of its own accord")
         if not self.ended.done():
             self.ended.set_result(cause)
+        self._sort()
         # The engine ends its requests itself, unless it died of delivering.
         message = f"{type(cause).__name__}: {cause}" if cause else "the engine has ended"
         for stream in list(self._streams.values()):
@@ -207,13 +240,34 @@ class Bridge:
                 stream.push(
                     TokenEvent(stream.request_id, None, finish_reason="error", error=message)
                 )
-                stream.wake()
+            stream.wake()
+
+
+class TokenRun(NamedTuple):
+    """Tokens of a request that follow each other, none of them its first or last.
+
+    Attributes:
+      tokens: token ids, one or more.
+      logprobs: as many log-probabilities.
+    """
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+
+    def events(self, request_id: str) -> list[TokenEvent]:
+        """The same as an event each."""
+        return [
+            TokenEvent(request_id, *pair) for pair in zip(self.tokens, self.logprobs, strict=True)
+        ]
+
+
+News = TokenEvent | TokenRun
 
 
 class Stream:
-    """The events of one request, as they come; iterate it once, and close it.
+    """What one request brings, as it comes; iterate it once, and close it.
 
-    Iterating yields lists: all events since the last look, so that a reader that falls behind
+    Iterating yields lists: all news since the last look, so that a reader that falls behind
     catches up at once. The list with the finish reason is the last.
     """
 
@@ -222,19 +276,23 @@ class Stream:
         self.is_finished = False
         self._on_close = close
         self._is_closed = False
-        self._events: list[TokenEvent] = []
+        self._news: list[News] = []
         self._waiter: asyncio.Future[None] | None = None
 
     @property
     def has_news(self) -> bool:
-        """Whether there are events that the reader has not taken."""
-        return bool(self._events)
+        """Whether there is something that the reader has not taken."""
+        return bool(self._news)
 
     def push(self, event: TokenEvent) -> None:
         """Adds an event; `wake` tells the reader."""
-        self._events.append(event)
+        self._news.append(event)
         if event.finish_reason is not None:
             self.is_finished = True
+
+    def push_run(self, run: TokenRun) -> None:
+        """Adds tokens; `wake` tells the reader."""
+        self._news.append(run)
 
     def wake(self) -> None:
         """Makes the reader look, though nothing may have come: it then gets an empty list."""
@@ -256,19 +314,19 @@ class Stream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> list[TokenEvent]:
-        if not self._events:
+    async def __anext__(self) -> list[News]:
+        if not self._news:
             if self.is_finished:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        events, self._events = self._events, []
-        return events
+        news, self._news = self._news, []
+        return news
 
 
-def _call_soon[T](loop: asyncio.AbstractEventLoop, call: Callable[[T], None], value: T) -> None:
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *values: object) -> None:
     try:
-        loop.call_soon_threadsafe(call, value)
+        loop.call_soon_threadsafe(call, *values)
     except RuntimeError:
         if not loop.is_closed():  # closed: the process is ending, and nobody listens
             raise

@@ -164,8 +164,9 @@ def mock_engine(
 
 
 def mock_shapes(options: Options, vocab_size: int) -> StepShapes:
-    """Shapes with pages enough for every slot at its longest."""
+    """Shapes with pages enough for every slot at its longest, and buckets as a device has them."""
     rows = max(1, options.max_batch_tokens // PREFILL_TILE)
+    buckets = [bucket for bucket in (1, 8, 64) if bucket < options.max_concurrency]
     return StepShapes(
         num_slots=options.max_concurrency,
         num_pages=options.max_concurrency * -(-options.max_seq_len // PAGE_SIZE),
@@ -173,7 +174,7 @@ def mock_shapes(options: Options, vocab_size: int) -> StepShapes:
         max_seq_len=options.max_seq_len,
         prefill_tile=PREFILL_TILE,
         prefill_buckets=(rows,),
-        decode_buckets=(options.max_concurrency,),
+        decode_buckets=(*buckets, options.max_concurrency),
         vocab_size=vocab_size,
         num_drafts=options.speculative_tokens,
     )

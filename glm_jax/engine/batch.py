@@ -74,10 +74,25 @@ class Packer:
         if plan.phase == "prefill":
             return self._pack_prefill(plan)
         slots = self._padding_slots(plan)
-        slots[: plan.num_rows] = [self._refresh(sequence) for _, sequence in plan.samples]
+        slots[: plan.num_rows] = self._decode_slots(plan)
         batch = self._rows[slots]
         batch[: plan.num_rows, NUM_TOKENS] = plan.gains
         return batch
+
+    def _decode_slots(self, plan: Plan) -> list[int]:
+        """The slots of a decode step, their rows up to date; most of them are already."""
+        pages, num_pages, slots = self._pages, self._num_pages, []
+        for _, sequence in plan.samples:
+            slot = sequence.slot
+            if (
+                slot is None
+                or pages[slot] is not sequence.pages
+                or num_pages[slot] != len(sequence.pages)
+                or sequence.request.constraint is not None
+            ):
+                slot = self._refresh(sequence)
+            slots.append(slot)
+        return slots
 
     def _pack_prefill(self, plan: Plan) -> NDArray[np.int32]:
         tile = self._shapes.prefill_tile
@@ -94,7 +109,7 @@ class Packer:
             batch[chunk.row : last, NUM_TOKENS] = tile
             batch[last, NUM_TOKENS] = end - batch[last, START]
             batch[last, IS_LAST] = chunk.is_last
-            known = chunk.sequence.tokens
+            known = chunk.sequence.known_tokens()
             tokens[chunk.row : last] = known[chunk.start : batch[last, START]].reshape(-1, tile)
             tokens[last, : batch[last, NUM_TOKENS]] = known[batch[last, START] : end]
         return batch

@@ -46,14 +46,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm_jax.engine.batch import Packer
-from glm_jax.engine.outcome import Outcome
+from glm_jax.engine.commit import Commits, Dispatched, Output
 from glm_jax.engine.plan import Plan
 from glm_jax.engine.request import (
     EngineDeadError,
@@ -62,24 +61,14 @@ from glm_jax.engine.request import (
     QueueFullError,
     Request,
     TokenEvent,
+    Turn,
 )
 from glm_jax.engine.scheduler import Scheduler
-from glm_jax.engine.score_steps import PromptScorer, Scoring, ask
+from glm_jax.engine.score_steps import PromptScorer, ask
 from glm_jax.engine.sequence import Sequence
 from glm_jax.shapes import Phase, StepShapes
 
 Deliver = Callable[[list[TokenEvent]], None]
-
-
-class Output(Protocol):
-    """What a dispatched step will have computed."""
-
-    def __array__(self) -> NDArray[Any]:
-        """int32[NUM_OUTPUTS, rows], as `glm_jax.shapes` lays it out. Waits for the step.
-
-        Of a decode step whose rows can gain several tokens, int32[M, NUM_OUTPUTS, rows].
-        """
-        ...
 
 
 class Runner(PromptScorer, Protocol):
@@ -92,25 +81,6 @@ class Runner(PromptScorer, Protocol):
     def control(self, controls: NDArray[np.int32], /) -> None:
         """From the next step on: int32[slots, control_columns] in place of the controls so far."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatched:
-    """A step in flight.
-
-    Attributes:
-      output: what it will have computed.
-      phase: which step it is.
-      samples: the (row, sequence) pairs it samples for.
-      gains: how many tokens each of these may gain.
-      scorings: what tells of its prompts' tokens.
-    """
-
-    output: Output
-    phase: Phase
-    samples: tuple[tuple[int, Sequence], ...]
-    gains: tuple[int, ...]
-    scorings: list[Scoring]
 
 
 class Engine:
@@ -137,11 +107,9 @@ class Engine:
         self._max_live = shapes.num_slots + max_queue
         self._scheduler = Scheduler(shapes)
         self._packer = Packer(shapes)
+        self._commits = Commits(self._scheduler, shapes)
         self._num_steps: dict[Phase, int] = {"prefill": 0, "decode": 0}
-        self._num_tokens: dict[Phase, int] = {"prefill": 0, "decode": 0}
-        self._num_padding: dict[Phase, int] = {"prefill": 0, "decode": 0}
-        self._num_offered = [0] * (1 + shapes.num_drafts)
-        self._num_gained = [0] * (1 + shapes.num_drafts)
+        self._num_prefilled = self._num_prefill_computed = 0
         self._num_timeouts = 0
         self._integrity_interval = integrity_interval
         self._num_turns = 0
@@ -202,7 +170,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot; any thread."""
-        scheduler, pool = self._scheduler, self._scheduler.pool
+        scheduler, pool, commits = self._scheduler, self._scheduler.pool, self._commits
         with self._inbox:
             return EngineStats(
                 num_waiting=len(self._arrivals) + scheduler.num_waiting,
@@ -218,12 +186,12 @@ class Engine:
                 num_timeouts=self._num_timeouts,
                 num_admitted_tokens=scheduler.num_admitted_tokens,
                 num_cached_tokens=scheduler.num_cached_tokens,
-                num_prefill_tokens=self._num_tokens["prefill"],
-                num_decode_tokens=self._num_tokens["decode"],
-                num_prefill_padding=self._num_padding["prefill"],
-                num_decode_padding=self._num_padding["decode"],
-                num_offered=tuple(self._num_offered),
-                num_gained=tuple(self._num_gained),
+                num_prefill_tokens=self._num_prefilled,
+                num_decode_tokens=commits.num_decoded,
+                num_prefill_padding=self._num_prefill_computed - self._num_prefilled,
+                num_decode_padding=commits.num_computed - commits.num_decoded,
+                num_offered=tuple(commits.num_offered),
+                num_gained=tuple(commits.num_gained),
                 num_integrity_checks=self._num_integrity_checks,
                 integrity_seconds=self._integrity_seconds,
             )
@@ -249,27 +217,41 @@ class Engine:
           Exception: whatever the runner or `deliver` raised. Every live request then ends with
             an "error" event, and the engine accepts nothing any more.
         """
+        self._serve(lambda turn: deliver(turn.events), in_columns=False)
+
+    def run_turns(self, deliver: Callable[[Turn], None]) -> None:
+        """The same for who would rather have most tokens in columns than in events."""
+        self._serve(deliver, in_columns=True)
+
+    def _serve(self, deliver: Callable[[Turn], None], *, in_columns: bool) -> None:
         in_flight: Dispatched | None = None
         try:
             while in_flight is not None or not self._is_drained():
-                in_flight = self._turn(in_flight, deliver)
+                turn, in_flight = self._turn(in_flight, in_columns)
+                if turn:
+                    self._hand_over(turn, deliver)
+                self._check_in_time()
         except BaseException as error:
             self._die(error, deliver)
             raise
 
-    def _turn(self, in_flight: Dispatched | None, deliver: Deliver) -> Dispatched | None:
+    def _turn(
+        self, in_flight: Dispatched | None, in_columns: bool
+    ) -> tuple[Turn, Dispatched | None]:
         events = self._drain_inbox(block=in_flight is None and self._scheduler.is_idle)
         events += self._end_overdue()
         plan = self._scheduler.schedule()
         dispatched = self._dispatch(plan) if plan is not None else None
-        if in_flight is not None:
-            events += self._commit(in_flight)
-        if events:
-            self._hand_over(events, deliver)
+        if in_flight is None:
+            return Turn(events), dispatched
+        turn = self._commits.read(in_flight, in_columns=in_columns)
+        turn.events[:0] = events
+        return turn, dispatched
+
+    def _check_in_time(self) -> None:
         self._num_turns += 1
         if self._integrity_interval and self._num_turns % self._integrity_interval == 0:
             self._check_on_duty()
-        return dispatched
 
     def _drain_inbox(self, *, block: bool) -> list[TokenEvent]:
         with self._inbox:
@@ -314,71 +296,24 @@ class Engine:
                 chunk.sequence.began = time.monotonic()
         self._num_steps[plan.phase] += 1
         if plan.phase == "prefill":
-            self._count("prefill", plan.num_prompt_tokens, len(batch) * self._shapes.prefill_tile)
+            self._num_prefilled += plan.num_prompt_tokens
+            self._num_prefill_computed += len(batch) * self._shapes.prefill_tile
         scorings = ask(self._runner, self._shapes, plan, batch)
         return Dispatched(output, plan.phase, plan.samples, plan.gains, scorings)
 
-    def _count(self, phase: Phase, num_tokens: int, num_computed: int) -> None:
-        self._num_tokens[phase] += num_tokens
-        self._num_padding[phase] += num_computed - num_tokens
-
-    def _commit(self, step: Dispatched) -> list[TokenEvent]:
-        # Also without samples: waiting here keeps the host from running further ahead.
-        outcome = Outcome(np.asarray(step.output))
-        for scoring in step.scorings:
-            scoring.collect()
-        gained = [outcome.num_gained(row) for row, _ in step.samples]
-        if step.phase == "decode":
-            # Drafts are all verified; steps in a row end with the last row that needs them.
-            num_computed = outcome.num_places if self._shapes.num_drafts else max(gained)
-            self._count("decode", sum(gained), num_computed * outcome.num_rows)
-            for place in range(len(self._num_offered)):
-                self._num_offered[place] += sum(gain > place for gain in step.gains)
-                self._num_gained[place] += sum(number > place for number in gained)
-        events: list[TokenEvent] = []
-        for (row, sequence), gain, number in zip(step.samples, step.gains, gained, strict=True):
-            assert 1 <= number <= gain, f"{number} tokens for {sequence.request.id}, not 1 … {gain}"
-            if sequence.finish_reason is None:  # else they are surplus
-                self._scheduler.fall_short(sequence, gain - number)
-                self._append(sequence, outcome, row, number, events)
-        return events
-
-    def _append(
-        self, sequence: Sequence, outcome: Outcome, row: int, number: int, events: list[TokenEvent]
-    ) -> None:
-        """Takes a row's tokens in, up to the one that ends the sequence."""
-        num_top = sequence.request.sampling.num_logprobs
-        for place in range(number):
-            token = outcome.tokens[place][row]
-            finish_reason = self._scheduler.commit(sequence, token)
-            events.append(
-                TokenEvent(
-                    sequence.request.id,
-                    token,
-                    outcome.logprobs[place][row],
-                    finish_reason,
-                    top_logprobs=outcome.top_logprobs(place, row, num_top),
-                    num_cached_tokens=sequence.num_cached or 0,
-                    began=sequence.began,
-                    prompt_logprobs=sequence.told_of_prompt(),
-                )
-            )
-            if finish_reason is not None:
-                break
-
-    def _hand_over(self, events: list[TokenEvent], deliver: Deliver) -> None:
-        finished = [event.request_id for event in events if event.finish_reason is not None]
+    def _hand_over(self, turn: Turn, deliver: Callable[[Turn], None]) -> None:
+        finished = [event.request_id for event in turn.events if event.finish_reason is not None]
         if finished:
             with self._inbox:
                 for request_id in finished:
                     del self._live[request_id]
-        deliver(events)
+        deliver(turn)
 
     def _is_drained(self) -> bool:
         with self._inbox:
             return self._is_draining and not self._arrivals and self._scheduler.is_idle
 
-    def _die(self, error: BaseException, deliver: Deliver) -> None:
+    def _die(self, error: BaseException, deliver: Callable[[Turn], None]) -> None:
         cause = f"{type(error).__name__}: {error}"
         with self._inbox:
             self._cause_of_death = cause
@@ -386,12 +321,11 @@ class Engine:
             for sequence in self._arrivals:
                 self._scheduler.add(sequence)
             self._arrivals, self._live = [], {}
-        deliver(
-            [
-                TokenEvent(sequence.request.id, None, finish_reason="error", error=cause)
-                for sequence in live
-            ]
-        )
+        ends = [
+            TokenEvent(sequence.request.id, None, finish_reason="error", error=cause)
+            for sequence in live
+        ]
+        deliver(Turn(ends))
         for sequence in live:
             if sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "error")

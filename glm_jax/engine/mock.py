@@ -16,7 +16,9 @@ from glm_jax.shapes import (
     CONTROL_MASK,
     IS_LAST,
     IS_MASKED,
+    MAX_TOP_LOGPROBS,
     NO_TOKEN,
+    NUM_LOGPROBS,
     NUM_OUTPUTS,
     NUM_TOKENS,
     OUTPUT_LOGPROBS,
@@ -135,7 +137,8 @@ class MockRunner:
         is_kept: NDArray[np.bool_],
     ) -> NDArray[np.int32]:
         """Samples a token for every row and keeps those of the rows that have one to keep."""
-        output = self._sample(last, lengths)
+        number = int(batch[:, NUM_LOGPROBS].max())
+        output = self._sample(last, lengths, number)
         for row in np.flatnonzero(batch[:, IS_MASKED]):
             bits = np.unpackbits(self._masks[batch[row, SLOT]].view(np.uint8), bitorder="little")
             allowed = np.flatnonzero(bits)
@@ -152,23 +155,28 @@ class MockRunner:
         """Scores that depend on a position's token, its place and the target."""
         tile = self.shapes.prefill_tile
         positions = (batch[:, START, None] + np.arange(1, tile + 1, dtype=np.int32)).reshape(-1)
-        output = self._sample(batch[:, -tile:].reshape(-1), positions)
+        output = self._sample(batch[:, -tile:].reshape(-1), positions, MAX_TOP_LOGPROBS)
         output[SCORE_RANKS] = 1 + targets.reshape(-1) % 7
         return MockOutput(output, self._ready_at)
 
-    def _sample(self, last: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The output of a step that fed `last`, whose samples stand at `positions`."""
+    def _sample(
+        self, last: NDArray[np.int32], positions: NDArray[np.int32], num_top: int
+    ) -> NDArray[np.int32]:
+        """The output of a step that fed `last`, whose samples stand at `positions`.
+
+        Like a device it tells the likeliest tokens only where a row asks for some.
+        """
         mixed = last.astype(np.uint32) * np.uint32(2654435761) + positions.astype(np.uint32)
         mixed = (mixed ^ (mixed >> 15)) * np.uint32(2246822519)
         mixed ^= mixed >> 13
-        output = np.empty((NUM_OUTPUTS, last.size), np.int32)
+        output = np.zeros((NUM_OUTPUTS, last.size), np.int32)
         output[OUTPUT_TOKENS] = self._tokens[mixed % self._tokens.size]
         logprobs = -(mixed % 1024).astype(np.float32) / 256
         output[OUTPUT_LOGPROBS] = logprobs.view(np.int32)
-        # The sampled token is the likeliest; its neighbors follow.
-        number = OUTPUT_TOP_TOKENS.stop - OUTPUT_TOP_TOKENS.start
-        others = np.arange(number, dtype=np.uint32)[:, None]
-        output[OUTPUT_TOP_TOKENS] = self._tokens[(mixed + others) % self._tokens.size]
-        below = logprobs - others.astype(np.float32)
-        output[OUTPUT_TOP_LOGPROBS] = below.view(np.int32)
+        if num_top:
+            # The sampled token is the likeliest; its neighbors follow.
+            others = np.arange(num_top, dtype=np.uint32)[:, None]
+            output[OUTPUT_TOP_TOKENS][:num_top] = self._tokens[(mixed + others) % self._tokens.size]
+            below = logprobs - others.astype(np.float32)
+            output[OUTPUT_TOP_LOGPROBS][:num_top] = below.view(np.int32)
         return output

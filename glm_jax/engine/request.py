@@ -5,6 +5,7 @@ Knows neither pages nor devices: these are the only objects that cross between s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -189,6 +190,28 @@ class TokenEvent(NamedTuple):
     num_cached_tokens: int = 0
     began: float | None = None
     prompt_logprobs: tuple[PromptLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one turn of the engine brought to all requests.
+
+    Most of it is one more token for requests that go on, and nothing else to tell: those come in
+    columns, which cost less than an event each. No request is both in `events` and in the columns.
+
+    Attributes:
+      events: first tokens, last ones, and all that have more to tell than themselves.
+      ids: requests that go on; the same object as in the turn before where they are the same.
+      tokens, logprobs: of each of these, its next token and the log-probability.
+    """
+
+    events: list[TokenEvent]
+    ids: tuple[str, ...] = ()
+    tokens: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.events or self.ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections.abc import Iterable
 
 import numpy as np
 
+from glm_jax.engine.integrity import check_integrity
 from glm_jax.engine.pages import PagePool
 from glm_jax.engine.plan import Chunk, Plan
 from glm_jax.engine.prefix import extend_keys
@@ -60,6 +62,8 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order of rank
         self._num_arrivals = 0
         self._is_decode_next = False
+        self._decoded: list[Sequence] = []  # by the last decode step, whose samples they were
+        self._samples: tuple[tuple[int, Sequence], ...] = ()
         # Shared pages end where a tile ends, so that rows cover the same positions with and without.
         pages_per_unit = math.lcm(shapes.page_size, shapes.prefill_tile) // shapes.page_size
         self._pages_per_unit = pages_per_unit
@@ -129,7 +133,8 @@ class Scheduler:
         """Decides the next step, and counts it as dispatched; None when nothing can run now."""
         self._admit()
         decoding = [s for s in self._running if s.can_decode]
-        is_prefilling = any(s.is_prefilling for s in self._running)
+        is_rest = len(decoding) < len(self._running)  # what can decode does not prefill
+        is_prefilling = is_rest and any(s.is_prefilling for s in self._running)
         plan = None
         if decoding and (self._is_decode_next or not is_prefilling):
             self._is_decode_next = False
@@ -157,7 +162,41 @@ class Scheduler:
         self._publish(sequence)
         if finish_reason is not None:
             self.finish(sequence, finish_reason)
+        else:
+            sequence.routine_until = self._routine_until(sequence)
         return finish_reason
+
+    def commit_routine(
+        self, samples: Iterable[tuple[int, Sequence]], tokens: list[int]
+    ) -> list[tuple[int, Sequence]]:
+        """Takes in the tokens of a decode step, by row, that are one more token and nothing else.
+
+        Returns:
+          The rows that are left to look at, unfinished or not; no token of theirs is taken in.
+        """
+        left = []
+        for sample in samples:
+            row, sequence = sample
+            completion, token = sequence.completion, tokens[row]
+            if (
+                len(completion) < sequence.routine_until
+                and token not in sequence.request.sampling.stop_token_ids
+            ):
+                completion.append(token)
+            else:
+                left.append(sample)
+        return left
+
+    def _routine_until(self, sequence: Sequence) -> int:
+        """What `routine_until` is, once a token is taken in."""
+        request = sequence.request
+        if request.constraint is not None or request.sampling.num_logprobs:
+            return 0
+        if sequence.slot is None or sequence.num_published < len(sequence.keys):
+            return 0
+        page_size = self._shapes.page_size
+        page_end = (sequence.num_tokens // page_size + 1) * page_size
+        return min(page_end - sequence.num_prompt, sequence.max_new_tokens) - 1
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends an unfinished sequence, wherever it stands; its slot and pages are free at once.
@@ -176,27 +215,8 @@ class Scheduler:
         Raises:
           AssertionError: they do not.
         """
-        running, shapes = self._running, self._shapes
-        self.pool.check_integrity([s.pages for s in running])
-        slots = sorted([*(s.slot for s in running if s.slot is not None), *self._free_slots])
-        assert slots == list(range(shapes.num_slots)), (running, self._free_slots)
-        assert running == sorted(running, key=by_rank), running
-        for sequence in running:
-            assert sequence.slot is not None, sequence
-            target = sequence.num_to_prefill if sequence.is_prefilling else sequence.length
-            # Two steps may have fallen short of what pages were taken for.
-            most = target + 2 * (shapes.tokens_per_step - 1)
-            assert len(sequence.pages) >= self._num_pages(target), sequence
-            assert len(sequence.pages) <= self._num_pages(most), sequence
-            assert len(sequence.pages) <= sequence.max_pages, sequence
-            assert sequence.num_published <= len(sequence.keys), sequence
-            assert sequence.num_published * shapes.page_size <= sequence.length, sequence
-            assert sequence.finish_reason is None, sequence
         waiting = list(self._waiting)
-        assert waiting == sorted(waiting, key=by_rank), waiting
-        for sequence in waiting:
-            assert sequence.slot is None and not sequence.pages, sequence
-            assert sequence.finish_reason is None, sequence
+        check_integrity(self._running, waiting, self._free_slots, self.pool, self._shapes)
 
     def _admit(self) -> None:
         while (sequence := self._waiting.first) is not None:
@@ -250,7 +270,8 @@ class Scheduler:
         num_tokens, num_shared = sequence.num_tokens, len(shared)
         num_cached = num_shared * self._shapes.page_size
         self.pool.acquire(shared)
-        sequence.pages = shared + self.pool.allocate(self._num_pages(num_tokens) - num_shared)
+        sequence.pages = shared
+        self._give_pages(sequence, self._num_pages(num_tokens) - num_shared)
         sequence.slot = self._free_slots.pop()
         sequence.num_published = num_shared
         sequence.num_to_prefill, sequence.num_prefilled = num_tokens, num_cached
@@ -300,16 +321,27 @@ class Scheduler:
 
     def _plan_decode(self, decoding: list[Sequence]) -> Plan | None:
         """A token or more for those that keep their slots: the first by rank get pages first."""
-        page_size = self._shapes.page_size
+        num_preemptions = self.num_preemptions
         for sequence in decoding:
-            if sequence.slot is not None and sequence.length == len(sequence.pages) * page_size:
+            if sequence.num_dispatched == sequence.has_room_until and sequence.slot is not None:
                 self._grow(sequence)
-        rows = [sequence for sequence in decoding if sequence.slot is not None]
-        if not rows:
+        if self.num_preemptions > num_preemptions:
+            decoding = [sequence for sequence in decoding if sequence.slot is not None]
+        if not decoding:
             return None
-        most = self._most_tokens(rows)
-        gains = tuple(self._gain(sequence, most) for sequence in rows)
-        return Plan("decode", len(rows), tuple(enumerate(rows)), gains)
+        if decoding != self._decoded:  # of steady rows the samples are made once
+            self._decoded, self._samples = decoding, tuple(enumerate(decoding))
+        gains = self._gains(decoding)
+        return Plan("decode", len(decoding), self._samples, gains)
+
+    def _gains(self, decoding: list[Sequence]) -> tuple[int, ...]:
+        """Counts the tokens that sequences with room for one may gain."""
+        most = self._most_tokens(decoding)
+        if most > 1:
+            return tuple(self._gain(sequence, most) for sequence in decoding)
+        for sequence in decoding:
+            sequence.num_dispatched += 1
+        return (1,) * len(decoding)
 
     def _most_tokens(self, decoding: list[Sequence]) -> int:
         """How many tokens the next decode step brings a sequence at most."""
@@ -323,10 +355,10 @@ class Scheduler:
         """Counts the tokens that a sequence with room for one may gain; takes free pages for more."""
         gain = 1
         # A constraint says what may come next, not what may come after that.
-        if most > 1 and sequence.request.constraint is None:
+        if sequence.request.constraint is None:
             gain = min(most, sequence.max_new_tokens - sequence.num_dispatched)
             num_missing = self._num_pages(sequence.length + gain) - len(sequence.pages)
-            sequence.pages += self.pool.allocate(min(max(num_missing, 0), self.pool.num_free))
+            self._give_pages(sequence, min(max(num_missing, 0), self.pool.num_free))
             room = len(sequence.pages) * self._shapes.page_size - sequence.length
             gain = min(gain, room)
         sequence.num_dispatched += gain
@@ -339,16 +371,16 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return
-        sequence.pages += self.pool.allocate(1)
+        self._give_pages(sequence, 1)
+
+    def _give_pages(self, sequence: Sequence, number: int) -> None:
+        sequence.pages += self.pool.allocate(number)
+        num_positions = len(sequence.pages) * self._shapes.page_size
+        sequence.has_room_until = num_positions - sequence.num_prompt + 1
 
     def _extend_keys(self, sequence: Sequence) -> None:
-        extend_keys(
-            sequence.keys,
-            sequence.request.cache_salt,
-            sequence.tokens,
-            sequence.num_tokens,
-            self._shapes.page_size,
-        )
+        salt, known = sequence.request.cache_salt, sequence.known_tokens()
+        extend_keys(sequence.keys, salt, known, sequence.num_tokens, self._shapes.page_size)
 
     def _publish(self, sequence: Sequence) -> None:
         """Shares the pages that dispatched steps have filled with known tokens."""

@@ -30,7 +30,7 @@ class Sequence:
       num_prompt: tokens of the prompt.
       max_new_tokens: completion tokens at most, after capping to the longest sequence.
       max_pages: pages that the longest possible outcome fills.
-      tokens: int32[prompt and longest completion]; its first num_tokens are known.
+      tokens: int32[prompt and longest completion]; `known_tokens` brings it up to date.
       keys: of the pages that known tokens fill, as `glm_jax.engine.prefix` makes them.
       arrival: its place in the order of submission.
       slot: the row of device state it holds; None while waiting and once finished.
@@ -43,6 +43,10 @@ class Sequence:
       began: time.monotonic() at which its first step was dispatched.
       num_dispatched: completion tokens that dispatched steps sample, at most.
       completion: tokens read and delivered.
+      num_written: of them, those that `tokens` has.
+      routine_until: a token that makes the completion no longer than this, and is no stop token,
+        is appended and nothing else needs to be looked at.
+      has_room_until: the value of num_dispatched at which its pages are full, once it decodes.
       finish_reason: None while more is to come.
       scores: of the prompt's tokens, until they are delivered; None where none are wanted.
     """
@@ -63,6 +67,9 @@ class Sequence:
     began: float | None = None
     num_dispatched: int = 0
     completion: list[int] = field(default_factory=list)
+    num_written: int = 0
+    routine_until: int = 0
+    has_room_until: int = 0
     finish_reason: FinishReason | None = None
     scores: PromptScores | None = None
 
@@ -96,8 +103,8 @@ class Sequence:
         """Whether one more decode step can bring a token that will be kept."""
         return (
             0 < self.num_dispatched < self.max_new_tokens
-            and not self.is_prefilling
-            and not self.is_behind
+            and self.num_prefilled >= self.num_to_prefill
+            and (self.request.constraint is None or not self.is_behind)
         )
 
     @property
@@ -125,9 +132,15 @@ class Sequence:
         scores, self.scores = self.scores, None
         return () if scores is None else scores.result()
 
+    def known_tokens(self) -> NDArray[np.int32]:
+        """Prompt and completion as far as they are read: int32[num_tokens], a view."""
+        start = self.num_prompt + self.num_written
+        self.tokens[start : self.num_tokens] = self.completion[self.num_written :]
+        self.num_written = len(self.completion)
+        return self.tokens[: self.num_tokens]
+
     def append(self, token: int) -> FinishReason | None:
         """Takes the next completion token in; returns why it is the last one, if it is."""
-        self.tokens[self.num_tokens] = token
         self.completion.append(token)
         if self.request.constraint is not None:
             self.request.constraint.accept(token)
@@ -142,3 +155,4 @@ class Sequence:
         self.slot = None
         self.pages = []
         self.num_published = self.num_prefilled = self.num_to_prefill = 0
+        self.routine_until = self.has_room_until = 0

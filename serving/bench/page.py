@@ -175,6 +175,7 @@ def _frontend_peers(result: Result, path: Path) -> Iterator[str]:
         "user µs per token": ("user_us_per_token", ".2f"),
         "system µs": ("system_us_per_token", ".2f"),
         "tokens per event": ("tokens_per_event", ".1f"),
+        "ITL p99, ms": ("itl_p99_ms", ".1f"),
     }
     yield "Engines without a model, as fast as the host goes. The others send every token in an event of"
     yield "its own; ours joins tokens that come faster than it writes them down."

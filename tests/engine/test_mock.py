@@ -9,7 +9,14 @@ import pytest
 
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.mock import MockRunner
-from glm_jax.shapes import NUM_OUTPUTS
+from glm_jax.shapes import (
+    NUM_LOGPROBS,
+    NUM_OUTPUTS,
+    OUTPUT_LOGPROBS,
+    OUTPUT_TOKENS,
+    OUTPUT_TOP_LOGPROBS,
+    OUTPUT_TOP_TOKENS,
+)
 from tests.engine.attentive import request, run_to_end, small_shapes
 
 SHAPES = small_shapes(num_slots=3)
@@ -51,6 +58,18 @@ def test_steps_are_pipelined_and_end_in_order():
     assert ready[2] - ready[0] == pytest.approx(0.1)
     assert np.asarray(outputs[2]).shape == (NUM_OUTPUTS, 1)
     assert time.monotonic() >= outputs[2].ready_at
+
+
+def test_the_likeliest_tokens_are_told_where_a_row_asks():
+    runner = MockRunner(SHAPES, 1000)
+    batch = np.zeros((1, SHAPES.columns("decode")), np.int32)
+    assert not np.asarray(runner.dispatch("decode", batch))[2:].any()
+    batch[:, NUM_LOGPROBS] = 2
+    output = np.asarray(runner.dispatch("decode", batch))
+    assert output[OUTPUT_TOP_TOKENS][0] == output[OUTPUT_TOKENS]
+    logprobs = output[OUTPUT_TOP_LOGPROBS][:2].view(np.float32)
+    assert logprobs[0] == output[[OUTPUT_LOGPROBS]].view(np.float32) == logprobs[1] + 1
+    assert not output[OUTPUT_TOP_TOKENS][2:].any()
 
 
 @pytest.mark.parametrize("num_rows, num_columns", [(2, 0), (1, 1)])

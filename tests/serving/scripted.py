@@ -23,6 +23,7 @@ from glm_jax.engine.request import (
     QueueFullError,
     Request,
     TokenEvent,
+    Turn,
 )
 from serving.admission import GenerationDefaults, Limits
 from serving.bridge import Bridge, Deliver, Engine
@@ -110,7 +111,7 @@ class ScriptedEngine:
             is_alive=self._is_alive,
         )
 
-    def run(self, deliver: Deliver) -> None:
+    def run_turns(self, deliver: Deliver) -> None:
         while self._running or not self._is_stopping:
             if not self._running:
                 self._inbox.get()
@@ -118,7 +119,7 @@ class ScriptedEngine:
                 self._is_alive = False
                 raise self._failure
             time.sleep(self._pause)
-            deliver([self._told(*entry) for entry in list(self._running.values())])
+            deliver(Turn([self._told(*entry) for entry in list(self._running.values())]))
 
     def _told(self, request: Request, answer: Iterator[int]) -> TokenEvent:
         event = self._next(request, answer)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from glm_jax.engine.request import FinishReason, TokenEvent
 from serving.answer import Answer, Part, Reading, Sampled, Usage
-from serving.bridge import Stream
+from serving.bridge import News, Stream, TokenRun
 from serving.detokenizer import Detokenizer, StopStrings
 from serving.metrics import Metrics
 from serving.parsers import ChatParser, Delta, Parser, TextParser, ToolCall, join
@@ -48,8 +48,8 @@ class OneByOne(Reading):
     reads_runs = False  # type: ignore[assignment]
 
 
-def read(steps: Sequence[Sequence[TokenEvent]], reading: Reading) -> tuple[Any, ...]:
-    """All that an answer tells when the events of each step come together."""
+def read(steps: Sequence[Sequence[News]], reading: Reading) -> tuple[Any, ...]:
+    """All that an answer tells when the news of each step come together."""
     stream = Stream("a", lambda stream: None)
     usage = Usage(prompt_tokens=3)
     answer = Answer(
@@ -60,9 +60,12 @@ def read(steps: Sequence[Sequence[TokenEvent]], reading: Reading) -> tuple[Any, 
         told: list[Part] = []
         with answer:
             iterator = aiter(answer)
-            for events in steps:
-                for event in events:
-                    stream.push(event)
+            for news in steps:
+                for item in news:
+                    if isinstance(item, TokenRun):
+                        stream.push_run(item)
+                    else:
+                        stream.push(item)
                 told.append(await anext(iterator))
                 if told[-1].finish is not None:
                     break
@@ -73,6 +76,16 @@ def read(steps: Sequence[Sequence[TokenEvent]], reading: Reading) -> tuple[Any, 
     deltas = [replace(d, id="") if isinstance(d, ToolCall) else d for d in deltas]
     tokens: list[Sampled] = [token for part in told for token in part.tokens]
     return deltas, tokens, answer.finish, usage, round(answer.logprob, 6)
+
+
+def in_columns(step: list[TokenEvent], *, is_first: bool) -> list[News]:
+    """The same, but what is neither the first token nor the last one comes as a run."""
+    middle = [event for event in step[is_first:] if event.finish_reason is None]
+    rest: list[News] = [*step[is_first + len(middle) :]]
+    if middle:
+        tokens = [event.token for event in middle if event.token is not None]
+        rest.insert(0, TokenRun(tokens, [event.logprob for event in middle]))
+    return [*step[:is_first], *rest]
 
 
 @given(
@@ -100,6 +113,8 @@ def test_how_many_tokens_come_at_once_changes_nothing(tokens, data, parser, stop
     ]
     one_by_one = read([[event] for event in events], reading(OneByOne))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(events)), max_size=4)) | {len(events)})
-    at_once = read([events[a:b] for a, b in zip([0, *cuts], cuts, strict=False)], reading(Reading))
-    assert at_once == one_by_one
+    steps = [events[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
+    assert read(steps, reading(Reading)) == one_by_one
+    in_runs = [in_columns(step, is_first=step is steps[0]) for step in steps]
+    assert read(in_runs, reading(Reading)) == one_by_one
     assert one_by_one[2] is not None
