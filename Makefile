@@ -7,6 +7,7 @@ PORT ?= 5000
 MODEL_DIR ?= checkpoints/nano
 EXTRAS ?=
 ARGS ?=
+WORKERS ?=
 export PYTHON
 
 # One stamp per set of extras, so that asking for another one installs it.
@@ -33,8 +34,8 @@ serve: $(READY) ## serve the bundled model on port 5000; MODEL_DIR=, PORT= and A
 plan: $(READY_AOT) ## the full model on eight B200, with no GPU; ARGS="--target h200x8" asks for another
 	$(RUN) -m glm_jax.aot plan $(ARGS)
 
-test: $(READY_TEST) ## run the tests, on the CPU; ARGS="-k name" narrows them
-	$(RUN) -m pytest $(ARGS)
+test: $(READY_TEST) ## run the tests, on the CPU; ARGS="-k name" narrows them, WORKERS=2 runs two files at a time
+	$(RUN) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadfile) $(ARGS)
 
 check: $(READY_TEST) ## lint, formatting, types, import order, file lengths
 	$(RUN) -m ruff check
