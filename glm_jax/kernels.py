@@ -1,10 +1,8 @@
-"""Every heavy operation as a step runs it: the choice between a kernel and the reference.
+"""Every heavy operation as a step runs it: its kernel, its form in C, or the reference.
 
 Knows no layer and no model. The choice is bound when a step is made, and travels with the model.
 """
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from glm_jax import cache as kv_cache
-from glm_jax import expert_kernels, ops, sharding
+from glm_jax import expert_kernels, host_kernels, ops, references, sharding
 from glm_jax.cache import KVCache
 from glm_jax.operands import (
     ExpertRows,
@@ -41,39 +38,19 @@ from glm_jax.pallas import (
     route_stage,
     router,
 )
-from glm_jax.pallas.chip import Chip, chip_in_trace
+from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.grouped_down import combine
-
-logger = logging.getLogger(__name__)
+from glm_jax.selection import Selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kernels:
-    """The operations, as they are to run wherever a step is traced: on a CPU the references; on a GPU
-    the kernels, which are for FP8 weights and as many devices as there are kv heads.
-
-    Attributes:
-      allow_reference: on a GPU, what has no kernel runs as XLA makes it of the reference, which copies
-        weights and is many times slower; otherwise it is an error.
-      fused_all_reduce: sums over devices, the addition and the norm in one kernel of ours, which reads
-        the other devices' memory, up to 256 rows and within one process; otherwise the sum is XLA's.
-      interpreted: kernels of this chip, interpreted on a CPU: for tests.
+class Kernels(Selection):
+    """The operations, as they are to run wherever a step is traced.
 
     Raises:
       NotImplementedError: any operation, when a GPU has no kernel for it and the reference may not
         take its place.
     """
-
-    allow_reference: bool = False
-    fused_all_reduce: bool = True
-    interpreted: Chip | None = None
-
-    @property
-    def _interprets(self) -> bool:
-        return self.interpreted is not None
-
-    def _chip(self) -> Chip | None:
-        return self.interpreted or chip_in_trace()
 
     def shifted(self, layer: ops.Layer, by: int) -> Layer:
         """layer + by, which kernels add up themselves."""
@@ -92,20 +69,6 @@ class Kernels:
         is_shared = self._fuses_sums(num_rows) and sharding.num_devices() > 1
         semaphores = all_reduce.make_semaphores(num_rows) if is_shared else None
         return Workspace(grid.make_counter(), grid.make_counter(), semaphores, first)
-
-    def _run[T](self, kernel: Callable[[Chip], T], reference: Callable[[], T]) -> T:
-        chip = self._chip()
-        if chip is None:
-            return reference()
-        try:
-            return kernel(chip)
-        except NotImplementedError as error:
-            if not self.allow_reference:
-                raise NotImplementedError(
-                    f"{error}; --allow-reference-ops runs the plain operation in its place"
-                ) from error
-            logger.warning("no kernel, so the plain operation runs, slowly: %s", error)
-            return reference()
 
     def add_norm(
         self,
@@ -184,7 +147,9 @@ class Kernels:
             )  # fmt: skip
             return out.reshape(-1, *outputs)
 
-        return self._run(kernel, lambda: ops.product(rows, values, scale, bias, plain(layer)))
+        return self._run(
+            kernel, lambda: self._plain.product(rows, values, scale, bias, plain(layer))
+        )
 
     def partial_products(
         self, rows: Rows, weight: Weight, layer: Layer, group_size: int
@@ -203,8 +168,15 @@ class Kernels:
             return out[None]
 
         return self._run(
-            kernel, lambda: ops.partial_products(rows, values, scale, plain(layer), group_size)
+            kernel,
+            lambda: self._plain.partial_products(rows, values, scale, plain(layer), group_size),
         )
+
+    def vocab_logits(
+        self, x: Float[Array, "T D"], table: Float[Array, "V D"]
+    ) -> Float32[Array, "T V"]:
+        """The output head; on a GPU it is XLA's own product."""
+        return self._plain.vocab_logits(x, table)
 
     def gated_silu(self, gate_up: Float[Array, "T 2 F"], *, is_fp8: bool, num_groups: int) -> Rows:
         """silu(gate) * up, made ready for a row-parallel layer of so many groups."""
@@ -214,9 +186,8 @@ class Kernels:
         self, positions: Int32[Array, "B T"], rotary_dim: int, theta: float
     ) -> Float[Array, "B T 2 half"] | None:
         """What every layer's write can share; None where the reference computes it anew."""
-        if self._chip() is None:
-            return None
-        return kv_write.rotary_table(positions, rotary_dim, theta)
+        kernels = self._plain if self._chip() is None else kv_write
+        return kernels.rotary_table(positions, rotary_dim, theta)
 
     def write(
         self,
@@ -242,11 +213,8 @@ class Kernels:
             )  # fmt: skip
             return q, KVCache(k_pages, v_pages)
 
-        def reference() -> tuple[Array, KVCache]:
-            q, k, v = ops.split_heads(qkv, norms, positions, layer)
-            return q, kv_cache.write(cache, layer, page_table, positions, k, v)
-
-        return self._run(kernel, reference)
+        operands = (qkv, norms, positions, page_table, layer, cache, rotary)
+        return self._run(kernel, lambda: self._plain.write(*operands))
 
     def attend(
         self,
@@ -276,7 +244,7 @@ class Kernels:
             return Rows(None, values.reshape(num_rows, -1), scale)
 
         def reference() -> Rows:
-            return as_rows(ops.paged_attention(q, *cache, layer, page_table, positions))
+            return as_rows(self._plain.paged_attention(q, *cache, layer, page_table, positions))
 
         return self._run(kernel, reference)
 
@@ -305,7 +273,7 @@ class Kernels:
             )
             return experts, weights, None
 
-        return self._run(kernel, lambda: ops.route(x, weight, bias, plain(layer), **choice))
+        return self._run(kernel, lambda: self._plain.route(x, weight, bias, plain(layer), **choice))
 
     def stage(
         self,
@@ -331,7 +299,7 @@ class Kernels:
             return experts, weights, None, staged
 
         def reference() -> tuple[Array, Array, Array, None]:
-            return *ops.route(x, weight, bias, plain(layer), **choice), None
+            return *self._plain.route(x, weight, bias, plain(layer), **choice), None
 
         return self._run(kernel, reference)
 
@@ -368,10 +336,11 @@ class Kernels:
             )  # fmt: skip
 
         def reference() -> Pending:
-            routing = ops.local_routing(chosen, weights, first, num_local)
+            operands = (rows, chosen, weights, first, experts)
+            if self._runs_c:
+                return host_kernels.experts(*operands, shared, plain(layer), group_size=group_size)
             with jax.named_scope("experts"):
-                at = plain(layer)
-                routed = ops.experts(rows, routing, *gate_up, *down, at, group_size)
+                routed = references.experts(*operands, plain(layer), group_size)
             with jax.named_scope("shared_experts"):
                 return routed + self.gated_mlp(rows, shared, layer, shared_group_size)
 
@@ -381,6 +350,8 @@ class Kernels:
         self, rows: Rows, weights: tuple[Weight, Weight], layer: Layer, group_size: int
     ) -> Partials:
         """down(silu(gate(x)) * up(x)), in partial products over groups of the width."""
+        if self._runs_c:
+            return host_kernels.gated_mlp(rows, weights, plain(layer), group_size)
         gate_up, down = weights
         hidden = self.product(rows, gate_up, None, layer)
         num_groups = hidden.shape[-1] // group_size
@@ -398,3 +369,5 @@ def _as_ours(normed: norm.NormedRows, is_fp8: bool) -> NormedRows:
 
 
 DEFAULT_KERNELS = Kernels()
+# For derivatives, and for looking inside.
+PLAIN_KERNELS = Kernels(native=False)

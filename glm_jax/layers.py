@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from glm_jax import ops, sharding
 from glm_jax.fp8 import FP8
+from glm_jax.kernels import Kernels
 from glm_jax.operands import Layer, Weight, plain
 from glm_jax.sharding import Axes
 
@@ -109,6 +110,6 @@ class VocabTable(nnx.Module):
         vectors = table[jnp.clip(local, 0, table.shape[0] - 1)]
         return jnp.where(is_here[..., None], vectors, 0)
 
-    def logits(self, x: Float[Array, "T D"]) -> Float32[Array, "T V"]:
+    def logits(self, x: Float[Array, "T D"], kernels: Kernels) -> Float32[Array, "T V"]:
         """The product with every token's vector, joined over devices."""
-        return sharding.all_gather(ops.vocab_logits(x, self.values[...]), axis=1)
+        return sharding.all_gather(kernels.vocab_logits(x, self.values[...]), axis=1)

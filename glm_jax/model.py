@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from glm_jax.attention import Attend, Attention
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
-from glm_jax.kernels import DEFAULT_KERNELS, Kernels
+from glm_jax.kernels import PLAIN_KERNELS, Kernels
 from glm_jax.layers import NormStack, RMSNorm, VocabTable
 from glm_jax.moe import MLP, MoE, Routing
 from glm_jax.operands import Pending, Shifted, Workspace
@@ -55,7 +55,7 @@ class DecoderLayers(nnx.Module):
         self,
         config: ModelConfig,
         dtype: jnp.dtype,
-        kernels: Kernels = DEFAULT_KERNELS,
+        kernels: Kernels = PLAIN_KERNELS,
         *,
         rngs: nnx.Rngs,
     ) -> None:
@@ -143,7 +143,7 @@ class Glm4Moe(nnx.Module):
         self,
         config: ModelConfig,
         dtype: jnp.dtype,
-        kernels: Kernels = DEFAULT_KERNELS,
+        kernels: Kernels = PLAIN_KERNELS,
         *,
         rngs: nnx.Rngs,
     ) -> None:
@@ -204,7 +204,7 @@ class Glm4Moe(nnx.Module):
     def logits(self, hidden: Float[Array, "T D"]) -> Float32[Array, "T V"]:
         """Scores of every token of the vocabulary, for normed hidden states."""
         with jax.named_scope("lm_head"):
-            return self.lm_head.logits(hidden)
+            return self.lm_head.logits(hidden, self.layers.kernels)
 
 
 def _walk(
@@ -230,7 +230,7 @@ Weights = dict[str, jax.Array]
 def abstract_model(
     config: ModelConfig,
     dtype: DTypeLike,
-    kernels: Kernels = DEFAULT_KERNELS,
+    kernels: Kernels = PLAIN_KERNELS,
 ) -> Glm4Moe:
     """The model with shapes in place of arrays."""
     return nnx.eval_shape(lambda: Glm4Moe(config, jnp.dtype(dtype), kernels, rngs=nnx.Rngs(0)))

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from glm_jax.config import ModelConfig
-from glm_jax.kernels import DEFAULT_KERNELS, Kernels
+from glm_jax.kernels import PLAIN_KERNELS, Kernels
 from glm_jax.layers import Layer, Linear, parameter
 from glm_jax.operands import Partials, Pending, Staged, Weight, Workspace
 from glm_jax.ops import Rows
@@ -171,7 +171,7 @@ class MoE(nnx.Module):
         config: ModelConfig,
         num_layers: int,
         dtype: jnp.dtype,
-        kernels: Kernels = DEFAULT_KERNELS,
+        kernels: Kernels = PLAIN_KERNELS,
         *,
         rngs: nnx.Rngs,
     ) -> None:

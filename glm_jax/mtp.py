@@ -16,7 +16,7 @@ from glm_jax import ops
 from glm_jax.attention import Pages
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
-from glm_jax.kernels import DEFAULT_KERNELS, Kernels
+from glm_jax.kernels import PLAIN_KERNELS, Kernels
 from glm_jax.layers import Linear, RMSNorm
 from glm_jax.model import DecoderLayers, Weights, abstract_weights, bind, specs_of
 from glm_jax.ops import NormedRows
@@ -38,7 +38,7 @@ class MtpLayer(nnx.Module):
         self,
         config: ModelConfig,
         dtype: jnp.dtype,
-        kernels: Kernels = DEFAULT_KERNELS,
+        kernels: Kernels = PLAIN_KERNELS,
         *,
         rngs: nnx.Rngs,
     ) -> None:
@@ -112,7 +112,7 @@ def one_layer(config: ModelConfig) -> ModelConfig:
 
 
 def abstract_mtp(
-    config: ModelConfig, dtype: DTypeLike, kernels: Kernels = DEFAULT_KERNELS
+    config: ModelConfig, dtype: DTypeLike, kernels: Kernels = PLAIN_KERNELS
 ) -> MtpLayer:
     """The layer with shapes in place of arrays."""
     return nnx.eval_shape(lambda: MtpLayer(config, jnp.dtype(dtype), kernels, rngs=nnx.Rngs(0)))

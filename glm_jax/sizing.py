@@ -46,12 +46,13 @@ class _Geometry:
     decode_rows: tuple[int, ...]
 
 
-# On a CPU a step's time grows with its tokens, padding included, and faster above 256 (nano: 34 ms
-# for 64, 161 for 256, 491 for 512; two shared cores, 2026-11-24). At the roofline of eight B200 a
+# On a CPU a step's time grows with its rows, padding included, and a bucket costs 4 to 5 s of one core
+# to compile (nano: a decode step of 1, 4, 16 and 32 rows takes 0.7, 1, 6 and 10 ms of CPU time, a
+# prefill of 64 tokens 12; 2026-11-29). At the roofline of eight B200 a
 # prefill step of GLM-4.7 takes 7 ms and 8.4 us a token: these buckets waste 9 ms of it at most up to
 # 4096 tokens, and about a third of the step at worst.
 _GEOMETRY = {
-    "cpu": _Geometry(64, 16, (64, 256), (1, 8, 64, 512)),
+    "cpu": _Geometry(64, 16, (64, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)),
     "gpu": _Geometry(
         64,
         128,

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
+from glm_jax.native import library
 from glm_jax.runner import Bucket, Programs, buckets, compile_steps, lower_cache
 from glm_jax.shapes import StepShapes
 from glm_jax.steps import DEFAULT_OPTIONS, StepOptions, compiler_options, step_specs
@@ -34,7 +35,7 @@ _ZEROS = "cache"
 # Flags that change where things run or what is written down, not what is computed.
 _HARMLESS_FLAGS = re.compile(r"--xla_(dump_.*|force_host_platform_device_count=.*)")
 # A program is made by these files and by nothing else of the package.
-_SOURCES = ("*.py", "pallas/*.py")
+_SOURCES = ("*.py", "native/*.[ch]", "pallas/*.py")
 
 
 class EngineMismatchError(ValueError):
@@ -86,14 +87,15 @@ def manifest_of(
 
 
 def _host() -> str:
-    """What a CPU can execute: its architecture and, where the system says, its extensions."""
+    """What a CPU can execute: its architecture, its extensions where the system says, and our C."""
+    operations = "in C" if library.is_available() else "plain"
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return f"{platform.machine()} {platform.processor()}".strip()
+        return f"{platform.machine()} {platform.processor()} {operations}"
     features = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
     digest = hashlib.sha256((features[1] if features else "").encode()).hexdigest()
-    return f"{platform.machine()} {digest[:12]}"
+    return f"{platform.machine()} {digest[:12]} {operations}"
 
 
 def _source_digest() -> str:

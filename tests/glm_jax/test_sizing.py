@@ -122,7 +122,13 @@ def test_a_mesh_that_cannot_share_the_model_is_refused_with_the_option_to_change
 
 @pytest.mark.parametrize(
     ("max_concurrency", "buckets"),
-    [(1, (1,)), (5, (1, 5)), (8, (1, 8)), (64, (1, 8, 64)), (600, (1, 8, 64, 512, 600))],
+    [
+        (1, (1,)),
+        (5, (1, 2, 4, 5)),
+        (8, (1, 2, 4, 8)),
+        (64, (1, 2, 4, 8, 16, 32, 64)),
+        (600, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 600)),
+    ],
 )
 def test_decode_buckets_end_with_the_most_sequences(
     max_concurrency: int, buckets: tuple[int, ...]

@@ -209,7 +209,7 @@ def test_an_fp8_cache_holds_half_the_bytes_and_nearly_the_same_answers(
     ]
     ours, theirs = (bits.view(np.float32) for bits in logprobs)
     # Of the first token, which may be another where the likeliest two are close.
-    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], atol=0.1)
+    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], atol=0.15)
     assert (ours != theirs).any()  # an FP8 cache was in use
 
 
