@@ -4,10 +4,9 @@ Knows neither requests nor how the pages were filled.
 
 A row's positions are cut into splits at fixed places, so that an answer depends neither on the rows
 beside it nor on how many there are. A CTA takes one split of one KV head: pages come by TMA, several
-ahead; scores and sums are mma.sync's, which takes queries 16 at a time (a group of 12 wastes a
-quarter, where wgmma and tcgen05 would take 64) and its operands from registers, so that FP8 pages are
-widened on the way to it. The same code therefore serves sm90 and sm100. A second kernel combines the
-splits of a row in their order, and may quantize what it made for the projection that follows.
+tiles ahead; its warps share out a tile's keys, keep a softmax and a sum each (warp_products), and add
+them up in their order at the end. A second kernel does the same with the splits of a row, and may
+quantize what it made for the projection that follows. The same code serves sm90 and sm100.
 """
 
 import math
@@ -23,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
 from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.warp_products import ROWS, WARP_ROWS, WarpProducts
 
 HEAD_DIM = 128
 FP8 = jnp.float8_e4m3fn
@@ -31,7 +31,8 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 _SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
 # Below any score. A maximum that starts here, not at -inf, never makes a difference of infinities.
 _LOWEST = -1e30
-_SWIZZLE = 128
+# Splits whose partial answers are under way at a time.
+_AHEAD = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +45,9 @@ class TuningConfig:
       stages: tiles of keys and values in shared memory at a time.
     """
 
-    split_size: int = 512
-    tile_size: int = 64
-    stages: int = 3
+    split_size: int = 1024
+    tile_size: int = 128
+    stages: int = 2
 
     def __post_init__(self) -> None:
         if self.tile_size % 64:
@@ -73,17 +74,10 @@ class _Shape:
         return self.num_tokens * self.query_groups
 
     @property
-    def mma_rows(self) -> int:
-        # What fills whole tiles of one, two or four warps: all four go through a tile's softmax.
-        return next(
-            (rows for rows in (16, 32) if self.queries <= rows), pl.cdiv(self.queries, 64) * 64
-        )
-
-    @property
     def stored_rows(self) -> int:
         """Rows of a partial answer: the combining kernel reads each token's in fours."""
         last = (self.num_tokens - 1) * self.query_groups + pl.cdiv(self.query_groups, 4) * 4
-        return max(self.mma_rows, last)
+        return pl.cdiv(last, 4) * 4
 
     def num_splits(self, config: TuningConfig) -> int:
         return pl.cdiv(self.pages_per_sequence * self.page_size, config.split_size)
@@ -110,7 +104,8 @@ def attend(
         last position is not seen, whatever it is.
 
     Raises:
-      NotImplementedError: the head is not 128 wide, or pages do not tile `config.tile_size`.
+      NotImplementedError: the head is not 128 wide, pages do not tile `config.tile_size`, or more than
+        64 queries share a KV head.
     """
     del chip  # The same instructions on all of them.
     operands = q, k_pages, v_pages, layer, page_table, positions
@@ -146,16 +141,22 @@ def _partials(
 ) -> tuple[_Shape, TuningConfig, tuple[Array, ...]]:
     q, k_pages, v_pages, layer, page_table, positions = operands
     num_rows, num_tokens, kv_heads, query_groups, head_dim = q.shape
-    config = config or TuningConfig()
     shape = _Shape(
         num_rows, num_tokens, kv_heads, query_groups, k_pages.shape[3], page_table.shape[1],
         jnp.dtype(k_pages.dtype),
     )  # fmt: skip
+    # Twice the bytes, or four times the scores, of what is best otherwise.
+    is_wide = shape.cache_dtype != FP8 or shape.queries > 2 * WARP_ROWS
+    config = config or (TuningConfig(tile_size=64) if is_wide else TuningConfig())
     if head_dim != HEAD_DIM:
         raise NotImplementedError(f"{head_dim=}: heads are {HEAD_DIM} wide")
     if config.tile_size % shape.page_size or shape.page_size % 8:
         raise NotImplementedError(
             f"{shape.page_size=}: tiles of {config.tile_size=} are whole pages"
+        )
+    if shape.queries > ROWS:
+        raise NotImplementedError(
+            f"{shape.num_tokens=} of {shape.query_groups=}: at most {ROWS} queries share a KV head"
         )
     if shape.cache_dtype not in (jnp.bfloat16, FP8):
         raise NotImplementedError(f"{shape.cache_dtype=}: pages are bfloat16 or FP8")
@@ -164,49 +165,47 @@ def _partials(
     return shape, config, kernel(q, layers, page_table, positions, k_pages, v_pages)
 
 
-def _mma(acc: Array, a: Array, b: Array, interpret: bool) -> Array:
-    """acc + a @ b, accumulated in float32 by mma.sync, which the interpreter does not know."""
-    if interpret:
-        return acc + jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
-    return plgpu.mma(acc, a, b)
+# A warp takes a row at a time.
+_ROWS = plgpu.Layout.TILED(
+    plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+)
 
 
-def _swizzled(columns: int, num_bytes: int = _SWIZZLE) -> tuple[Any, ...]:
-    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(num_bytes)  # pyright: ignore[reportAbstractUsage]
-    return tiling, swizzle
+def _fold(carry: tuple[Array, Array, Array], more: tuple[Array, Array, Array]) -> Any:
+    """Adds a softmax's (maximum, sum, answer) over some keys to that over the keys before them."""
+    (largest, total, out), (more_largest, more_total, more_out) = carry, more
+    new_largest = jnp.maximum(largest, more_largest)
+    fade, share = jnp.exp2(largest - new_largest), jnp.exp2(more_largest - new_largest)
+    out = out * lax.broadcast_in_dim(fade, out.shape, [0])
+    out = out + more_out * lax.broadcast_in_dim(share, out.shape, [0])
+    return new_largest, total * fade + more_total * share, out
 
 
-def _mma_layout(kind: plgpu.Layout, rows: int) -> Any:
-    # The four warps stand side by side along keys, and along the head, unless rows fill more tiles.
-    return kind(
-        jnp.bfloat16, m_warps=next(warps for warps in (4, 2, 1) if rows % (16 * warps) == 0)
+def _nothing(rows: int, row_layout: Any, layout: Any) -> tuple[Array, Array, Array]:
+    """The same over no keys."""
+    return (
+        plgpu.layout_cast(jnp.full((rows,), _LOWEST, jnp.float32), row_layout),
+        plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), row_layout),
+        plgpu.layout_cast(jnp.zeros((rows, HEAD_DIM), jnp.float32), layout),
     )
 
 
 def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
-    rows, groups, tile = shape.mma_rows, shape.query_groups, config.tile_size
+    groups, tile = shape.query_groups, config.tile_size
     pages_per_tile = tile // shape.page_size
     pages_per_split = config.split_size // shape.page_size
-    is_fp8 = shape.cache_dtype == FP8
-    # An FP8 number is exact in float16, and its conversion one instruction for two of them.
-    operand = jnp.float16 if is_fp8 else jnp.bfloat16
-    lhs, rhs, accumulator = (
-        _mma_layout(kind, rows)
-        for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
-    )
-
-    # Warps that have no rows of their own exchange scores, so that the softmax of a tile needs no other
-    # warp; those that have exchange nothing, but products want shares laid out as they read them.
-    has_own_rows = rows % 64 == 0
-    soft = accumulator if has_own_rows else lhs
+    products = WarpProducts(shape.queries, tile, shape.cache_dtype, interpret)
+    query_rows, warp_keys = products.query_rows, products.keys_per_warp
+    stored = min(query_rows, shape.stored_rows)
+    layout, row_layout = products.score_layout, products.score_layout.reduce(1)
 
     def body(
         q_gmem, layer_gmem, table_gmem, positions_gmem, k_gmem, v_gmem,
         out_gmem, largest_gmem, total_gmem,
-        k_smem, v_smem, union_smem, largest_smem, total_smem, q_barrier, k_barrier, v_barrier,
+        pages_smem, queries_smem, q_barrier, k_barrier, v_barrier,
     ):  # fmt: skip
-        q_smem, (wide_smem, queries_smem, exchange_smem), out_smem = union_smem
+        (k_smem, v_smem), (out_smem, largest_smem, total_smem) = pages_smem
+        q_smem, kept_smem = queries_smem
         row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
         split = lax.axis_index("split")
         first = split * config.split_size
@@ -216,34 +215,44 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
             last = jnp.maximum(last, position)
         place = (row, kv_head, split)
 
+        # All of them at once, ahead of their use and of what the positions say: one latency in all. What
+        # a row does not own may be any number.
+        layer = layer_gmem[0]
+        num_pages = k_gmem.shape[1]
+        pages = [
+            jnp.clip(
+                table_gmem[
+                    row, jnp.minimum(split * pages_per_split + i, shape.pages_per_sequence - 1)
+                ],
+                0,
+                num_pages - 1,
+            )
+            for i in range(pages_per_split)
+        ]
+
         @pl.when(first <= last)
         def _work():
-            layer = layer_gmem[0]
             for token in range(shape.num_tokens):
                 plgpu.copy_gmem_to_smem(
                     q_gmem.at[row, token, kv_head],
                     q_smem.at[pl.ds(token * groups, groups)],
                     q_barrier,
                 )
-            # All of them at once, ahead of their use: one latency instead of one a tile.
-            last_page = last // shape.page_size
-            pages = [
-                table_gmem[row, jnp.minimum(split * pages_per_split + i, last_page)]
-                for i in range(pages_per_split)
-            ]
             num_tiles = jnp.minimum(config.split_size, last + 1 - first + tile - 1) // tile
 
             def fetch(index):
                 slot = lax.rem(index, config.stages)
-                for i in range(pages_per_tile):
-                    page = pages[i]
-                    for other in range(i + pages_per_tile, pages_per_split, pages_per_tile):
-                        page = jnp.where(index * pages_per_tile + i == other, pages[other], page)
-                    part = pl.ds(i * shape.page_size, shape.page_size)
-                    for gmem, smem, barrier in (
-                        (k_gmem, k_smem, k_barrier),
-                        (v_gmem, v_smem, v_barrier),
-                    ):
+                for gmem, smem, barrier in (
+                    (k_gmem, k_smem, k_barrier),
+                    (v_gmem, v_smem, v_barrier),
+                ):
+                    for i in range(pages_per_tile):
+                        page = pages[i]
+                        for other in range(i + pages_per_tile, pages_per_split, pages_per_tile):
+                            page = jnp.where(
+                                index * pages_per_tile + i == other, pages[other], page
+                            )
+                        part = pl.ds(i * shape.page_size, shape.page_size)
                         plgpu.copy_gmem_to_smem(
                             gmem.at[layer, page, kv_head], smem.at[slot, part], barrier.at[slot]
                         )
@@ -251,73 +260,54 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
             for index in range(config.stages - 1):
                 pl.when(index < num_tiles)(lambda index=index: fetch(jnp.int32(index)))
             plgpu.barrier_wait(q_barrier)
-            queries = plgpu.load(q_smem, layout=lhs, optimized=False)
-            queries_smem[...] = queries.astype(jnp.float32).astype(operand)
-            row_of = plgpu.broadcasted_iota(jnp.int32, (rows, tile), 0, layout=soft)
-            column_of = plgpu.broadcasted_iota(jnp.int32, (rows, tile), 1, layout=soft)
+            queries = plgpu.load(q_smem, layout=products.query_layout, optimized=False)
+            products.keep(queries, kept_smem)
+            row_of, column_of = (
+                plgpu.broadcasted_iota(jnp.int32, (ROWS, warp_keys), axis, layout=layout)
+                for axis in range(2)
+            )
 
-            def visible():
-                last_visible = jnp.full((rows, tile), row_positions[-1], jnp.int32)
+            def is_visible(start):
+                last_visible = jnp.full((ROWS, warp_keys), row_positions[-1], jnp.int32)
                 for token in reversed(range(shape.num_tokens - 1)):
-                    is_earlier = row_of < (token + 1) * groups
+                    is_earlier = row_of % query_rows < (token + 1) * groups
                     last_visible = jnp.where(is_earlier, row_positions[token], last_visible)
-                return last_visible
+                return start + row_of // query_rows * warp_keys + column_of <= last_visible
 
-            def widened(slot, start, is_masked):
-                """A tile's values, where shares can meet them."""
-                values_smem = v_smem.at[slot]
-                if is_fp8:
-                    narrow = plgpu.load(values_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-                    wide_smem[...] = narrow.astype(operand)
-                    values_smem = wide_smem
-                if is_masked:
-                    # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
-                    values = plgpu.load(values_smem, layout=plgpu.Layout.WGMMA)
-                    key = plgpu.broadcasted_iota(
-                        jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA
-                    )
-                    values_smem[...] = jnp.where(start + key <= last, values, 0)
-                return values_smem
+            def silence(start, values_smem):
+                # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
+                @pl.when(start + tile > last + 1)
+                def _silence():
+                    values = plgpu.load(values_smem, layout=silenced)
+                    key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=silenced)
+                    wide = jnp.where(start + key <= last, values.astype(jnp.float32), 0.0)
+                    values_smem[...] = wide.astype(values.dtype)
 
             def visit(index, carry, *, is_masked):
                 largest, total, out = carry
-                ahead = index + config.stages - 1
-                pl.when(ahead < num_tiles)(lambda: fetch(ahead))
                 slot = lax.rem(index, config.stages)
                 start = first + index * tile
-                queries = plgpu.load(queries_smem, layout=lhs)
+                ahead = index + config.stages - 1
+                # Where the next copies go, the tile before may still be read.
+                products.wait_for_warps()
+                pl.when(ahead < num_tiles)(lambda: fetch(ahead))
                 plgpu.barrier_wait(k_barrier.at[slot])
-                keys = plgpu.load(k_smem.at[slot].transpose((1, 0)), layout=rhs).astype(operand)
-                zeros = plgpu.layout_cast(jnp.zeros((rows, tile), jnp.float32), accumulator)
-                scores = _mma(zeros, queries, keys, interpret)
-                if not has_own_rows:
-                    exchange_smem[...] = scores
-                plgpu.barrier_wait(v_barrier.at[slot])
-                values_smem = widened(slot, start, is_masked)
-                if not has_own_rows:
-                    scores = plgpu.load(exchange_smem, layout=soft)
+                scores = products.scores(kept_smem, k_smem.at[slot])
                 if is_masked:
-                    scores = jnp.where(start + column_of <= visible(), scores, -jnp.inf)
+                    scores = jnp.where(is_visible(start), scores, -jnp.inf)
                 new_largest = jnp.maximum(largest, scores.max(axis=1) * _SCALE)
-                along = lax.broadcast_in_dim(new_largest, (rows, tile), [0])
+                along = lax.broadcast_in_dim(new_largest, scores.shape, [0])
                 shares = jnp.exp2(scores * _SCALE - along)
                 fade = jnp.exp2(largest - new_largest)
                 total = total * fade + shares.sum(axis=1)
-                fade = plgpu.layout_cast(fade, accumulator.reduce(1))
-                out = out * lax.broadcast_in_dim(fade, (rows, HEAD_DIM), [0])
-                weights = shares.astype(operand)
-                if has_own_rows:
-                    exchange_smem[...] = weights
-                    weights = plgpu.load(exchange_smem, layout=lhs)
-                values = plgpu.load(values_smem, layout=rhs)
-                return new_largest, total, _mma(out, weights, values, interpret)
+                out = out * lax.broadcast_in_dim(fade, out.shape, [0])
+                plgpu.barrier_wait(v_barrier.at[slot])
+                if is_masked:
+                    silence(start, v_smem.at[slot])
+                out = products.add(out, shares.astype(products.operand), v_smem.at[slot])
+                return new_largest, total, out
 
-            row_layout = soft.reduce(1)
-            carry = (
-                plgpu.layout_cast(jnp.full((rows,), _LOWEST, jnp.float32), row_layout),
-                plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), row_layout),
-                plgpu.layout_cast(jnp.zeros((rows, HEAD_DIM), jnp.float32), accumulator),
-            )
+            carry = _nothing(ROWS, row_layout, products.out_layout)
             # Up to where every token sees all keys, and past it.
             least = row_positions[0]
             for position in row_positions[1:]:
@@ -325,23 +315,42 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
             num_whole = jnp.clip((least + 1 - first) // tile, 0, num_tiles)
             carry = lax.fori_loop(0, num_whole, partial(visit, is_masked=False), carry)
             carry = lax.fori_loop(num_whole, num_tiles, partial(visit, is_masked=True), carry)
-            largest, total, out = carry
-            largest_smem[...] = largest
-            total_smem[...] = total
-            out_smem[...] = out
+            # Answers take the place of keys and values.
+            products.wait_for_warps()
+            for smem, values in zip((largest_smem, total_smem, out_smem), carry, strict=True):
+                smem[...] = values
+
+            def of_part(part):
+                rows = pl.ds(part * query_rows, query_rows)
+                row_layout = _ROWS.reduce(1)
+                return (
+                    plgpu.load(largest_smem.at[rows], layout=row_layout, optimized=False),
+                    plgpu.load(total_smem.at[rows], layout=row_layout, optimized=False),
+                    plgpu.load(out_smem.at[rows], layout=_ROWS, optimized=False),
+                )
+
+            if products.num_parts > 1:
+                folded = of_part(0)
+                for part in range(1, products.num_parts):
+                    folded = _fold(folded, of_part(part))
+                for smem, values in zip((largest_smem, total_smem, out_smem), folded, strict=True):
+                    smem[pl.ds(0, query_rows)] = values
             plgpu.commit_smem()
             for smem, gmem in (
                 (out_smem, out_gmem),
                 (largest_smem, largest_gmem),
                 (total_smem, total_gmem),
             ):
-                plgpu.copy_smem_to_gmem(smem, gmem.at[(*place, pl.ds(0, rows))])
+                part = pl.ds(0, stored)
+                plgpu.copy_smem_to_gmem(smem.at[part], gmem.at[(*place, part)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    is_fp8 = shape.cache_dtype == FP8
+    silenced = plgpu.Layout.WGMMA_UPCAST_2X if is_fp8 else plgpu.Layout.WGMMA
     split_shape = (shape.num_rows, shape.kv_heads, shape.num_splits(config), shape.stored_rows)
-    elements = _SWIZZLE // shape.cache_dtype.itemsize
-    transforms, wide_transforms = _swizzled(elements), _swizzled(64)
-    pages = plgpu.SMEM((config.stages, tile, HEAD_DIM), shape.cache_dtype, transforms=transforms)
+    pages = plgpu.SMEM(
+        (config.stages, tile, HEAD_DIM), shape.cache_dtype, transforms=products.transforms
+    )
     return plgpu.kernel(
         body,
         out_type=(
@@ -352,24 +361,18 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
         grid=(shape.num_splits(config), shape.kv_heads, shape.num_rows),
         grid_names=("split", "kv_head", "row"),
         scratch_types=(
-            pages,
-            pages,
             plgpu.RefUnion(
-                plgpu.SMEM((rows, HEAD_DIM), jnp.bfloat16),
+                (pages, pages),
                 (
-                    # Not less than the queries, as they came, take of the same memory.
-                    plgpu.SMEM(
-                        (tile if is_fp8 else rows, HEAD_DIM), operand, transforms=wide_transforms
-                    ),
-                    plgpu.SMEM((rows, HEAD_DIM), operand, transforms=wide_transforms),
-                    plgpu.SMEM((rows, tile), operand, transforms=wide_transforms)
-                    if has_own_rows
-                    else plgpu.SMEM((rows, tile), jnp.float32, transforms=_swizzled(8, 32)),
+                    plgpu.SMEM((ROWS, HEAD_DIM), jnp.float32),
+                    plgpu.SMEM((ROWS,), jnp.float32),
+                    plgpu.SMEM((ROWS,), jnp.float32),
                 ),
-                plgpu.SMEM((rows, HEAD_DIM), jnp.float32),
             ),
-            plgpu.SMEM((rows,), jnp.float32),
-            plgpu.SMEM((rows,), jnp.float32),
+            plgpu.RefUnion(
+                plgpu.SMEM((query_rows, HEAD_DIM), jnp.bfloat16),
+                plgpu.SMEM((query_rows, HEAD_DIM), products.operand),
+            ),
             plgpu.Barrier(num_arrivals=shape.num_tokens),
             plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=config.stages),
@@ -378,12 +381,6 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
         kernel_name="decode_attention_split",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-
-
-# A warp takes a row at a time.
-_ROWS = plgpu.Layout.TILED(
-    plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-)
 
 
 def _combine_kernel(
@@ -398,29 +395,44 @@ def _combine_kernel(
         token, kv_head = lax.axis_index("token"), lax.axis_index("kv_head")
         row, column = token // shape.num_tokens, token % shape.num_tokens
         part = pl.ds(column * groups, rows)
+
+        def partials(step):
+            """What is there of some splits, and of those past the row's last one whatever is there."""
+            found = []
+            for i in range(_AHEAD):
+                split = step * _AHEAD + i
+                place = (row, kv_head, jnp.minimum(split, shape.num_splits(config) - 1), part)
+                largest, total = (
+                    plgpu.load(gmem.at[place], layout=_ROWS.reduce(1), optimized=False)
+                    for gmem in (largest_gmem, total_gmem)
+                )
+                found.append(
+                    (largest, total, plgpu.load(out_gmem.at[place], layout=_ROWS, optimized=False))
+                )
+            return found
+
+        def fold(step, carry, found):
+            for i, (largest, total, out) in enumerate(found):
+                is_row_there, is_there = (
+                    jnp.full(x.shape, step * _AHEAD + i, jnp.int32) < num_splits
+                    for x in (total, out)
+                )
+                some = (
+                    jnp.where(is_row_there, largest, _LOWEST),
+                    jnp.where(is_row_there, total, 0.0),
+                    jnp.where(is_there, out, 0.0),
+                )
+                carry = _fold(carry, some)
+            return carry
+
+        # The first ones do not wait for the position, which says only how many there are.
+        first = partials(jnp.int32(0))
         num_splits = (positions_gmem[row, column] + config.split_size) // config.split_size
-
-        def visit(split, carry):
-            largest, total, out = carry
-            place = (row, kv_head, split, part)
-            row_layout = _ROWS.reduce(1)
-            split_largest, split_total = (
-                plgpu.load(gmem.at[place], layout=row_layout, optimized=False)
-                for gmem in (largest_gmem, total_gmem)
-            )
-            split_out = plgpu.load(out_gmem.at[place], layout=_ROWS, optimized=False)
-            new_largest = jnp.maximum(largest, split_largest)
-            fade, share = jnp.exp2(largest - new_largest), jnp.exp2(split_largest - new_largest)
-            out = out * lax.broadcast_in_dim(fade, tile, [0])
-            out = out + split_out * lax.broadcast_in_dim(share, tile, [0])
-            return new_largest, total * fade + split_total * share, out
-
-        carry = (
-            plgpu.layout_cast(jnp.full((rows,), _LOWEST, jnp.float32), _ROWS.reduce(1)),
-            plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), _ROWS.reduce(1)),
-            plgpu.layout_cast(jnp.zeros(tile, jnp.float32), _ROWS),
+        carry = fold(jnp.int32(0), _nothing(rows, _ROWS.reduce(1), _ROWS), first)
+        num_steps = (num_splits + _AHEAD - 1) // _AHEAD
+        _, total, out = lax.fori_loop(
+            1, num_steps, lambda step, carry: fold(step, carry, partials(step)), carry
         )
-        _, total, out = lax.fori_loop(0, num_splits, visit, carry)
         out = out / lax.broadcast_in_dim(jnp.where(total > 0, total, 1.0), tile, [0])
         attended = out.astype(jnp.bfloat16)
         if not is_quantized:

@@ -2,14 +2,12 @@
 
 Knows neither requests nor how the pages were filled.
 
-On sm90 the products are wgmma's; on sm100, for now, mma.sync's, which leave most of that chip's rate
-unused. Queries that share a KV head are rows of one matrix, tokens times heads of the group, cut without
+Queries that share a KV head are rows of one matrix, tokens times heads of the group, cut without
 regard to tokens: each row has its own last visible position. A CTA takes some warpgroups' rows past
-the keys they see, first those that all of them see, then those that need masks. One more warpgroup
-fetches pages ahead by TMA, widens FP8 ones, and silences what no row may see.
+the keys they see (prefill_consumer), first those that all of them see, then those that need masks. One
+more warpgroup fetches pages ahead by TMA, widens FP8 ones, and silences what no row may see.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Int32
 
 from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.prefill_consumer import HEAD_DIM, Tcgen05, Tiles, Wgmma
 
-HEAD_DIM = 128
 FP8 = jnp.float8_e4m3fn
-_LOG2E = math.log2(math.e)
-# Below any score: a maximum that starts here, not at -inf, never makes a difference of infinities.
-_LOWEST = -1e30
 _SWIZZLE = 128
-_SCALE = HEAD_DIM**-0.5 * _LOG2E
-_WG_ROWS = 64
-_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 88, 208
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 104, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +33,7 @@ class TuningConfig:
     Attributes:
       tile_size: keys per step. Part of the answer: it decides the order of sums.
       stages: tiles of keys and values in shared memory at a time.
-      warpgroups: warpgroups of queries per CTA, each of 64 rows on sm90.
+      warpgroups: warpgroups of queries per CTA, each of 64 rows on sm90 and 128 on sm100.
     """
 
     tile_size: int = 128
@@ -82,8 +75,8 @@ def attend(
       NotImplementedError: the head is not 128 wide, or pages do not tile `config.tile_size`.
     """
     num_rows, num_tokens, kv_heads, query_groups, head_dim = q.shape
-    # mma.sync holds queries in registers too: more keys than 64 at a time do not fit beside them.
-    config = config or TuningConfig(tile_size=128 if chip.architecture == "sm90" else 64)
+    consumer = _consumer_of(chip)
+    config = config or TuningConfig(tile_size=consumer.tile_size)
     page_size, dtype = k_pages.shape[3], jnp.dtype(k_pages.dtype)
     if head_dim != HEAD_DIM:
         raise NotImplementedError(f"{head_dim=}: heads are {HEAD_DIM} wide")
@@ -92,7 +85,7 @@ def attend(
     if dtype not in (jnp.bfloat16, FP8):
         raise NotImplementedError(f"{dtype=}: pages are bfloat16 or FP8")
     queries = q.swapaxes(1, 2).reshape(num_rows, kv_heads, num_tokens * query_groups, HEAD_DIM)
-    tile_rows = 64 * config.warpgroups
+    tile_rows = consumer.rows * config.warpgroups
     last_visible, bounds = _visibility(positions, query_groups, tile_rows)
     layers = jnp.asarray(layer, jnp.int32).reshape(1)
     kernel = _kernel(queries.shape, page_size, dtype, chip, config, interpret)
@@ -122,108 +115,8 @@ def _swizzled(columns: int) -> tuple[Any, ...]:
     return tiling, swizzle
 
 
-class _Wgmma:
-    """Products of sm90: queries, keys and values from shared memory, sums in registers."""
-
-    def __init__(self, interpret: bool) -> None:
-        self.accumulator = plgpu.Layout.WGMMA
-        self.out_width = HEAD_DIM
-        self._interpret = interpret
-
-    def queries(self, smem: Any) -> Any:
-        return smem
-
-    def scores(self, queries: Any, keys: Any, tile: int) -> list[Array]:
-        if self._interpret:
-            return [_interpreted(queries[...], keys[...].T)]
-
-        def product(acc):
-            plgpu.wgmma(acc, queries, keys.transpose((1, 0)))
-            return acc[...]
-
-        accumulator = plgpu.WGMMAAccumulatorRef((_WG_ROWS, tile), jnp.float32)
-        return [pl.run_scoped(product, accumulator)]
-
-    def add(
-        self, outs: tuple[Array, ...], shares: list[Array], values: Any, smem: Any
-    ) -> tuple[Array, ...]:
-        del smem
-        (out,), (weights,) = outs, shares
-        if self._interpret:
-            return (out + _interpreted(weights, values[...]),)
-        initial: Any = plgpu.WGMMAAccumulatorRef.init(out)
-        return (pl.run_state(lambda acc: plgpu.wgmma(acc, weights, values))(initial),)
-
-
-class _WarpMma:
-    """Products of mma.sync, which sm100 still has: from registers, 64 keys and half a head at a time.
-
-    Queries stay in registers, so their place in shared memory takes the shares, which the second
-    product wants laid out otherwise than the first one leaves them.
-    """
-
-    _PART = 64
-
-    def __init__(self, interpret: bool) -> None:
-        self.accumulator = plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=4)
-        self.out_width = self._PART
-        self._lhs = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=4)
-        self._rhs = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=4)
-        self._interpret = interpret
-
-    def queries(self, smem: Any) -> Any:
-        return [self._load(smem.at[:, part], self._lhs) for part in self._parts(HEAD_DIM)]
-
-    def scores(self, queries: Any, keys: Any, tile: int) -> list[Array]:
-        products = []
-        for part in self._parts(tile):
-            product = plgpu.layout_cast(
-                jnp.zeros((_WG_ROWS, self._PART), jnp.float32), self.accumulator
-            )
-            for query, half in zip(queries, self._parts(HEAD_DIM), strict=True):
-                key = self._load(keys.at[part, half].transpose((1, 0)), self._rhs)
-                product = self._mma(product, query, key)
-            products.append(product)
-        return products
-
-    def add(
-        self, outs: tuple[Array, ...], shares: list[Array], values: Any, smem: Any
-    ) -> tuple[Array, ...]:
-        parts = self._parts(self._PART * len(shares))
-        for part, share in zip(parts, shares, strict=True):
-            smem[:, part] = share
-        for part in parts:
-            weights = self._load(smem.at[:, part], self._lhs)
-            outs = tuple(
-                self._mma(out, weights, self._load(values.at[part, half], self._rhs))
-                for out, half in zip(outs, self._parts(HEAD_DIM), strict=True)
-            )
-        return outs
-
-    def _parts(self, size: int) -> list[Any]:
-        return [pl.ds(start, self._PART) for start in range(0, size, self._PART)]
-
-    def _load(self, smem: Any, layout: Any) -> Array:
-        return plgpu.load(smem, layout=layout)
-
-    def _mma(self, acc: Array, a: Array, b: Array) -> Array:
-        return acc + _interpreted(a, b) if self._interpret else plgpu.mma(acc, a, b)
-
-
-def _interpreted(a: Array, b: Array) -> Array:
-    """a @ b in float32, where the interpreter knows neither product's instruction as used here."""
-    return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
-
-
-def _masked(scores: list[Array], first: Array, visible: Array, layout: Any) -> list[Array]:
-    """Parts of scores of successive keys, the first at position `first`; -inf where not visible."""
-    masked = []
-    for part in scores:
-        key = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=layout)
-        is_visible = first + key <= lax.broadcast_in_dim(visible, part.shape, [0])
-        masked.append(jnp.where(is_visible, part, -jnp.inf))
-        first = first + part.shape[1]
-    return masked
+def _consumer_of(chip: Chip) -> type[Wgmma] | type[Tcgen05]:
+    return Wgmma if chip.architecture == "sm90" else Tcgen05
 
 
 def _kernel(
@@ -236,14 +129,15 @@ def _kernel(
 ) -> Any:
     num_rows, kv_heads, num_queries, _ = queries_shape
     tile, stages, warpgroups = config.tile_size, config.stages, config.warpgroups
-    products = (_Wgmma if chip.architecture == "sm90" else _WarpMma)(interpret)
-    num_tiles_q = pl.cdiv(num_queries, _WG_ROWS * warpgroups)
+    consumer = _consumer_of(chip)(interpret)
+    wg_rows = consumer.rows
+    num_tiles_q = pl.cdiv(num_queries, wg_rows * warpgroups)
     is_fp8 = cache_dtype == FP8
     pages_per_tile = tile // page_size
 
     def body(
         q_gmem, visible_gmem, bounds_gmem, layer_gmem, table_gmem, k_gmem, v_gmem, out_gmem,
-        q_smem, k_smem, v_smem, narrow_smem, q_barrier, landed, k_full, v_full, empty,
+        q_smem, k_smem, v_smem, narrow_smem, q_barrier, landed, k_full, v_full, empty, scratch,
     ):  # fmt: skip
         row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
         # The last tiles see most: they come first, and the others fill the end of the launch.
@@ -289,7 +183,7 @@ def _kernel(
             slot = lax.rem(index, stages)
             for which, (gmem, smem) in enumerate(caches):
                 plgpu.barrier_wait(landed.at[which])
-                pl.when(index >= stages)(lambda: plgpu.barrier_wait(empty.at[which, slot]))
+                pl.when(index >= stages)(lambda: plgpu.barrier_wait(empty[which].at[slot]))
                 widen(narrow_smem.at[which], smem.at[slot])
                 if which == 1:
                     silence(index, smem.at[slot])
@@ -312,16 +206,21 @@ def _kernel(
             def _fetch():
                 ahead_slot = lax.rem(ahead, stages)
                 for which, (gmem, smem) in enumerate(caches):
-                    pl.when(index >= 1)(lambda: plgpu.barrier_wait(empty.at[which, ahead_slot]))
+                    pl.when(index >= 1)(lambda: plgpu.barrier_wait(empty[which].at[ahead_slot]))
                     barrier = landed.at[ahead_slot] if which == 1 else k_full.at[ahead_slot]
                     fetch(ahead, gmem, smem.at[ahead_slot], barrier)
 
-        @pl.when((wg == warpgroups) & (num_tiles > 0))
+        # Also where there is nothing to bring: the others' increase waits for the registers given up here.
+        @pl.when(wg == warpgroups)
         def _producer():
             plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
             if is_fp8:
-                for which, (gmem, _) in enumerate(caches):
-                    fetch(0, gmem, narrow_smem.at[which], landed.at[which])
+
+                @pl.when(num_tiles > 0)
+                def _fetch():
+                    for which, (gmem, _) in enumerate(caches):
+                        fetch(0, gmem, narrow_smem.at[which], landed.at[which])
+
             else:
                 for index in range(stages - 1):
 
@@ -335,60 +234,29 @@ def _kernel(
         @pl.when(wg < warpgroups)
         def _consumer():
             plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-            rows = pl.ds((q_tile * warpgroups + wg) * _WG_ROWS, _WG_ROWS)
+            rows = pl.ds((q_tile * warpgroups + wg) * wg_rows, wg_rows)
             my_q = q_smem.at[wg]
             plgpu.copy_gmem_to_smem(q_gmem.at[row, kv_head, rows], my_q, q_barrier.at[wg])
-            row_layout = products.accumulator.reduce(1)
-            visible = plgpu.load(visible_gmem.at[row, rows], layout=row_layout, optimized=False)
+            visible = plgpu.load(
+                visible_gmem.at[row, rows], layout=consumer.layout.reduce(1), optimized=False
+            )
             plgpu.barrier_wait(q_barrier.at[wg])
-            queries = products.queries(my_q)
-
-            def visit(index, carry, *, is_masked):
-                largest, total, outs = carry
-                slot = lax.rem(index, stages)
-                plgpu.barrier_wait(k_full.at[slot])
-                scores = [x * _SCALE for x in products.scores(queries, k_smem.at[slot], tile)]
-                plgpu.barrier_arrive(empty.at[0, slot])
-                if is_masked:
-                    scores = _masked(scores, index * tile, visible, products.accumulator)
-                new_largest = largest
-                for part in scores:
-                    new_largest = jnp.maximum(new_largest, part.max(axis=1))
-                fade = jnp.exp2(largest - new_largest)
-                total = total * fade
-                shares = []
-                for part in scores:
-                    share = jnp.exp2(part - lax.broadcast_in_dim(new_largest, part.shape, [0]))
-                    total = total + share.sum(axis=1)
-                    shares.append(share.astype(jnp.bfloat16))
-                outs = tuple(out * lax.broadcast_in_dim(fade, out.shape, [0]) for out in outs)
-                plgpu.barrier_wait(v_full.at[slot])
-                outs = products.add(outs, shares, v_smem.at[slot], my_q)
-                plgpu.barrier_arrive(empty.at[1, slot])
-                return new_largest, total, outs
-
-            width = products.out_width
-            zeros = plgpu.layout_cast(
-                jnp.zeros((_WG_ROWS, width), jnp.float32), products.accumulator
-            )
-            carry = (
-                plgpu.layout_cast(jnp.full((_WG_ROWS,), _LOWEST, jnp.float32), row_layout),
-                plgpu.layout_cast(jnp.zeros((_WG_ROWS,), jnp.float32), row_layout),
-                (zeros,) * (HEAD_DIM // width),
-            )
-            for start, end, is_masked in (
-                (0, num_unmasked, False),
-                (num_unmasked, num_tiles, True),
-            ):
-                carry = lax.fori_loop(
-                    start, end, lambda i, c: visit(i, c, is_masked=is_masked), carry
+            consumer.consume(
+                Tiles(
+                    queries=my_q,
+                    visible=visible,
+                    keys=k_smem,
+                    values=v_smem,
+                    k_full=k_full,
+                    v_full=v_full,
+                    k_empty=empty[0],
+                    v_empty=empty[1],
+                    num_tiles=num_tiles,
+                    num_unmasked=num_unmasked,
+                    warpgroup=wg,
+                    scratch=scratch,
                 )
-            _, total, outs = carry
-            # A row at -1 sees nothing, though the tiles before the masks did not ask.
-            inverse = jnp.where((visible >= 0) & (total > 0), 1.0 / total, 0.0)
-            for i, out in enumerate(outs):
-                out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
-                my_q[:, pl.ds(i * width, width)] = out.astype(jnp.bfloat16)
+            )
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(my_q, out_gmem.at[row, kv_head, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -403,7 +271,7 @@ def _kernel(
         num_threads=warpgroups + 1,
         thread_name="wg",
         scratch_types=(
-            plgpu.SMEM((warpgroups, _WG_ROWS, HEAD_DIM), jnp.bfloat16, transforms=_swizzled(64)),
+            plgpu.SMEM((warpgroups, wg_rows, HEAD_DIM), jnp.bfloat16, transforms=_swizzled(64)),
             wide,
             wide,
             plgpu.SMEM(narrow, FP8, transforms=_swizzled(128)),
@@ -412,7 +280,8 @@ def _kernel(
             # Plain keys land where they are used, page by page; all else is handed on at once.
             plgpu.Barrier(num_arrivals=1 if is_fp8 else pages_per_tile, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=(2, stages)),
+            [plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)] * 2,
+            consumer.scratch_types(warpgroups, tile),
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="prefill_attention",

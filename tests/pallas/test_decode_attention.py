@@ -12,6 +12,8 @@ from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.decode_attention import HEAD_DIM, TuningConfig
 from tests.pallas.compiled import Program, compile_programs, needs_compiler
 
+pytestmark = pytest.mark.usefixtures("races_are_errors")
+
 CHIP = Chip("sm90", 132)
 LAYERS = 2
 SMALL = TuningConfig(split_size=128, tile_size=64, stages=2)
@@ -58,6 +60,10 @@ def assert_as_close_as_rounding(got: jax.Array, wanted: jax.Array) -> None:
         (2, [[62, 63, 64, -1]], 1, 3, 8, FP8),
         (3, [[128, 129]], 1, 12, 64, jnp.bfloat16),
         (4, [[61, 62, 63, 64]], 1, 12, 64, FP8),
+        # Two warps' queries: two parts of the keys.
+        (5, [[127, 128]], 1, 12, 64, FP8),
+        # More splits than the combining kernel reads at a time.
+        (7, [[1100]], 1, 12, 64, FP8),
     ],
 )
 def test_answers_are_the_references(seed, positions, kv_heads, groups, page_size, dtype) -> None:
@@ -93,6 +99,9 @@ def test_other_shapes_are_refused() -> None:
         decode_attention.attend(q[..., :64], *rest, chip=CHIP)
     step = some_step(6, [[0]], 1, 2, 24, FP8)
     with pytest.raises(NotImplementedError, match="page_size="):
+        decode_attention.attend(*step, chip=CHIP)
+    step = some_step(6, [list(range(6))], 1, 12, 64, FP8)
+    with pytest.raises(NotImplementedError, match="num_tokens=6 of .*: at most 64 queries"):
         decode_attention.attend(*step, chip=CHIP)
 
 
@@ -136,5 +145,10 @@ def test_it_compiles_for_the_deployment_without_local_memory(target: str) -> Non
             assert not kernel.uses_local_memory, f"{name}: {kernel}"
     queries, _ = programs["float8"]
     assert "mma.sync.aligned.m16n8k16.row.col.f32.f16" in queries.ptx
-    # Two of them fit on a multiprocessor, so that one waits while the other computes.
-    assert queries.shared <= 113 * 1024, str(queries)
+    # Keys are read 16 bytes a lane and values transposed on their way, neither a byte at a time.
+    loop = queries.ptx
+    assert loop.count("ldmatrix.sync.aligned.m8n8.x4.trans") >= 8
+    assert "ld.shared.b8" not in loop and "ld.shared.u8" not in loop
+    # Three of them fit on a multiprocessor: two compute and load while one begins or ends.
+    assert 3 * (queries.shared + 1024) <= 228 * 1024, str(queries)
+    assert 3 * queries.registers * queries.threads <= 64 * 1024, str(queries)

@@ -13,6 +13,8 @@ from glm_jax.pallas.prefill_attention import HEAD_DIM, TuningConfig
 from tests.pallas.compiled import Program, compile_programs, needs_compiler
 from tests.pallas.test_decode_attention import assert_as_close_as_rounding, some_step
 
+pytestmark = pytest.mark.usefixtures("races_are_errors")
+
 
 @pytest.mark.parametrize(
     ("architecture", "positions", "kv_heads", "groups", "page_size", "dtype", "warpgroups"),
@@ -22,6 +24,11 @@ from tests.pallas.test_decode_attention import assert_as_close_as_rounding, some
         ("sm90", [[128, 129], [0, -1], [-1, -1]], 2, 3, 32, FP8, 1),
         ("sm100", [[63, 64, 65, -1]], 1, 12, 64, FP8, 1),
         ("sm100", [[0, 1, 2]], 2, 3, 8, jnp.bfloat16, 1),
+        # Two warpgroups of 128 rows each, of which the second ends early; a third tile of keys.
+        ("sm100", [[*range(120, 132), -1]], 1, 12, 64, FP8, 2),
+        # Nothing to see, so nothing to fetch and nothing to wait for.
+        ("sm100", [[-1, -1]], 1, 12, 64, FP8, 1),
+        ("sm90", [[-1, -1]], 1, 12, 64, FP8, 1),
     ],
 )
 def test_answers_are_the_references(
@@ -65,7 +72,7 @@ def deployment_programs(chip: Chip) -> dict[str, Program]:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "instruction"), [("b200", "mma.sync.aligned.m16n8k16"), ("h200", "wgmma.mma_async")]
+    ("target", "instruction"), [("b200", "tcgen05.mma"), ("h200", "wgmma.mma_async")]
 )
 def test_it_compiles_for_the_deployment_without_local_memory(target: str, instruction: str) -> None:
     (kernel,) = compile_programs(target, deployment_programs)["float8"]

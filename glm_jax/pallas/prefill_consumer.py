@@ -1,0 +1,256 @@
+"""What a warpgroup of prefill attention makes of its queries: scores, softmax, answers, tile by tile.
+
+Knows neither pages nor who brings tiles of keys and values to shared memory.
+
+On sm90 the products are wgmma's: sums are in registers, and the warpgroup waits for each of its two
+products while the other warpgroup computes. On sm100 they are tcgen05's, of twice the rows: scores,
+shares and answers are in tensor memory, where the next tile's scores are made while this one's go
+through softmax, and this one's answers are added up while the next one's do. There an answer is scaled
+anew only when its row's maximum has grown by more than 2^8 since it last was, which is rare, and nothing
+is done where that is true of no row: the bits of a row are its own either way.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+HEAD_DIM = 128
+_SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
+# Below any score: a maximum that starts here, not at -inf, never makes a difference of infinities.
+_LOWEST = -1e30
+_GROWTH = 8.0
+# Columns of answers in registers at a time: beside a tile's shares, and at the end, when they are gone.
+_SCALED, _STORED = 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A warpgroup's queries, and the tiles of keys and values that they see.
+
+    Attributes:
+      queries: bfloat16[rows, 128] in shared memory, here already; answers take their place.
+      visible: int32[rows], each row's last position.
+      keys, values: bfloat16[stages, tile, 128] in shared memory.
+      k_full, v_full: of a stage, arrived at by who fills it; k_empty, v_empty: by every warpgroup.
+      num_tiles: in all; num_unmasked: that every row sees all of.
+      warpgroup: which of them this is.
+      scratch: what scratch_types made.
+    """
+
+    queries: Any
+    visible: Array
+    keys: Any
+    values: Any
+    k_full: Any
+    v_full: Any
+    k_empty: Any
+    v_empty: Any
+    num_tiles: Array
+    num_unmasked: Array
+    warpgroup: Array
+    scratch: Any
+
+    def slot(self, index: Array) -> Array:
+        return lax.rem(index, self.keys.shape[0])
+
+    def walk(self, visit: Any, carry: Any) -> Any:
+        """carry after visit(index, carry, is_masked=...) of every tile in turn."""
+        parts = ((0, self.num_unmasked, False), (self.num_unmasked, self.num_tiles, True))
+        for start, end, is_masked in parts:
+            carry = lax.fori_loop(
+                start,
+                end,
+                lambda i, c, is_masked=is_masked: visit(i, c, is_masked=is_masked),
+                carry,
+            )
+        return carry
+
+    def masked(self, scores: Array, index: Array, layout: Any) -> Array:
+        """Scores of tile `index`, -inf where not visible."""
+        key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=layout)
+        first = index * self.keys.shape[1]
+        is_visible = first + key <= lax.broadcast_in_dim(self.visible, scores.shape, [0])
+        return jnp.where(is_visible, scores, -jnp.inf)
+
+    def inverse(self, total: Array) -> Array:
+        # A row at -1 sees nothing, though the tiles before the masks did not ask.
+        return jnp.where((self.visible >= 0) & (total > 0), 1.0 / total, 0.0)
+
+
+class Wgmma:
+    """sm90's form."""
+
+    rows = 64
+    tile_size = 128
+    layout = plgpu.Layout.WGMMA
+
+    def __init__(self, interpret: bool) -> None:
+        self._interpret = interpret
+
+    def scratch_types(self, warpgroups: int, tile: int) -> dict[str, Any]:
+        del warpgroups, tile
+        return {}
+
+    def consume(self, tiles: Tiles) -> None:
+        """Leaves the answers where the queries were."""
+
+        def visit(index: Array, carry: Any, *, is_masked: bool) -> Any:
+            largest, total, out = carry
+            slot = tiles.slot(index)
+            plgpu.barrier_wait(tiles.k_full.at[slot])
+            scores = self._scores(tiles.queries, tiles.keys.at[slot]) * _SCALE
+            plgpu.barrier_arrive(tiles.k_empty.at[slot])
+            if is_masked:
+                scores = tiles.masked(scores, index, self.layout)
+            new_largest = jnp.maximum(largest, scores.max(axis=1))
+            fade = jnp.exp2(largest - new_largest)
+            shares = jnp.exp2(scores - lax.broadcast_in_dim(new_largest, scores.shape, [0]))
+            total = total * fade + shares.sum(axis=1)
+            out = out * lax.broadcast_in_dim(fade, out.shape, [0])
+            plgpu.barrier_wait(tiles.v_full.at[slot])
+            out = self._add(out, shares.astype(jnp.bfloat16), tiles.values.at[slot])
+            plgpu.barrier_arrive(tiles.v_empty.at[slot])
+            return new_largest, total, out
+
+        zeros = plgpu.layout_cast(jnp.zeros((self.rows, HEAD_DIM), jnp.float32), self.layout)
+        carry = (*_nothing(self.rows, self.layout), zeros)
+        _, total, out = tiles.walk(visit, carry)
+        out = out * lax.broadcast_in_dim(tiles.inverse(total), out.shape, [0])
+        tiles.queries[...] = out.astype(jnp.bfloat16)
+
+    def _scores(self, queries: Any, keys: Any) -> Array:
+        if self._interpret:
+            return _interpreted(queries[...], keys[...].T)
+
+        def product(acc: Any) -> Array:
+            plgpu.wgmma(acc, queries, keys.transpose((1, 0)))
+            return acc[...]
+
+        accumulator = plgpu.WGMMAAccumulatorRef((self.rows, keys.shape[0]), jnp.float32)
+        return pl.run_scoped(product, accumulator)
+
+    def _add(self, out: Array, shares: Array, values: Any) -> Array:
+        if self._interpret:
+            return out + _interpreted(shares, values[...])
+        initial: Any = plgpu.WGMMAAccumulatorRef.init(out)
+        return pl.run_state(lambda acc: plgpu.wgmma(acc, shares, values))(initial)
+
+
+class Tcgen05:
+    """sm100's form, which the interpreter knows every instruction of."""
+
+    rows = 128
+    tile_size = 64
+    layout = plgpu.Layout.TCGEN05
+
+    def __init__(self, interpret: bool) -> None:
+        del interpret
+
+    def scratch_types(self, warpgroups: int, tile: int) -> dict[str, Any]:
+        """A part of each for every warpgroup."""
+        done = plgpu.Barrier(num_barriers=warpgroups, orders_tensor_core=True)
+        shares = plgpu.TMEM((self.rows, warpgroups * tile), jnp.bfloat16, packed=True)
+        return {
+            "scores": plgpu.TMEM((self.rows, warpgroups * tile), jnp.float32),
+            "shares": shares,
+            "out": plgpu.TMEM((self.rows, warpgroups * HEAD_DIM), jnp.float32),
+            "scores_done": done,
+            "out_done": done,
+        }
+
+    def consume(self, tiles: Tiles) -> None:
+        """Leaves the answers where the queries were."""
+        tile, number = tiles.keys.shape[1], tiles.warpgroup
+        part = pl.ds(number * tile, tile)
+        scores, shares = (tiles.scratch[name].at[:, part] for name in ("scores", "shares"))
+        out = tiles.scratch["out"].at[:, pl.ds(number * HEAD_DIM, HEAD_DIM)]
+
+        def columns(start: int, width: int) -> Any:
+            return tiles.scratch["out"].at[:, pl.ds(number * HEAD_DIM + start, width)]
+
+        scores_done = tiles.scratch["scores_done"].at[number]
+        out_done = tiles.scratch["out_done"].at[number]
+
+        def start_scores(index: Array) -> None:
+            slot = tiles.slot(index)
+            plgpu.barrier_wait(tiles.k_full.at[slot])
+            keys = tiles.keys.at[slot].transpose((1, 0))
+            plgpu.tcgen05_mma(scores, tiles.queries, keys, scores_done, accumulate=False)
+
+        def visit(index: Array, carry: Any, *, is_masked: bool) -> Any:
+            largest, total = carry
+            slot = tiles.slot(index)
+            plgpu.barrier_wait(scores_done)
+            plgpu.barrier_arrive(tiles.k_empty.at[slot])
+            mine = plgpu.async_load_tmem(scores, layout=self.layout)
+            plgpu.wait_load_tmem()
+            pl.when(index + 1 < tiles.num_tiles)(lambda: start_scores(index + 1))
+            mine = mine * _SCALE
+            if is_masked:
+                mine = tiles.masked(mine, index, self.layout)
+            # A maximum of long ago still serves, as long as shares stay below 2^8.
+            highest = mine.max(axis=1)
+            new_largest = jnp.where(highest > largest + _GROWTH, highest, largest)
+            fade = jnp.exp2(largest - new_largest)
+            mine = jnp.exp2(mine - lax.broadcast_in_dim(new_largest, mine.shape, [0]))
+            total = total * fade + mine.sum(axis=1)
+
+            @pl.when(index > 0)
+            def _() -> None:
+                plgpu.barrier_wait(out_done)
+                plgpu.barrier_arrive(tiles.v_empty.at[tiles.slot(index - 1)])
+
+                @pl.when(jnp.min(fade) < 1.0)
+                def _() -> None:
+                    for start in range(0, HEAD_DIM, _SCALED):
+                        some = columns(start, _SCALED)
+                        old = plgpu.async_load_tmem(some, layout=self.layout)
+                        along = lax.broadcast_in_dim(fade, old.shape, [0])
+                        plgpu.async_store_tmem(some, old * along)
+
+            plgpu.async_store_tmem(shares, mine.astype(jnp.bfloat16))
+            plgpu.commit_tmem()
+            plgpu.barrier_wait(tiles.v_full.at[slot])
+            values = tiles.values.at[slot]
+            plgpu.tcgen05_mma(out, shares, values, out_done, accumulate=index > 0)
+            return new_largest, total
+
+        @pl.when(tiles.num_tiles > 0)
+        def _() -> None:
+            start_scores(jnp.int32(0))
+
+        _, total = tiles.walk(visit, _nothing(self.rows, self.layout))
+
+        @pl.when(tiles.num_tiles > 0)
+        def _() -> None:
+            plgpu.barrier_wait(out_done)
+            inverse = tiles.inverse(total)
+            for start in range(0, HEAD_DIM, _STORED):
+                attended = plgpu.async_load_tmem(columns(start, _STORED), layout=self.layout)
+                attended = attended * lax.broadcast_in_dim(inverse, attended.shape, [0])
+                tiles.queries[:, pl.ds(start, _STORED)] = attended.astype(jnp.bfloat16)
+
+        @pl.when(tiles.num_tiles == 0)
+        def _() -> None:
+            nothing = jnp.zeros((self.rows, HEAD_DIM), jnp.bfloat16)
+            tiles.queries[...] = plgpu.layout_cast(nothing, self.layout)
+
+
+def _nothing(rows: int, layout: Any) -> tuple[Array, Array]:
+    """The maximum and the sum of a softmax over no keys."""
+    row_layout = layout.reduce(1)
+    return (
+        plgpu.layout_cast(jnp.full((rows,), _LOWEST, jnp.float32), row_layout),
+        plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), row_layout),
+    )
+
+
+def _interpreted(a: Array, b: Array) -> Array:
+    """a @ b in float32, where the interpreter does not know the instruction as used here."""
+    return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))

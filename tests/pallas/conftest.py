@@ -1,0 +1,19 @@
+"""What tests of kernels may ask for.
+
+Knows no kernel.
+"""
+
+import functools
+
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+@pytest.fixture
+def races_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted kernels fail where two accesses of one memory have no order that is enforced.
+
+    The order is that of warpgroups, copies and tensor cores by barriers; threads of a warpgroup are one.
+    """
+    params = functools.partial(plgpu.InterpretGPUParams, detect_races=True, on_race="raise")
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", params)
