@@ -87,7 +87,7 @@ def test_a_turn_costs_the_host_less_than_a_millisecond(num_slots: int):
     for number in range(num_slots):
         engine.submit(request(str(number), 500 + number, 1000))
     engine.stop()
-    engine.run(lambda events: None)
+    engine.run_turns(lambda turn: None)
     turns = [
         after - before
         for (phase, before), (next_phase, after) in zip(
