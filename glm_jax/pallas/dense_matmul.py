@@ -3,7 +3,6 @@
 Knows neither quantization of tokens nor partial sums over devices.
 """
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +17,10 @@ from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.fp8_product import SCALE_SLOTS
 from glm_jax.pallas.tiling import LINE, TuningConfig, fitting_stages
 
-# Tokens up to which tiles are so few that each may have CTAs of its own.
-_MOST_SPREAD = 128
+# Ways to cut a step of few tokens on sm90: tokens of a tile, and weight rows of one.
+_TOKENS, _ROWS = (16, 32, 64, 128), (16, 32, 48, 64, 128)
+# A step of two lines costs as many arrivals as one of a line, but this many must be in flight.
+_FEWEST_STAGES = 4
 
 
 class _Place(NamedTuple):
@@ -28,40 +29,43 @@ class _Place(NamedTuple):
 
 
 def default_config(chip: Chip, num_tokens: int, num_rows: int) -> TuningConfig:
-    """Small tiles while weights are all the traffic; square ones once the products are the work."""
-    rows = 128 if chip.architecture == "sm100" else 64
+    """Small tiles while weights are all the traffic; square ones once the products are the work.
+
+    On one H200, QKV of 64 tokens took 9.0 us in steps of 128, 7.1 in steps of 256 and 8.1 of 512.
+    """
     if num_tokens > 512:
+        rows = 128 if chip.architecture == "sm100" else 64
         stages = fitting_stages(128, 2 * rows)
         return TuningConfig(tokens=128, rows=rows, warpgroups=2, stages=stages)
+    if chip.architecture == "sm90":
+        return _least_traffic(chip, num_tokens, num_rows)
     tokens = next((size for size in (16, 32, 64) if num_tokens <= size), 64)
     # The projections have 1792 and 5120 rows: in tiles of 32 or 64 most SMs have some to read.
     fill = 32 if num_rows < 64 * chip.num_cores // 2 else 64
-    return TuningConfig(tokens=tokens, rows=rows, stages=fitting_stages(tokens, rows), fill=fill)
+    return TuningConfig(tokens=tokens, rows=128, stages=fitting_stages(tokens, 128), fill=fill)
 
 
-def config_in_parts(chip: Chip, num_tokens: int, num_rows: int, width: int) -> TuningConfig:
-    """K in parts, by CTAs of a cluster in a decode step: every SM has a share, and a short one.
+def _least_traffic(chip: Chip, num_tokens: int, num_rows: int) -> TuningConfig:
+    """The tiles for which the SM that gets most of them has fewest rows of K to take in."""
 
-    Parts depend on the weight alone, so that steps of any number of tokens make the same bits: either
-    all of a deployment's steps are cut this way or none. On sm100 nothing is cut, since the sums of
-    several parts would not fit into tensor memory in prefill.
-    """
-    steps, tiles = pl.cdiv(width, LINE), pl.cdiv(num_rows, 2 * 64)
-    fitting = (n for n in (4, 3, 2) if steps % n == 0 and tiles * n <= chip.num_cores)
-    parts = next(fitting, 1) if chip.architecture == "sm90" and steps >= 8 else 1
-    config = default_config(chip, num_tokens, num_rows)
-    if parts == 1 or num_tokens > _MOST_SPREAD:
-        return replace(config, parts=parts)
-    # As many CTAs as there are SMs, or nearly: more rows a tile where rows alone are enough.
-    warpgroups = 2 if num_rows * parts > 64 * chip.num_cores else 1
-    return replace(
-        config,
-        warpgroups=warpgroups,
-        fill=None,
-        stages=fitting_stages(config.tokens, warpgroups * config.rows, num_spread=parts),
-        parts=parts,
-        is_spread=True,
-    )
+    def rows_taken_in(cut: tuple[int, int]) -> tuple[int, int]:
+        tokens, rows = cut
+        tiles = pl.cdiv(num_rows, rows) * pl.cdiv(num_tokens, tokens)
+        # Tokens that only fill a tile are not in memory.
+        each = rows + min(tokens, num_tokens)
+        return pl.cdiv(tiles, chip.num_cores) * each, tiles
+
+    fitting = [tokens for tokens in _TOKENS if tokens < 2 * max(num_tokens, 16)]
+    tokens, rows = min(((t, r) for t in fitting for r in _ROWS), key=rows_taken_in)
+    warpgroups = 2 if rows > 64 else 1
+    step = 2 * LINE
+    if fitting_stages(tokens, 64 * warpgroups, step=step) < _FEWEST_STAGES:
+        step = LINE
+    return TuningConfig(
+        tokens=tokens, rows=64, warpgroups=warpgroups, step=step,
+        stages=fitting_stages(tokens, 64 * warpgroups, step=step),
+        fill=None if warpgroups == 2 else rows,
+    )  # fmt: skip
 
 
 def matmul(
@@ -88,20 +92,12 @@ def matmul(
     if padding := fp8_product.padding(num_tokens):
         x, x_scale = (jnp.pad(operand, ((0, padding), (0, 0))) for operand in (x, x_scale))
     config = config or default_config(chip, num_tokens, num_rows)
-    if chip.architecture == "sm100" and (config.parts > 1 or config.takes_turns):
-        raise NotImplementedError(f"{config.parts=}, {config.takes_turns=}: not on sm100")
+    if chip.architecture == "sm100" and config.takes_turns:
+        raise NotImplementedError(f"{config.takes_turns=}: not on sm100")
     num_steps = pl.cdiv(width, config.step)
-    if config.parts > 1 and width % config.step:
-        raise NotImplementedError(f"{width=} in parts is no multiple of {config.step=}")
-    if num_steps % config.parts:
-        raise NotImplementedError(f"{width=}: {num_steps} steps are not {config.parts=}")
-    if interpret:
-        # The interpreter knows no shared memory of other CTAs.
-        config = replace(config, is_spread=False)
     row_tiles = pl.cdiv(num_rows, config.tile_rows)
     num_tiles = row_tiles * pl.cdiv(num_tokens, config.tokens)
-    num_ctas = num_tiles if config.is_spread else min(num_tiles, chip.num_cores)
-    num_steps //= config.num_spread
+    num_ctas = min(num_tiles, chip.num_cores)
     operands = [x, x_scale.reshape(-1), values, scale, layer.reshape(1)]
     if bias is not None:
         operands.append(bias)
@@ -109,7 +105,6 @@ def matmul(
     def body(*refs: Any, **scratch: Any) -> None:
         x_ref, x_scale_ref, values_ref, scale_ref, layer_ref, *biases, out_ref = refs
         layer_index = layer_ref[0]
-        first_step = lax.axis_index("part") * num_steps if config.num_spread > 1 else 0
 
         def locate(tile: jax.Array) -> _Place:
             # Row tiles vary fastest: CTAs side by side share their tokens, and weights stay in L2.
@@ -119,7 +114,7 @@ def matmul(
             )
 
         def fetch(place: _Place, step: jax.Array, weights: Any, tokens: Any, barrier: Any) -> None:
-            columns = pl.ds((first_step + step) * config.step, config.step)
+            columns = pl.ds(step * config.step, config.step)
             rows = pl.ds(place.row, config.tile_rows)
             plgpu.copy_gmem_to_smem(
                 values_ref.at[layer_index, rows, columns],

@@ -23,6 +23,8 @@ _WARPGROUP = 128
 _PICKS = 4
 # Rows in flight when tokens are copied: 80 KiB of the model's.
 _CHUNK = 16
+# CTAs of an SM that copy, so that some load while others store.
+_COPIERS = 2
 # Every CTA counts all picks: above so many tokens that takes longer than sorting them once.
 _MOST_COUNTED = 256
 
@@ -139,7 +141,10 @@ def stage(
     padding = -num_choices % _PICKS
     padded = jnp.pad(experts, ((0, 0), (0, padding))) if padding else experts
     sizes = Sizes(num_tokens, num_choices, padded.shape[1], num_local, tile, tiles, width)
-    num_ctas = min(tiles, chip.num_cores)
+    if sorted_already:
+        num_ctas = min(tiles * (tile // sizes.chunk), _COPIERS * chip.num_cores)
+    else:
+        num_ctas = min(tiles, chip.num_cores)
     kernel = plgpu.kernel(
         functools.partial(_copy_body if sorted_already else _sort_body, sizes, num_ctas=num_ctas),
         out_type=sizes.row_types() if sorted_already else sizes.row_types() + sizes.plan_types(),
@@ -181,6 +186,11 @@ class Sizes(NamedTuple):
     width: int
 
     @property
+    def chunk(self) -> int:
+        """Rows of a tile that are copied at once."""
+        return min(self.tile, _CHUNK)
+
+    @property
     def padded_experts(self) -> int:
         """Local experts, an expert a lane."""
         return -(-self.num_local // _WARPGROUP) * _WARPGROUP
@@ -208,10 +218,10 @@ class Sizes(NamedTuple):
 
     def scratch(self, *, is_sorting: bool) -> dict[str, Any]:
         """The shared memory of sort_and_copy, or of copies alone."""
-        chunk = min(self.tile, _CHUNK)
+        shape = (self.chunk, self.width // _LANES, _LANES)
         types: dict[str, Any] = {
-            "staged": plgpu.SMEM((chunk, self.width // _LANES, _LANES), jnp.float8_e4m3fn),
-            "arrived": plgpu.Barrier(num_arrivals=chunk),
+            "staged": plgpu.SMEM(shape, jnp.float8_e4m3fn),
+            "arrived": plgpu.Barrier(num_arrivals=self.chunk),
         }
         if is_sorting:
             types["picks"] = plgpu.SMEM((self.num_tokens, self.padded_choices), jnp.int32)
@@ -223,35 +233,29 @@ class Sizes(NamedTuple):
 
 
 def _copy_rows(
-    sizes: Sizes,
     x_ref: Any,
     x_scale_ref: Any,
     values_ref: Any,
     scale_ref: Any,
-    token_of: Callable[[jax.Array], jax.Array],
+    token_of: Callable[[int], jax.Array],
     first_row: jax.Array,
     scratch: Mapping[str, Any],
 ) -> None:
-    """Copies a tile's tokens, a chunk of rows in flight at a time."""
+    """Copies the tokens of as many rows as are in flight at a time."""
     staged, arrived = scratch["staged"], scratch["arrived"]
-    chunk = staged.shape[0]
-
-    def copy_chunk(index: jax.Array, _: None) -> None:
-        start = index * chunk
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for row in range(chunk):
-            token = token_of(start + row)
-            plgpu.copy_gmem_to_smem(x_ref.at[token], staged.at[row], arrived)
-            scale_ref[first_row + start + row] = x_scale_ref[token]
-        plgpu.barrier_wait(arrived)
-        plgpu.copy_smem_to_gmem(staged, values_ref.at[pl.ds(first_row + start, chunk)])
-
-    lax.fori_loop(0, sizes.tile // chunk, copy_chunk, None)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for row in range(staged.shape[0]):
+        token = token_of(row)
+        plgpu.copy_gmem_to_smem(x_ref.at[token], staged.at[row], arrived)
+        scale_ref[first_row + row] = x_scale_ref[token]
+    plgpu.barrier_wait(arrived)
+    plgpu.copy_smem_to_gmem(staged, values_ref.at[pl.ds(first_row, staged.shape[0])])
 
 
-def _over_tiles(num_tiles: jax.Array, num_ctas: int, visit: Callable[[jax.Array], None]) -> None:
+def _over(number: jax.Array, num_ctas: int, visit: Callable[[jax.Array], None]) -> None:
+    """Visits this CTA's share of so many."""
     cta = lax.axis_index("cta")
-    count = lax.div(num_tiles - cta + num_ctas - 1, jnp.int32(num_ctas))
+    count = lax.div(number - cta + num_ctas - 1, jnp.int32(num_ctas))
     lax.fori_loop(0, count, lambda index, _: visit(cta + index * num_ctas), None)
     plgpu.wait_smem_to_gmem(0)
 
@@ -267,14 +271,14 @@ def _copy_body(
     num_ctas: int,
     **scratch: Any,
 ) -> None:
-    """Copies the tokens of tiles that were sorted before."""
+    """Copies the tokens of tiles that were sorted before; a tile's rows are many CTAs' work."""
 
-    def copy_tile(index: jax.Array) -> None:
-        first_row = index * sizes.tile
+    def copy_chunk(index: jax.Array) -> None:
+        first_row = index * sizes.chunk
         refs = (x_ref, x_scale_ref, values_ref, scale_ref)
-        _copy_rows(sizes, *refs, lambda row: tokens_ref[first_row + row], first_row, scratch)
+        _copy_rows(*refs, lambda row: tokens_ref[first_row + row], first_row, scratch)
 
-    _over_tiles(num_tiles_ref[0], num_ctas, copy_tile)
+    _over(num_tiles_ref[0] * (sizes.tile // sizes.chunk), num_ctas, copy_chunk)
 
 
 def _sort_body(sizes: Sizes, *refs: Any, num_ctas: int, **scratch: Any) -> None:
@@ -344,9 +348,14 @@ def sort_and_copy(
         for row in range(sizes.tile):
             tokens_ref[first_row + row] = taken[row]
         refs = (x_ref, x_scale_ref, values_ref, scale_ref)
-        _copy_rows(sizes, *refs, lambda row: taken[row], first_row, scratch)
 
-    _over_tiles(num_tiles, num_ctas, sort_tile)
+        def copy_chunk(number: jax.Array, _: None) -> None:
+            first = number * sizes.chunk
+            _copy_rows(*refs, lambda row: taken[first + row], first_row + first, scratch)
+
+        lax.fori_loop(0, sizes.tile // sizes.chunk, copy_chunk, None)
+
+    _over(num_tiles, num_ctas, sort_tile)
 
 
 def _count_tiles(sizes: Sizes, picks: Any, first_expert: jax.Array, tiles: Any) -> jax.Array:

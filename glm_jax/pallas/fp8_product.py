@@ -9,15 +9,13 @@ the unit. A kernel is persistent: one CTA per SM takes tiles cta, cta + num_ctas
 stages carries on from tile to tile, so that the next tile's weights are under way while this one's
 products are being stored.
 
-K is walked in steps of 128 from the front, in parts that depend on the weight's shape and the chip
-alone and are added in their order, whatever the number of tokens, tiles or SMs: the bits of a product
-depend on its own two rows. One CTA may walk all parts, or a cluster of CTAs one part each.
+K is walked from the front, 32 columns an instruction, whatever the number of tokens, tiles or SMs and
+however wide a step is: the bits of a product depend on its own two rows.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -116,14 +114,6 @@ def scratch_types(
         "scales_full": plgpu.Barrier(num_arrivals=num_scale_copies, num_barriers=SCALE_SLOTS),
         "scales_empty": plgpu.Barrier(num_arrivals=readers, num_barriers=SCALE_SLOTS),
     }
-    if config.num_spread > 1:
-        others = config.num_spread - 1
-        types["partials"] = plgpu.SMEM(
-            (others, warpgroups, config.rows, config.tokens),
-            jnp.float32,
-            transforms=_tiled(min(config.tokens, 32), jnp.float32),
-        )
-        types["partials_full"] = plgpu.Barrier(num_arrivals=others, num_barriers=warpgroups)
     if is_sm100:
         accumulator = plgpu.TMEM((config.rows, config.tokens), jnp.float32)
         types["accumulators"] = [accumulator] * (_ACC_SLOTS * warpgroups * halves)
@@ -171,8 +161,6 @@ def launch(
         scratch_types=dict(scratch),
         grid=(num_ctas,),
         grid_names=("cta",),
-        cluster=(config.num_spread,) if config.num_spread > 1 else (),
-        cluster_names=("part",) if config.num_spread > 1 else (),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -253,8 +241,6 @@ class _Loop:
             def _():
                 plgpu.barrier_wait(scales_empty.at[slot])
 
-            self.streams.fetch_scales(place, slot, scales_full.at[slot])
-
             def feed_step(index: jax.Array, _: None) -> None:
                 step = first_step + index
                 stage = self.stage(step)
@@ -267,6 +253,11 @@ class _Loop:
                 tokens = self.scratch["tokens"].at[stage]
                 self.streams.fetch(place, index, weights, tokens, self.full(number, stage))
 
+                # Scales are wanted last, but must not wait for the ring to come round.
+                @pl.when(index == 0)
+                def _():
+                    self.streams.fetch_scales(place, slot, scales_full.at[slot])
+
             lax.fori_loop(0, self.streams.num_steps(place), feed_step, None)
 
         self.over_tiles(feed_tile)
@@ -274,39 +265,7 @@ class _Loop:
     def finish(
         self, number: jax.Array, place: Any, warpgroup: jax.Array, products: _Products
     ) -> None:
-        """Rounds, stages and sends a tile's products, where a cluster walks them their sum."""
-        finish = self._finish_spread if self.config.num_spread > 1 else self._store
-        finish(number, place, warpgroup, products)
-
-    def _finish_spread(
-        self, number: jax.Array, place: Any, warpgroup: jax.Array, products: _Products
-    ) -> None:
-        """Sends this CTA's part to the cluster's first one, which adds what it gets to its own."""
-        part, partials = lax.axis_index("part"), self.scratch["partials"]
-        full = self.scratch["partials_full"].at[warpgroup]
-        [mine] = products(0, 0, self.config.tokens)
-
-        @pl.when(part > 0)
-        def _():
-            plgpu.async_store_smem(
-                mine,
-                partials.at[part - 1, warpgroup],
-                full,
-                cluster_idx=jnp.int32(0),
-                cluster_dim="part",
-            )
-
-        @pl.when(part == 0)
-        def _():
-            plgpu.barrier_wait(full)
-            total = mine
-            for other in range(self.config.num_spread - 1):
-                total = total + partials[other, warpgroup]
-            self._store(number, place, warpgroup, lambda *_: [total])
-
-    def _store(
-        self, number: jax.Array, place: Any, warpgroup: jax.Array, products: _Products
-    ) -> None:
+        """Rounds, stages and sends a tile's products."""
         slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
         staged = self.scratch["staged"].at[warpgroup]
         plgpu.barrier_wait(self.scratch["scales_full"].at[slot])
@@ -354,9 +313,9 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
         _take_registers(config, 232)
 
         def multiply_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
-            num_steps = loop.streams.num_steps(place) // config.num_walked
+            num_steps = loop.streams.num_steps(place)
 
-            def multiply(first_step: jax.Array, *accumulators: Any) -> list[jax.Array]:
+            def multiply(*accumulators: Any) -> list[jax.Array]:
                 def step(index: jax.Array, _: None) -> None:
                     stage = loop.stage(first_step + index)
                     plgpu.barrier_wait(loop.full(number, stage))
@@ -379,16 +338,7 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
                 return products
 
             accumulator = plgpu.WGMMAAccumulatorRef((_WGMMA_ROWS, config.tokens), jnp.float32)
-            accumulators = [accumulator] * len(blocks)
-            products = pl.run_scoped(partial(multiply, first_step), *accumulators)
-
-            def add_part(part: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
-                first = first_step + part * num_steps
-                more = pl.run_scoped(partial(multiply, first), *accumulators)
-                return [a + b for a, b in zip(sums, more, strict=True)]
-
-            if config.num_walked > 1:
-                products = lax.fori_loop(1, config.num_walked, add_part, products)
+            products = pl.run_scoped(multiply, *[accumulator] * len(blocks))
 
             def of_block(block: int, *_: int) -> list[jax.Array]:
                 return products[block * loop.halves : (block + 1) * loop.halves]

@@ -4,7 +4,7 @@ Knows neither activations nor what the two products of an expert mean. Tiles of 
 first, then the tiles of experts in use; an expert without tokens costs nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import batched
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +19,7 @@ from glm_jax.pallas import fp8_product, grid
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
 from glm_jax.pallas.fp8_product import SCALE_SLOTS
-from glm_jax.pallas.quantize import GROUP, quantize_rows, quantized_types
+from glm_jax.pallas.quantize import GROUP, quantize_groups, quantized_types
 from glm_jax.pallas.tiling import TuningConfig
 
 
@@ -161,7 +161,9 @@ def product(
             plgpu.wait_smem_to_gmem(0)
             grid.wait_for_all(counter_refs[0], num_ctas)
             in_use = num_tiles_ref[0] * (config.tokens // GROUP)
-            _quantize(in_use, outs, quantized, num_ctas, config.warpgroups + 1)
+            warpgroups = config.warpgroups + 1
+            first = lax.axis_index("cta") * warpgroups + lax.axis_index("warpgroup")
+            quantize_groups(in_use, outs, quantized, first, num_ctas * warpgroups)
 
     scratch = fp8_product.scratch_types(
         chip,
@@ -193,22 +195,6 @@ def product(
     # Rows that only fill a group stay: to cut them off would be a launch each.
     pairs = [(values, scale[:, None]) for values, scale in batched(outs[len(sides) :], 2)]
     return pairs[0], pairs[1] if shared else None
-
-
-def _quantize(
-    in_use: jax.Array, rows: Sequence[Any], quantized: Sequence[Any], num_ctas: int, warpgroups: int
-) -> None:
-    """Quantizes the groups of this warpgroup: those of rows that are in use, then all of tokens."""
-    first = lax.axis_index("cta") * warpgroups + lax.axis_index("warpgroup")
-    stride = num_ctas * warpgroups
-    counts = [in_use, *(ref.shape[0] // GROUP for ref in rows[1:])]
-    for side, (ref, count) in enumerate(zip(rows, counts, strict=True)):
-
-        def visit(number: jax.Array, _: None, side: int = side, ref: Any = ref) -> None:
-            values, scale = quantized[2 * side], quantized[2 * side + 1]
-            quantize_rows(ref, values, scale, first + number * stride)
-
-        lax.fori_loop(0, lax.div(count - first + stride - 1, stride), visit, None)
 
 
 def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,7 @@ Knows neither experts nor products. The first product does the same itself where
 each other: quantize_rows is that kernel's second half too.
 """
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,9 @@ from glm_jax.pallas.dispatch import Dispatch
 
 # Rows that a warpgroup quantizes at once, each a warp's.
 GROUP = 4
+# The grid is for the most rows that there can be: eight times what one of eight devices is given. So
+# many CTAs are running at once on any chip, and none is started for nothing.
+_MOST_CTAS = 1024
 _FP8_MAX = 448.0
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _LANES = 32
@@ -40,18 +43,49 @@ def quantize_hidden(
       NotImplementedError: F or S is no multiple of 64.
     """
     arrays = [_whole_groups(array) for array in (hidden, shared) if array is not None]
-    groups = [array.shape[0] // GROUP for array in arrays]
+    num_groups = sum(array.shape[0] for array in arrays) // GROUP
+    num_ctas = min(num_groups, _MOST_CTAS)
+
+    def body(num_tiles_ref: Any, *refs: Any) -> None:
+        inputs, outs = refs[: len(arrays)], refs[len(arrays) :]
+        in_use = num_tiles_ref[0] * (dispatch.tile // GROUP)
+        quantize_groups(in_use, inputs, outs, lax.axis_index("cta"), num_ctas)
+
     outs = plgpu.kernel(
-        functools.partial(_body, groups[0], dispatch.tile // GROUP),
+        body,
         out_type=[out for array in arrays for out in quantized_types(*array.shape)],
-        grid=(sum(groups),),
-        grid_names=("group",),
+        grid=(num_ctas,),
+        grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
         kernel_name="quantize_hidden",
     )(dispatch.num_tiles, *arrays)
     routed = as_pair(outs[:2], hidden.shape[0])
     return routed, None if shared is None else as_pair(outs[2:], shared.shape[0])
+
+
+def quantize_groups(
+    in_use: jax.Array,
+    rows: Sequence[Any],
+    quantized: Sequence[Any],
+    first: jax.Array,
+    stride: int,
+) -> None:
+    """Quantizes every stride-th group from first on: of routed rows those in use, of tokens' all.
+
+    Args:
+      in_use: groups of routed rows.
+      rows: refs of routed rows and, where there are any, of tokens' rows.
+      quantized: refs of quantized_types of each.
+    """
+    counts = [in_use, *(ref.shape[0] // GROUP for ref in rows[1:])]
+    for side, (ref, count) in enumerate(zip(rows, counts, strict=True)):
+
+        def visit(number: jax.Array, _: None, side: int = side, ref: Any = ref) -> None:
+            values, scale = quantized[2 * side], quantized[2 * side + 1]
+            quantize_rows(ref, values, scale, first + number * stride)
+
+        lax.fori_loop(0, lax.div(count - first + stride - 1, jnp.int32(stride)), visit, None)
 
 
 def quantized_types(num_rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
@@ -110,19 +144,3 @@ def _layout(width: int) -> Any:
 def _whole_groups(rows: BFloat16[Array, "R F"]) -> BFloat16[Array, "padded F"]:
     padding = -rows.shape[0] % GROUP
     return jnp.pad(rows, ((0, padding), (0, 0))) if padding else rows
-
-
-def _body(num_routed: int, groups_per_tile: int, num_tiles_ref: Any, *refs: Any) -> None:
-    group = lax.axis_index("group")
-    num_sides = len(refs) // 3
-    inputs, outs = refs[:num_sides], refs[num_sides:]
-
-    @pl.when((group < num_routed) & (group < num_tiles_ref[0] * groups_per_tile))
-    def _():
-        quantize_rows(inputs[0], outs[0], outs[1], group)
-
-    if num_sides == 2:
-
-        @pl.when(group >= num_routed)
-        def _():
-            quantize_rows(inputs[1], outs[2], outs[3], group - num_routed)

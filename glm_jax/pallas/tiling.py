@@ -1,4 +1,4 @@
-"""How an FP8 product is cut into tiles, steps and parts.
+"""How an FP8 product is cut into tiles and steps.
 
 Knows no instruction: fp8_product does what is said here.
 """
@@ -12,8 +12,6 @@ import jax.numpy as jnp
 LINE = 128
 # Of the 227 KiB a CTA may have, what is left when scales and barriers have theirs.
 _SHARED_MEMORY = 216 * 1024
-# CTAs of a cluster that every chip can place.
-_MOST_PARTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +27,6 @@ class TuningConfig:
         arrivals, however wide it is.
       fill: how many of a lone warpgroup's rows a tile really has; the others are never loaded nor
         stored. It gives more SMs a share of a small product.
-      parts: sums that K is cut into. Part of the answer: it decides the order of additions.
-      is_spread: whether a cluster of CTAs walks the parts, each one of them, for the first to add up;
-        every tile then has CTAs of its own. The bits are the same.
       takes_turns: whether each of two warpgroups has tiles of its own, every other one, so that one
         multiplies while the other stores; otherwise they share the rows of every tile. Only on sm90:
         tensor memory does the same for sm100.
@@ -42,8 +37,6 @@ class TuningConfig:
     warpgroups: int = 1
     stages: int = 6
     fill: int | None = None
-    parts: int = 1
-    is_spread: bool = False
     step: int = LINE
     takes_turns: bool = False
 
@@ -62,20 +55,8 @@ class TuningConfig:
             raise ValueError(f"fill={self.fill} is for one warpgroup alone")
         if self.step % LINE or not LINE <= self.step <= 8 * LINE:
             raise ValueError(f"step={self.step} is no multiple of {LINE} up to {8 * LINE}")
-        if self.takes_turns and (self.warpgroups != 2 or self.is_spread):
-            raise ValueError("takes_turns is for two warpgroups of a CTA that shares no tile")
-        if not 1 <= self.parts <= _MOST_PARTS:
-            raise ValueError(f"parts={self.parts} is not 1 to {_MOST_PARTS}")
-
-    @property
-    def num_spread(self) -> int:
-        """CTAs that share a tile."""
-        return self.parts if self.is_spread else 1
-
-    @property
-    def num_walked(self) -> int:
-        """Parts that one CTA walks."""
-        return 1 if self.is_spread else self.parts
+        if self.takes_turns and self.warpgroups != 2:
+            raise ValueError("takes_turns is for two warpgroups")
 
     @property
     def tile_rows(self) -> int:
@@ -98,20 +79,12 @@ class TuningConfig:
 
 
 def fitting_stages(
-    tokens: int,
-    rows: int,
-    *,
-    halves: int = 1,
-    num_spread: int = 1,
-    step: int = LINE,
-    num_staged: int = 1,
-    num_ctas: int = 1,
+    tokens: int, rows: int, *, halves: int = 1, step: int = LINE, num_staged: int = 1
 ) -> int:
     """How many stages a tile of so many tokens and weight rows leaves room for, 16 at most.
 
     Args:
       num_staged: tiles whose products may be on their way out.
-      num_ctas: CTAs that share the memory of an SM.
     """
-    staged = tokens * rows * (2 * num_staged + 4 * (num_spread - 1))
-    return min(16, (_SHARED_MEMORY // num_ctas - staged) // ((halves * rows + tokens) * step))
+    staged = num_staged * tokens * rows * 2
+    return min(16, (_SHARED_MEMORY - staged) // ((halves * rows + tokens) * step))

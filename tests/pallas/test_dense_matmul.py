@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.pallas.chip import Architecture, Chip
-from glm_jax.pallas.dense_matmul import config_in_parts, default_config, matmul
+from glm_jax.pallas.dense_matmul import default_config, matmul
 from glm_jax.pallas.fp8_product import FP8
 from glm_jax.pallas.tiling import TuningConfig
 from tests.pallas.compiled import Program, compile_programs, needs_compiler
@@ -118,19 +118,6 @@ def test_warpgroups_that_take_turns_make_the_same_bits() -> None:
         TuningConfig(tokens=16, rows=64, takes_turns=True)
 
 
-def test_parts_of_a_wide_k_are_added_in_their_order_whatever_the_tiling() -> None:
-    chip = Chip("sm90", 4)
-    operands = random_operands(7, 17, 1024, 64)
-    config = config_in_parts(chip, 17, 64, 1024)
-    assert config.num_spread == 4
-    on = {"chip": chip, "interpret": True}
-    out = matmul(*operands, jnp.int32(0), config=config, **on)
-    assert_close(out, reference(operands, 0, has_bias=True))
-    config = TuningConfig(tokens=16, rows=64, warpgroups=2, stages=3, parts=4)
-    otherwise = matmul(*operands, jnp.int32(0), config=config, **on)
-    np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(out))
-
-
 def test_neighbors_that_are_not_a_number_stay_where_they_are() -> None:
     operands = random_operands(5, 17, 192, 64)
     clean = matmul(*operands, jnp.int32(1), chip=Chip("sm90", 2), interpret=True)
@@ -149,11 +136,6 @@ def test_unsupported_shapes_and_mistaken_tilings_are_refused() -> None:
     operands = random_operands(6, 2, 24, 64)
     with pytest.raises(NotImplementedError, match="K and N must be multiples of 64"):
         matmul(*operands, jnp.int32(0), chip=Chip("sm90", 2), interpret=True)
-    with pytest.raises(NotImplementedError, match="are not config.parts=2"):
-        config = TuningConfig(tokens=16, rows=64, parts=2)
-        matmul(*random_operands(6, 2, 384, 64), jnp.int32(0), chip=Chip("sm90", 2), config=config)
-    with pytest.raises(ValueError, match="parts=9"):
-        TuningConfig(tokens=16, rows=64, parts=9)
     with pytest.raises(ValueError, match="tokens=24"):
         TuningConfig(tokens=24, rows=64)
     with pytest.raises(ValueError, match="rows=32"):
@@ -162,48 +144,53 @@ def test_unsupported_shapes_and_mistaken_tilings_are_refused() -> None:
         TuningConfig(tokens=16, rows=64, warpgroups=2, fill=32)
     with pytest.raises(ValueError, match="step=192"):
         TuningConfig(tokens=16, rows=64, step=192)
-    with pytest.raises(NotImplementedError, match="no multiple of config.step=256"):
-        config = TuningConfig(tokens=16, rows=64, parts=2, step=256)
-        matmul(*random_operands(6, 2, 384, 64), jnp.int32(0), chip=Chip("sm90", 2), config=config)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("num_rows", "width"), [(1792, 5120), (5120, 1536)])
+@pytest.mark.parametrize("num_rows", [1792, 5120])
 def test_tiles_of_a_decode_step_give_the_sms_work(
-    architecture: Architecture, num_rows: int, width: int
+    architecture: Architecture, num_rows: int
 ) -> None:
     chip = Chip(architecture, 132)
+    share = 3 if architecture == "sm100" else 1.25
     for num_tokens in (1, 64):
         config = default_config(chip, num_tokens, num_rows)
-        assert num_rows // config.tile_rows >= chip.num_cores // 3
-        config = config_in_parts(chip, num_tokens, num_rows, width)
-        # What a step of many tokens adds in which order is the same.
-        assert config_in_parts(chip, 8192, num_rows, width).parts == config.parts
-        if architecture == "sm90":
-            num_ctas = num_rows // config.tile_rows * config.num_spread
-            assert chip.num_cores * 4 // 5 <= num_ctas <= chip.num_cores
+        tiles = -(-num_rows // config.tile_rows) * -(-num_tokens // config.tokens)
+        assert chip.num_cores / share <= tiles <= chip.num_cores
 
 
-def programs_in_parts(chip: Chip) -> dict[str, Program]:
-    """The projections of a decode step on one device of eight, each part of K on a CTA of its own."""
+@pytest.mark.parametrize("num_rows", [192, 1792, 5120, 24576])
+def test_every_step_of_few_tokens_is_cut_so_that_its_stages_fit(num_rows: int) -> None:
+    for num_tokens in range(1, 513):
+        config = default_config(Chip("sm90", 132), num_tokens, num_rows)
+        stage = (64 * config.warpgroups + config.tokens) * config.step
+        staged = 2 * config.tokens * config.rows * config.warpgroups
+        assert config.stages >= 4
+        assert stage * config.stages + staged <= 216 * 1024
 
-    def program(num_rows: int, width: int) -> Program:
+
+def programs_of_decode(chip: Chip) -> dict[str, Program]:
+    """The projections of decode steps on one device of eight, for which tiles are of several kinds."""
+
+    def program(tokens: int, num_rows: int, width: int) -> Program:
         def product(*operands: jax.Array) -> jax.Array:
             x, x_scale, values, scale, layer = operands
-            config = config_in_parts(chip, 64, num_rows, width)
-            return matmul(x, x_scale, values, scale, None, layer, chip=chip, config=config)
+            return matmul(x, x_scale, values, scale, None, layer, chip=chip)
 
-        shapes = (((64, width), FP8), ((64, 1), jnp.float32), ((92, num_rows, width), FP8),
+        shapes = (((tokens, width), FP8), ((tokens, 1), jnp.float32), ((92, num_rows, width), FP8),
                   ((92, num_rows), jnp.float32), ((), jnp.int32))  # fmt: skip
         return product, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
 
-    return {"qkv": program(1792, 5120), "o": program(5120, 1536)}
+    return {
+        f"{name} {tokens}": program(tokens, *shape)
+        for name, shape in {"qkv": (1792, 5120), "o": (5120, 1536)}.items()
+        for tokens in (1, 64, 128, 256)
+    }
 
 
 @needs_compiler
-def test_parts_of_a_cluster_meet_in_the_memory_of_its_first() -> None:
-    programs = compile_programs("h200", programs_in_parts)
-    for name, (kernel,) in programs.items():
+@pytest.mark.slow
+def test_no_tile_of_a_decode_step_spills() -> None:
+    for name, (kernel,) in compile_programs("h200", programs_of_decode).items():
         assert not kernel.uses_local_memory, f"{name}: {kernel}"
-        assert "st.async" in kernel.ptx
-        assert f".reqnctapercluster {4 if name == 'qkv' else 3}, 1, 1" in kernel.ptx
+        assert kernel.shared <= 227 * 1024, f"{name}: {kernel}"

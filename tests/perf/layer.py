@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import profiler
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from checkpoints.dummy import dummy_weights
@@ -36,6 +35,7 @@ from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh, partition_spec, sharding_for
 from glm_jax.steps import Slots, StepOptions, lower, step_specs
 from tests.perf.measure import measure_card
+from tests.perf.measure import profile as kernel_times
 
 _DTYPE = np.dtype(jnp.bfloat16)
 _OPTIONS = StepOptions(kv_dtype=np.dtype(jnp.float8_e4m3fn))
@@ -155,13 +155,7 @@ def profile(decoding: Decoding) -> list[tuple[str, int, float]]:
     """Each kernel of a step on all devices: its name, how often it runs, its microseconds."""
     state, outputs = decoding.run(decoding.start(), 2)
     jax.block_until_ready(outputs)
-    # jax's own wrapper runs a function twice on the same arguments; a step takes them away.
-    extension = getattr(profiler, "mosaic_gpu_lib")._mosaic_gpu_ext  # noqa: B009
-    extension._cupti_init()
-    try:
-        jax.block_until_ready(decoding.run(state, _ROUNDS)[1])
-    finally:
-        timings = extension._cupti_get_timings(True) or []
+    timings = kernel_times(lambda: jax.block_until_ready(decoding.run(state, _ROUNDS)[1]))
     counts: dict[str, int] = defaultdict(int)
     sums: dict[str, float] = defaultdict(float)
     for name, milliseconds in timings:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,11 @@ _OURS = "mosaic_gpu_kernel"
 # XLA may leave out roundings to bfloat16 that the kernels and the layers make.
 _ROUNDED = {"xla_allow_excess_precision": False}
 rounded = partial(jax.jit, compiler_options=_ROUNDED)
-# References are run once: trying ways to run them would take longer than anything else here.
-_UNTUNED = _ROUNDED | {"xla_gpu_autotune_level": 0}
+# References are run once: trying ways to run them would take longer than anything else here, and
+# Triton's form of a float32 product is compiled for minutes.
+_UNTUNED = _ROUNDED | {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+# Calls of a round: each takes another layer, so that the L2 cache has none of their weights.
+_CALLS = 16
 
 
 @dataclass(frozen=True)
@@ -97,22 +100,13 @@ class Programs:
 
     Attributes:
       draw: makes the operands.
-      step: one call; timed: num_calls of it; reference, errors: as the case's.
+      step, reference, errors: as the case's.
     """
 
     draw: Callable[..., Any]
     step: Callable[..., Any]
-    timed: Callable[..., Any]
     reference: Callable[..., Any]
     errors: Callable[..., Any]
-    num_calls: int
-
-
-class Alternative(NamedTuple):
-    """Another way to a case's end, compiled: so many calls."""
-
-    program: Callable[..., Any]
-    num_calls: int
 
 
 def chip_of(device: Any) -> Chip:
@@ -132,10 +126,8 @@ def mismatches(got: jax.Array, expected: jax.Array) -> jax.Array:
     return jnp.mean((got != expected).astype(jnp.float32))
 
 
-def compile_case(case: Case, card: Card) -> Programs:
+def compile_case(case: Case) -> Programs:
     """Compiles everything the case itself runs, without running any of it."""
-    # A program of a few milliseconds: outputs of all its calls live until its end.
-    num_calls = max(1, min(64, int(2e-3 / card.floor(case))))
     key = jax.eval_shape(lambda: jax.random.key(0))
     operands = jax.eval_shape(case.draw, key)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
@@ -147,26 +139,19 @@ def compile_case(case: Case, card: Card) -> Programs:
     return Programs(
         draw=jax.jit(case.draw).lower(key).compile(),
         step=compiled(case.step),
-        timed=_compile_calls(case, case.step, num_calls, operands),
         reference=compiled(case.reference),
         errors=jax.jit(case.errors).lower(*outputs).compile(),
-        num_calls=num_calls,
     )
 
 
-def compile_alternatives(case: Case, card: Card) -> dict[str, Alternative]:
+def compile_alternatives(case: Case) -> dict[str, Callable[..., Any]]:
     """Compiles the case's alternatives, tuned as XLA does it."""
-    # Of XLA's own operations every call is compiled anew.
-    num_calls = max(1, min(4, int(2e-3 / card.floor(case))))
     operands = jax.eval_shape(case.draw, jax.eval_shape(lambda: jax.random.key(0)))
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
     return {
-        name: Alternative(_compile_calls(case, step, num_calls, operands), num_calls)
+        name: jax.jit(step).lower(operands, layer).compile()
         for name, step in case.alternatives.items()
     }
-
-
-def _compile_calls(case: Case, step: Step, num_calls: int, operands: Any) -> Callable[..., Any]:
-    return jax.jit(many_calls(step, num_calls, case.num_layers)).lower(operands).compile()
 
 
 def check(case: Case, programs: Programs, seed: int, poisoned_bytes: int) -> float:
@@ -194,62 +179,88 @@ def largest(errors: dict[str, jax.Array]) -> float:
 def measure(case: Case, programs: Programs) -> dict[str, Any]:
     """Microseconds of one call; see time_program."""
     operands = jax.block_until_ready(programs.draw(jax.random.key(0)))
-    times = time_program(programs.timed, operands, programs.num_calls)
+    times = time_program(programs.step, operands, case.num_layers)
     if case.is_timed_alone and times["kernels_us"]:
         times["us"] = sum(us for name, us in times["kernels_us"].items() if _OURS in name)
     return times
 
 
 def measure_alternatives(
-    programs: Programs, alternatives: dict[str, Alternative]
+    case: Case, programs: Programs, alternatives: dict[str, Callable[..., Any]]
 ) -> dict[str, dict[str, Any]]:
     """The same of each alternative, by name."""
     if not alternatives:
         return {}
     operands = jax.block_until_ready(programs.draw(jax.random.key(0)))
     return {
-        name: time_program(alternative.program, operands, alternative.num_calls)
-        for name, alternative in alternatives.items()
+        name: time_program(program, operands, case.num_layers)
+        for name, program in alternatives.items()
     }
 
 
-def time_program(program: Callable[..., Any], operands: Any, num_calls: int) -> dict[str, Any]:
-    """Microseconds of one of the program's calls, the median of several rounds.
+def time_program(program: Callable[..., Any], operands: Any, num_layers: int) -> dict[str, Any]:
+    """Microseconds of a call of program(operands, layer), the median of rounds over several layers.
+
+    A call is a program of its own: within one, XLA leaves out what nobody asks for and merges what is
+    equal, whatever barriers stand between.
 
     Returns:
       "us": the GPU's time in kernels, as CUPTI counts it, or us_wall where it does not;
       "kernels_us": the same by kernel;
-      "us_wall": with the gaps between kernels.
+      "us_wall": with the gaps between kernels, and the host's time where that is longer.
     """
-    jax.block_until_ready(program(operands))
+    layers = [jnp.int32(layer) for layer in range(num_layers)]
+
+    def call_all(num_calls: int) -> None:
+        answer = None
+        # An answer is not kept: where each is large, they would not fit together.
+        for call in range(num_calls):
+            answer = program(operands, layers[call % num_layers])
+        jax.block_until_ready(answer)
+
+    call_all(1)
+    start = time.perf_counter()
+    call_all(1)
+    num_calls = _CALLS if time.perf_counter() - start < 2e-3 else min(_CALLS, num_layers, 4)
     walls = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
-        jax.block_until_ready([program(operands) for _ in range(3)])
-        walls.append((time.perf_counter() - start) / 3)
-    wall = statistics.median(walls) / num_calls * 1e6
-    profiled = profiler.measure(program, aggregate=False, iterations=_REPEATS)
-    try:
-        rounds = profiled(operands)[1]
-    except RuntimeError as error:
-        # Without CUPTI the time between kernels counts too.
-        logger.warning("%s", error)
-        rounds = None
-    if not rounds:
-        return {"us": wall, "us_wall": wall, "kernels_us": {}}
-    by_name = []
-    for kernels in rounds:
+        call_all(num_calls)
+        walls.append((time.perf_counter() - start) / num_calls * 1e6)
+    times: dict[str, Any] = {"us_wall": statistics.median(walls), "kernels_us": {}}
+    kernels = profile(lambda: [call_all(num_calls) for _ in range(_REPEATS)])
+    if len(kernels) < _REPEATS:
+        return {"us": times["us_wall"], **times}
+    per_round = len(kernels) // _REPEATS
+    by_name: list[dict[str, float]] = []
+    for first in range(0, per_round * _REPEATS, per_round):
         sums: dict[str, float] = defaultdict(float)
-        for name, milliseconds in kernels:
+        for name, milliseconds in kernels[first : first + per_round]:
             sums[name] += milliseconds * 1e3 / num_calls
         by_name.append(sums)
-    return {
-        "us": statistics.median(sum(sums.values()) for sums in by_name),
-        "us_wall": wall,
-        "kernels_us": {
-            name: statistics.median(sums[name] for sums in by_name) for name in by_name[0]
-        },
+    times["kernels_us"] = {
+        name: statistics.median(sums[name] for sums in by_name) for name in by_name[0]
     }
+    return {"us": statistics.median(sum(sums.values()) for sums in by_name), **times}
+
+
+def profile(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """The kernels that run while `run` does, in order: names and milliseconds; none without CUPTI."""
+    # jax's own wrapper runs one function on one set of arguments only.
+    library: Any = getattr(profiler, "mosaic_gpu_lib")  # noqa: B009
+    extension: Any = getattr(library, "_mosaic_gpu_ext", None)
+    try:
+        extension._cupti_init()
+    except (AttributeError, RuntimeError) as error:
+        # Without CUPTI the time between kernels counts too.
+        logger.warning("kernels are not timed one by one: %s", error)
+        run()
+        return []
+    try:
+        run()
+    finally:
+        timings = extension._cupti_get_timings(True) or []
+    return timings
 
 
 def measure_card() -> Card:
@@ -275,30 +286,8 @@ def _square(operands: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def _seconds(step: Step, operands: Any) -> float:
-    program = jax.jit(many_calls(step, 1, 1)).lower(operands).compile()
-    # The one element that is read of the answer costs what a kernel at least does.
-    times = time_program(program, operands, 1)
-    return max(times["kernels_us"].values(), default=times["us"]) * 1e-6
-
-
-def many_calls(step: Step, num_calls: int, num_layers: int) -> Callable[[Any], Any]:
-    """A program of many calls, each on the next layer, none of which can be left out."""
-
-    # A function of its own is lowered once, which of a kernel takes most of a second.
-    one = jax.jit(step)
-
-    def program(operands: Any) -> Any:
-        firsts = []
-        for call in range(num_calls):
-            outputs = one(operands, jnp.int32(call % num_layers))
-            # Beyond the barrier XLA sees neither that one element is all that is asked for, nor that
-            # operands are those of a call before: it would merge calls of the same layer.
-            outputs, operands = lax.optimization_barrier((outputs, operands))
-            first = jax.tree.leaves(outputs)[0]
-            firsts.append(lax.slice(first, (0,) * first.ndim, (1,) * first.ndim).reshape(1))
-        return jnp.concatenate(firsts)
-
-    return program
+    program = jax.jit(step).lower(operands, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    return time_program(program, operands, 1)["us"] * 1e-6
 
 
 def _poison(num_bytes: int) -> None:

@@ -1,24 +1,14 @@
 """The measurement of kernels: rehearsed on a CPU in every run, made on a GPU where perf is asked for."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from tests.perf import kernels
-from tests.perf.measure import many_calls
 
 
 @pytest.mark.slow
 def test_every_case_is_right_at_tiny_sizes() -> None:
     assert not kernels.rehearse()
-
-
-def test_timed_calls_of_the_same_layer_are_not_merged() -> None:
-    weights = jnp.ones((2, 8, 8))
-    program = many_calls(lambda operands, layer: operands[0] @ operands[1][layer], 6, 2)
-    text = jax.jit(program).lower((jnp.ones((4, 8)), weights)).compile().as_text()
-    assert text is not None
-    assert text.count(" dot(") == 6
 
 
 def test_a_result_is_a_row_that_names_the_best_alternative() -> None:

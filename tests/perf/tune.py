@@ -35,9 +35,9 @@ from tests.perf.turns import default_processes, over_cases
 # (rows, context) and (split, tile, stages) of decode attention.
 _DECODE_SHAPES = ("B=64 S=8192", "B=1 S=8192", "B=64 S=2048", "B=256 S=2048")
 _DECODE_WAYS = ((512, 64, 3), (1024, 64, 3), (1024, 128, 2), (512, 128, 2), (512, 64, 2))
-_DENSE_TOKENS = (64, 1, 256, 8192)
-_EXPERT_TOKENS = (64, 8192)
-_STEPS = (256, 512)
+_DENSE_TOKENS = (1, 64, 256, 8192)
+_EXPERT_TOKENS = (64, 256, 8192)
+_FILLS = ((64, 256), (48, 256), (48, 128), (32, 256))
 
 
 class Way(NamedTuple):
@@ -72,59 +72,46 @@ def decode_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
         yield cases[shape], [way(*sizes) for sizes in _DECODE_WAYS]
 
 
-def _dense_configs(
-    chip: Chip, tokens: int, rows: int, width: int
-) -> Iterator[tuple[str, TuningConfig]]:
-    default = dense_matmul.default_config(chip, tokens, rows)
-
-    def cut(step: int, most: int = 16, num_ctas: int = 1, **changes: Any) -> TuningConfig:
-        config = replace(default, **{"stages": 2, "step": step} | changes)
-        stages = fitting_stages(
-            config.tokens, config.cta_rows, num_spread=config.num_spread, step=step,
-            num_staged=1 + config.takes_turns, num_ctas=num_ctas,
-        )  # fmt: skip
-        return replace(config, stages=min(most, stages))
-
+def _dense_configs(tokens: int, rows: int) -> Iterator[tuple[str, TuningConfig]]:
+    """Tiles of (tokens, rows), in steps of one line, two or four."""
     if tokens > 512:
-        yield "in turns", cut(128, rows=128, takes_turns=True)
-        yield "steps of 256", cut(256)
+        stages = fitting_stages(128, 256)
+        yield "256 rows", TuningConfig(tokens=128, rows=128, warpgroups=2, stages=stages)
+        stages = fitting_stages(128, 128, num_staged=2)
+        yield "in turns", TuningConfig(128, 128, 2, stages, takes_turns=True)
         return
-    yield "steps of 128", cut(128)
-    yield "steps of 256", cut(256)
-    yield "steps of 512", cut(512)
-    if tokens > 64:
-        return
-    if width > 2048:
-        for step in (128, 256, 640):
-            yield f"4 parts, {step}", cut(step, parts=4, is_spread=True, fill=None)
-        yield "2 parts, 512", cut(512, parts=2, is_spread=True, fill=32)
-        yield "4 parts, 256, one CTA", cut(256, parts=4)
-    else:
-        yield "48 rows, 512", cut(512, fill=48)
-        yield "32 rows, 256, two CTAs", cut(256, num_ctas=2, fill=32)
-        yield "2 parts, 256, two CTAs", cut(256, num_ctas=2, parts=2, is_spread=True, fill=None)
+    ways = {
+        1: ((16, 16, 256), (16, 16, 512), (16, 32, 512), (16, 48, 512), (16, 64, 256)),
+        64: ((32, 32, 256), (32, 32, 512), (64, 32, 256), (64, 48, 256), (64, 64, 512), (32, 64, 256)),
+        256: ((64, 64, 256), (64, 32, 256), (128, 128, 128), (64, 128, 256), (128, 64, 256)),
+    }  # fmt: skip
+    for tile, fill, step in ways[tokens]:
+        warpgroups = 2 if fill > 64 else 1
+        stages = fitting_stages(tile, 64 * warpgroups, step=step)
+        config = TuningConfig(
+            tokens=tile, rows=64, warpgroups=warpgroups, stages=stages, step=step,
+            fill=fill if warpgroups == 1 else None,
+        )  # fmt: skip
+        yield f"{tile} tokens, {fill} rows, {step}", config
 
 
 def dense_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
-    """The projections: how wide a step is, in how many parts K is cut, by whom they are walked."""
+    """The projections: how large tiles are, and how wide a step."""
 
     def way(name: str, config: TuningConfig | None) -> Way:
-        # Where two CTAs fit an SM, there are places for twice as many.
-        on = replace(chip, num_cores=2 * chip.num_cores) if "two CTAs" in name else chip
-
         def step(operands: Any, layer: jax.Array) -> jax.Array:
             x, x_scale, values, scale, bias = operands
             return dense_matmul.matmul(
-                x, x_scale, values, scale, bias, layer, chip=on, config=config
+                x, x_scale, values, scale, bias, layer, chip=chip, config=config
             )
 
         return Way(name, step)
 
     heads = sizes.query_groups * 128
-    shapes = {"qkv": (heads + 256, sizes.hidden), "o": (sizes.hidden, heads)}
+    shapes = {"qkv": heads + 256, "o": sizes.hidden}
     for case in product_cases.dense_cases(replace(sizes, tokens=_DENSE_TOKENS), chip, False):
         name, tokens = case.shape.split(" T=")
-        configs = _dense_configs(chip, int(tokens), *shapes[name])
+        configs = _dense_configs(int(tokens), shapes[name])
         yield case, [way("default", None), *(way(*named) for named in configs)]
 
 
@@ -143,19 +130,16 @@ def expert_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
         if tokens > 512:
             stages = fitting_stages(tile, 128, num_staged=2)
             turns = replace(up, rows=64, warpgroups=2, takes_turns=True, stages=stages)
-            ways.append(way("in turns", gate_up=turns, down=replace(
-                down, rows=128, takes_turns=True, stages=stages)))  # fmt: skip
-            whole = fitting_stages(tile, 256)
-            ways.append(way("down of 256 rows", down=replace(down, rows=128, stages=whole)))
+            ways.append(way("gate_up in turns", gate_up=turns))
         else:
-            for step in _STEPS:
-                wide = {
-                    "gate_up": replace(up, step=step, stages=fitting_stages(
-                        tile, up.cta_rows, halves=2, step=step)),
-                    "down": replace(down, step=step, stages=min(
-                        max(2, 6 * 128 // step), fitting_stages(tile, down.cta_rows, step=step))),
-                }  # fmt: skip
-                ways.append(way(f"steps of {step}", **wide))
+            for fill, step in _FILLS:
+                cuts: dict[str, TuningConfig] = {}
+                for name, config, halves in (("gate_up", up, 2), ("down", down, 1)):
+                    stages = fitting_stages(tile, 64, halves=halves, step=step)
+                    cuts[name] = replace(
+                        config, warpgroups=1, rows=64, fill=fill, step=step, stages=stages
+                    )
+                ways.append(way(f"{fill} rows, steps of {step}", **cuts))
         yield case, ways
 
 

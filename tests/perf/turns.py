@@ -193,10 +193,8 @@ def _serve_kernels(connection: Connection, make_cases: MakeCases) -> None:
             # Before any thread compiles: XLA of jax 0.11.2 registers its targets with the first program.
             jax.block_until_ready(jnp.ones(8) + 1)
             pool = ThreadPoolExecutor(_THREADS)
-            base = {index: pool.submit(compile_case, cases[index], card) for index in share}
-            others = {
-                index: pool.submit(compile_alternatives, cases[index], card) for index in share
-            }
+            base = {index: pool.submit(compile_case, cases[index]) for index in share}
+            others = {index: pool.submit(compile_alternatives, cases[index]) for index in share}
             pending: list[Future[Any]] = [*base.values(), *others.values()]
             wait(pending, timeout=seconds)
             # What still compiled would disturb what is timed.
@@ -244,7 +242,7 @@ def _run(case: Case, base: Future[Programs], others: Future[dict[str, Any]]) -> 
         "is_right": error <= case.tolerance,
         "bits": bits,
         **times,
-        "alternatives": _alternatives(programs, others),
+        "alternatives": _alternatives(case, programs, others),
     }
 
 
@@ -255,11 +253,11 @@ def _digest(programs: Programs) -> str:
     return hashlib.sha256(first.tobytes()).hexdigest()[:12]
 
 
-def _alternatives(programs: Programs, others: Future[dict[str, Any]]) -> dict[str, Any]:
+def _alternatives(case: Case, programs: Programs, others: Future[dict[str, Any]]) -> dict[str, Any]:
     if others.cancelled() or not others.done():
         return {}
     try:
-        return measure_alternatives(programs, others.result())
+        return measure_alternatives(case, programs, others.result())
     except Exception as error:  # what XLA cannot do is no fault of the kernel's
         return {"XLA": {"failed": _said(error)}}
 
