@@ -35,7 +35,7 @@ plan: $(READY_AOT) ## the full model on eight B200, with no GPU; ARGS="--target 
 	$(RUN) -m glm_jax.aot plan $(ARGS)
 
 test: $(READY_TEST) ## run the tests, on the CPU; ARGS="-k name" narrows them, WORKERS=2 runs two files at a time
-	$(RUN) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadfile) $(ARGS)
+	$(RUN) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 check: $(READY_TEST) ## lint, formatting, types, import order, file lengths
 	$(RUN) -m ruff check

@@ -17,10 +17,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class Plan:
         download is kept beside the weights, and later downloads take that commit.
       max_concurrency, max_seq_len, max_batch_tokens: as the flags of serve; steps are compiled for
         these, so a change needs a new `prepare`.
+      tune: 1: the first server compiles the steps once more on its GPUs, where XLA tries which of its
+        kernels are fastest; every later start loads those. 0: the steps stay as compiled without a GPU.
       idle: seconds without a request until the GPUs are given back.
       min_containers: 1 keeps a server warm, and pays for it.
       secret: Modal's name of the secret whose API_KEY clients must send; empty: anybody may ask.
@@ -57,6 +60,7 @@ class Plan:
     max_concurrency: int = 256
     max_seq_len: int = 8192
     max_batch_tokens: int = 8192
+    tune: int = 1
     idle: int = 15 * MINUTES
     min_containers: int = 0
     secret: str = "glm-jax"
@@ -127,6 +131,14 @@ class Plan:
             *("--target", self.target, "--out", self.engine, *self.limits()),
         ]
 
+    @property
+    def tuned(self) -> str:
+        """A file that an engine has when it was compiled on GPUs; a new `build` has it no more."""
+        return f"{self.engine}/TUNED"
+
+    def build_on_gpus(self) -> list[str]:
+        return [*self.build(), "--on-devices"]
+
     def serve(self) -> list[str]:
         # Steps of another version compile anew rather than refuse: late is better than down.
         return [
@@ -152,7 +164,7 @@ def image_of(extras: tuple[str, ...]) -> modal.Image:
         .env(
             {
                 "PYTHONPATH": CODE,
-                # XLA's autotuning and what a first start compiles stay on the Volume.
+                # What a start has to compile after all stays on the Volume, XLA's autotuning with it.
                 "JAX_COMPILATION_CACHE_DIR": f"{VOLUME}/compiled",
                 "HF_HUB_DISABLE_TELEMETRY": "1",
             }
@@ -180,10 +192,32 @@ settings: dict[str, str | None] = {
 filling: dict[str, Any] = {"image": host_image, "volumes": {VOLUME: volume}, "env": settings}
 
 
-def run(command: list[str], environ: Mapping[str, str] = os.environ) -> None:
-    """Runs a command to its end, its output in the container's log; raises where it fails."""
+def run(
+    command: list[str], environ: Mapping[str, str] = os.environ, seconds: float | None = None
+) -> None:
+    """Runs a command to its end, its output in the container's log; raises where it fails.
+
+    Raises:
+      subprocess.SubprocessError: it failed, or was stopped after so many seconds.
+    """
     print("$", shlex.join(command), flush=True)
-    subprocess.run(command, check=True, env=dict(environ))
+    subprocess.run(command, check=True, env=dict(environ), timeout=seconds)
+
+
+def tune(plan: Plan, seconds: float) -> bool:
+    """Compiles the steps on the GPUs at hand, if that was not done before; returns whether it was now.
+
+    An engine that could not be made in this time stays as it was: late is better than down.
+    """
+    if not plan.tune or Path(plan.tuned).exists():
+        return False
+    try:
+        run(plan.build_on_gpus(), seconds=seconds)
+    except subprocess.SubprocessError as error:
+        print(f"the steps stay as compiled without a GPU: {error}", flush=True)
+        return False
+    Path(plan.tuned).touch()
+    return True
 
 
 @app.function(**filling, cpu=8, memory=16 * 1024, timeout=6 * 60 * MINUTES, retries=2)
@@ -215,7 +249,7 @@ def convert() -> None:
 
 @app.function(**filling, cpu=16, memory=64 * 1024, timeout=60 * MINUTES)
 def build() -> None:
-    """Compiles every step with no GPU, with what a GPU has found out about tiles, if one has run."""
+    """Compiles every step with no GPU; a start that loads them compiles nothing."""
     volume.reload()
     run(plan.build())
     volume.commit()
@@ -242,8 +276,13 @@ class Server:
     @modal.enter()
     def start(self) -> None:
         """Returns when the server is ready, so that no request meets one that loads."""
-        self.process = start_server(plan.serve(), PORT, 25 * MINUTES)
-        volume.commit()  # what was compiled and autotuned serves the next start
+        if tune(plan, 10 * MINUTES):
+            volume.commit()  # for the next start
+        self.is_stopping = False
+        self.process = start_server(plan.serve(), PORT, 15 * MINUTES)
+        # Modal looks at the port once, at the start.
+        end_with(self.process, lambda: self.is_stopping)
+        volume.commit()  # what was compiled after all serves the next start
 
     @modal.web_server(PORT, startup_timeout=30 * MINUTES)
     def web(self) -> None:
@@ -251,6 +290,7 @@ class Server:
 
     @modal.exit()
     def stop(self) -> None:
+        self.is_stopping = True
         stop_server(self.process, seconds=25)
 
 
@@ -293,6 +333,24 @@ def stop_server(process: subprocess.Popen[bytes], seconds: float) -> int:
         return process.wait()
 
 
+def end_with(
+    process: subprocess.Popen[bytes],
+    is_meant: Callable[[], bool],
+    end: Callable[[int], object] = os._exit,
+) -> threading.Thread:
+    """Ends the container when its server has ended by itself, so that another one takes its place."""
+
+    def wait() -> None:
+        code = process.wait()
+        if not is_meant():
+            print(f"the server ended with {code}: ending the container", flush=True)
+            end(1)
+
+    watcher = threading.Thread(target=wait, daemon=True)
+    watcher.start()
+    return watcher
+
+
 @app.function(image=host_image, secrets=secrets, env=settings, cpu=4, timeout=60 * MINUTES)
 def measure(url: str, flags: list[str]) -> None:
     """Runs the bench beside the server, so that no home connection is measured."""
@@ -321,6 +379,7 @@ def describe() -> str:
         f"download  {plan.repository} at {plan.revision} to {plan.published}",
         f"convert   {shlex.join(plan.convert())}",
         f"build     {shlex.join(plan.build())}",
+        f"tune      {shlex.join(plan.build_on_gpus()) if plan.tune else 'no'}",
         f"serve     {shlex.join(plan.serve())}",
         f"on        {plan.gpu}, {plan.min_containers} to 1 containers, given back after {plan.idle} s without a request",
         f"access    {key}",

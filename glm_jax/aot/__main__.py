@@ -195,6 +195,11 @@ def plan(
     *_model_and_target(required=True, target="cpu"),
     *_server_limits(64, 4096, 32768),
     *_HOW,
+    _what(
+        "--on-devices", is_flag=True,
+        help="Compile on these devices, in this machine: XLA tries which of its kernels are fastest there, "
+        "and the engine keeps what it found.",
+    ),
     _output(
         "--out", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
         help="Directory of the engine; an engine that is there is replaced.",
@@ -205,6 +210,7 @@ def build(
     target: str,
     kv_cache_dtype: str,
     allow_reference_ops: bool,
+    on_devices: bool,
     out: Path,
     **limits: int,
 ) -> None:
@@ -220,11 +226,12 @@ def build(
     from glm_jax.aot.plan import ACTIVATIONS
     from glm_jax.runner import buckets
 
-    topology.stay_off_devices()
+    if not on_devices:
+        topology.stay_off_devices()
     start = time.perf_counter()
     with _explained():
         config, parsed = find_config(model), parse_target(target)
-        mesh = topology.mesh_of(parsed)
+        mesh = topology.mesh_here(parsed) if on_devices else topology.mesh_of(parsed)
         options = _options(kv_cache_dtype, allow_reference_ops)
         shapes = engine_shapes(
             config, parsed, mesh, ACTIVATIONS, Limits(**limits), options.kv_dtype

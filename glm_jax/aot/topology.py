@@ -33,6 +33,30 @@ def _is_installed(name: str) -> bool:
     return True
 
 
+def mesh_here(target: Target) -> Mesh:
+    """The mesh of the target's own devices, in this machine: what is compiled for it is tuned on it.
+
+    Raises:
+      TargetError: this machine has other devices, or fewer.
+    """
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what a cache gave cannot be written out
+    if target.is_cpu:
+        return mesh_of(target)
+    here = jax.devices()
+    kind = str(target).partition("x")[0]
+    if kind.upper() not in here[0].device_kind.upper().split():
+        raise TargetError(
+            f"this machine has {len(here)} x {here[0].device_kind}, which is not {target}; without "
+            "--on-devices no GPU is needed"
+        )
+    try:
+        return make_mesh(target.num_devices)
+    except ValueError as error:
+        raise TargetError(f"target {target}: {error}") from error
+
+
 def stay_off_devices() -> None:
     """Keeps JAX from taking this machine's GPUs: a compilation for others needs none of them.
 

@@ -33,7 +33,8 @@ CONFIG = ModelConfig.from_directory(NANO)
 
 def build(out: Path, **changes: Any) -> Any:
     fields = {"config": NANO, "target": "cpu", "out": out} | LIMITS | changes
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    names = {f"--{name.replace('_', '-')}": value for name, value in fields.items()}
+    flags = [name if value is True else f"{name}={value}" for name, value in names.items()]
     # In this process, whose settings the command would change for the tests that follow.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("glm_jax.aot.topology.stay_off_devices", lambda: None)
@@ -48,6 +49,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         result = build(out)
     assert result.exit_code == 0, result.output
     return out
+
+
+def test_steps_are_compiled_on_no_other_devices_than_the_target_s(tmp_path: Path) -> None:
+    with cache_off():
+        result = build(tmp_path / "engine", target="b200x8", on_devices=True)
+    assert result.exit_code == 1
+    assert "x cpu, which is not b200x8" in result.output and not (tmp_path / "engine").exists()
 
 
 @contextmanager
@@ -116,7 +124,7 @@ def test_an_engine_that_guesses_says_the_same_in_fewer_steps(engine: Path, tmp_p
     tokenizer = ModelTokenizer.from_directory(NANO)
     limits = LIMITS | {"speculative_tokens": 1}
     with cache_off():
-        assert build(tmp_path / "engine", speculative_tokens=1).exit_code == 0
+        assert build(tmp_path / "engine", speculative_tokens=1, on_devices=True).exit_code == 0
     built = build_engine(options(engine=tmp_path / "engine", **limits), tokenizer)
     plain = build_engine(options(engine=engine, **LIMITS), tokenizer)
     assert answers(built, requests()) == answers(plain, requests())

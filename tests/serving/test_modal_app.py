@@ -2,14 +2,18 @@
 
 import json
 import os
+import runpy
 import shlex
 import subprocess
 import sys
 import urllib.request
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import modal
 import pytest
 
 from checkpoints.__main__ import main as checkpoints_main
@@ -30,7 +34,7 @@ PARSERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["convert", "build", "serve"])
+@pytest.mark.parametrize("name", ["convert", "build", "build_on_gpus", "serve"])
 def test_every_command_is_one_that_its_module_understands(name: str, tmp_path: Path) -> None:
     words = [word.replace("/models", str(tmp_path)) for word in getattr(Plan(), name)()]
     assert words[:2] == ["python", "-m"]
@@ -89,6 +93,73 @@ def test_the_app_asks_modal_for_what_the_plan_says() -> None:
     assert {*entry_points} == {"main", "prepare"}
 
 
+def test_modal_is_told_when_to_start_and_to_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read off the calls: what Modal made of them, it tells nobody but its own servers."""
+    told: dict[str, dict[str, Any]] = {}
+
+    def recorded(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+            told[name] = kwargs
+            return lambda decorated: decorated
+
+        return call
+
+    monkeypatch.setattr(modal.App, "cls", recorded("cls"))
+    for name in ("concurrent", "web_server", "enter", "exit"):
+        monkeypatch.setattr(modal, name, recorded(name))
+    monkeypatch.setenv("GLM_IDLE", "77")
+    monkeypatch.setenv("GLM_MIN_CONTAINERS", "1")
+    runpy.run_path(str(ROOT / "serving" / "modal_app.py"), run_name="again")
+    server, plan = told["cls"], Plan()
+    assert (server["scaledown_window"], server["min_containers"]) == (77, 1)
+    assert server["max_containers"] == 1  # one server has all the GPUs
+    # Ten minutes to tune, fifteen to start.
+    assert server["startup_timeout"] >= 25 * 60 and told["web_server"]["startup_timeout"] >= 60
+    # More than run at a time, so that the server's own queue has something to refuse.
+    assert told["concurrent"]["max_inputs"] > plan.max_concurrency
+    assert told["concurrent"]["target_inputs"] == plan.max_concurrency
+    assert {"enter", "exit"} <= told.keys()
+
+
+def engine_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> Plan:
+    """A plan whose engine lies below tmp_path and is compiled by this program."""
+    monkeypatch.setattr(modal_app, "VOLUME", str(tmp_path))
+    monkeypatch.setattr(Plan, "build_on_gpus", lambda plan: [sys.executable, "-c", command])
+    plan = Plan()
+    Path(plan.engine).mkdir()
+    return plan
+
+
+def test_steps_are_compiled_on_the_gpus_by_the_first_start_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = engine_plan(tmp_path, monkeypatch, "print('compiling')")
+    assert modal_app.tune(plan, 60)
+    assert not modal_app.tune(plan, 60)
+    # A build replaces the directory, and the next start compiles again.
+    Path(plan.tuned).unlink()
+    assert not modal_app.tune(replace(plan, tune=0), 60)
+    assert modal_app.tune(plan, 60)
+
+
+@pytest.mark.parametrize("command", ["raise SystemExit(2)", "import time; time.sleep(60)"])
+def test_a_start_goes_on_where_steps_cannot_be_compiled_on_the_gpus(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = engine_plan(tmp_path, monkeypatch, command)
+    assert not modal_app.tune(plan, 1)
+    assert not Path(plan.tuned).exists()
+    assert "the steps stay as compiled without a GPU" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("is_meant", "codes"), [(False, [1]), (True, [])])
+def test_a_server_that_dies_ends_its_container(is_meant: bool, codes: list[int]) -> None:
+    ended: list[int] = []
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
+        modal_app.end_with(process, lambda: is_meant, ended.append).join(30)
+    assert ended == codes
+
+
 def test_a_dry_run_says_every_command_and_needs_no_account(tmp_path: Path) -> None:
     environ = {**os.environ, "GLM_GPU": "H200:8", "MODAL_CONFIG_PATH": str(tmp_path / "none")}
     command = [sys.executable, "-m", "serving.modal_app"]
@@ -96,7 +167,7 @@ def test_a_dry_run_says_every_command_and_needs_no_account(tmp_path: Path) -> No
         command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True
     )
     plan = Plan(gpu="H200:8")
-    for words in (plan.convert(), plan.build(), plan.serve()):
+    for words in (plan.convert(), plan.build(), plan.build_on_gpus(), plan.serve()):
         assert shlex.join(words) in done.stdout
 
 
