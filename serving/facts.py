@@ -161,7 +161,9 @@ def tell_memory(
     limit, most = stats.get("bytes_limit"), stats.get("peak_bytes_in_use")
     text = f"weights {_gb(held)}, KV cache {_gb(cache)} on each device"
     if limit and most:
-        text += f"; at most {_gb(most)} of {_gb(limit)} in use so far"
+        text += (
+            f"; of {_gb(limit)}, {_gb(most)} at most in use so far and {_gb(limit - most)} never"
+        )
     start.tell(
         "memory",
         text,

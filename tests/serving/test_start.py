@@ -12,13 +12,15 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from glm_jax.config import ModelConfig
 from glm_jax.shapes import StepShapes
-from serving.facts import tell_cache, tell_steps
+from serving.facts import tell_cache, tell_memory, tell_steps
 from serving.model_engine import build_engine
 from serving.start import Start
 from serving.tokenizer import ModelTokenizer
@@ -28,6 +30,10 @@ from tests.serving.test_model_engine import NANO, options
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 SECONDS = 60
+SHAPES = StepShapes(
+    num_slots=4, num_pages=8, page_size=64, max_seq_len=128, prefill_tile=64,
+    prefill_buckets=(1, 4), decode_buckets=(4,),
+)  # fmt: skip
 # Enough of a bar that a terminal has to be rid of it.
 BAR_AND_LINE = """
 import logging, sys, time
@@ -154,6 +160,19 @@ def test_json_is_an_object_a_line_with_what_was_found_out(tmp_path: Path) -> Non
     assert flags["model_dir"] == str(tmp_path / "tiny")
 
 
+def test_memory_says_what_a_device_has_left() -> None:
+    stats = {"bytes_limit": 150 * 10**9, "peak_bytes_in_use": 148 * 10**9}
+    device = SimpleNamespace(memory_stats=lambda: stats)
+    mesh = SimpleNamespace(size=8, local_mesh=SimpleNamespace(devices=np.array([device])))
+    config, start = ModelConfig.from_directory(NANO), Start()
+    tell_memory(start, config, SHAPES, mesh, {}, np.dtype("float16"))  # type: ignore[arg-type]
+    memory = start.facts["memory"]
+    assert memory.text.endswith("; of 150.00 GB, 148.00 GB at most in use so far and 2.00 GB never")
+    # Keys and values of every layer and head, of 8 pages of 64 positions, on one of eight devices.
+    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert memory.values["kv_bytes"] == 2 * width * 8 * 64 * 2 // 8
+
+
 def test_what_went_wrong_is_in_the_same_object(tmp_path: Path) -> None:
     script = (
         "import logging, sys; from serving.logs import set_up; set_up('INFO', 'json', sys.stderr)\n"
@@ -200,14 +219,10 @@ def test_the_start_of_a_model_tells_what_it_found(caplog: pytest.LogCaptureFixtu
     ],
 )
 def test_steps_that_were_compiled_are_counted(num_cached: int | None, words: str) -> None:
-    shapes = StepShapes(
-        num_slots=4, num_pages=8, page_size=64, max_seq_len=128, prefill_tile=64,
-        prefill_buckets=(1, 4), decode_buckets=(4,),
-    )  # fmt: skip
     start = Start()
-    tell_steps(start, shapes, num_cached)
+    tell_steps(start, SHAPES, num_cached)
     assert words in start.facts["steps"].text
     assert "prefill of 64, 256 tokens, decode of 4 rows" in start.facts["steps"].text
-    tell_cache(start, ModelConfig.from_directory(NANO), shapes, Any, options(max_batch_tokens=512))  # type: ignore[arg-type]
+    tell_cache(start, ModelConfig.from_directory(NANO), SHAPES, Any, options(max_batch_tokens=512))  # type: ignore[arg-type]
     assert start.facts["KV cache"].text.startswith("512 tokens, 4 requests at full length")
     assert "takes 256 tokens, not 512" in start.facts["KV cache"].text
