@@ -27,6 +27,12 @@ COPY serving serving
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --target /opt/app .
 
 FROM python:3.12-slim-trixie
+ARG EXTRA=cuda12
+# Without a GPU the heavy operations are C, compiled for the processor that the container meets.
+# hadolint ignore=DL3008
+RUN if [ "${EXTRA}" = none ]; then \
+    apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+  fi
 # The driver is the host's; NVIDIA's container runtime mounts it where these ask for it.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

@@ -126,6 +126,24 @@ def test_the_packages_are_those_of_the_lock_all_hashed(
     assert not taken & {"pytest", "modal"}
 
 
+@pytest.mark.parametrize(("extra", "has_compiler"), [("cuda12", False), ("none", True)])
+def test_an_image_without_cuda_has_a_c_compiler(
+    tmp_path: Path, extra: str, has_compiler: bool
+) -> None:
+    calls = tmp_path / "calls"
+    for name in ("apt-get", "rm"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {calls}\n')
+        program.chmod(0o755)
+    environ = {**os.environ, "EXTRA": extra, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    subprocess.run(["sh", "-euc", only("", "RUN")], env=environ, check=True)
+    assert only("", "ARG") == only("packages", "ARG")
+    assert calls.exists() == has_compiler
+    # One that native/library.py looks for, and the headers that it needs.
+    assert not has_compiler or {"gcc", "libc6-dev"} <= set(calls.read_text().split())
+
+
 def test_what_builds_the_wheel_is_pinned_and_hashed(tmp_path: Path) -> None:
     sed, install = first_run("project").split(" && ")
     assert "--require-hashes -r builders.txt" in install
