@@ -62,9 +62,8 @@ def row(result: dict[str, Any]) -> str:
     name = f"| {result['kernel']} | {result['shape']} | "
     if "failed" in result:
         return name + f"{result['failed'][:200]} | | | | |"
-    others = {other: times.get("us") for other, times in result["alternatives"].items()}
+    others = {other: times["us"] for other, times in result["alternatives"].items()}
     others |= result["peers_us"]
-    others = {other: us for other, us in others.items() if isinstance(us, float)}
     best = min(others, key=lambda other: others[other], default=None)
     compared = "" if best is None else f"{others[best]:.1f} ({best})"
     wrong = "" if result["is_right"] else " **wrong**"
@@ -93,6 +92,7 @@ def run(
     num_processes: int | None = None,
     *,
     interpret: bool = False,
+    commit: str = "",
 ) -> dict[str, Any]:
     """Measures the card and every case, as many as the time allows.
 
@@ -100,6 +100,7 @@ def run(
 
     Args:
       interpret: rehearses that on a CPU, with no card and no time that means anything.
+      commit: what this is a copy of, where no git says it.
     """
     make_cases = partial(listed, only, interpret)
     outcomes = over_cases(
@@ -115,7 +116,7 @@ def run(
     report: dict[str, Any] = {
         "kind": "kernels",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "command": " ".join(["python tests/perf/kernels.py", *sys.argv[1:]]),
         "device": card.name,
         "jax": jax.__version__,
@@ -128,7 +129,7 @@ def run(
         results[outcome.place] = {
             "kernel": case.kernel,
             "shape": case.shape,
-            **outcome.result,
+            **_with_others_that_ran(outcome.result),
             "floor_us": card.floor(case) * 1e6,
             "bytes": case.bytes,
             "operations": case.operations,
@@ -138,6 +139,17 @@ def run(
         if path:
             path.write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _with_others_that_ran(result: dict[str, Any]) -> dict[str, Any]:
+    """The result, with alternatives and peers that failed in a place of their own."""
+    if "failed" in result:
+        return result
+    ran = {name: times for name, times in result["alternatives"].items() if "us" in times}
+    peers = {name: us for name, us in result["peers_us"].items() if isinstance(us, float)}
+    failed = {**result["alternatives"], **result["peers_us"]}
+    others = {name: said for name, said in failed.items() if name not in ran | peers}
+    return {**result, "alternatives": ran, "peers_us": peers, "others_failed": others}
 
 
 def _commit() -> str:
@@ -167,8 +179,9 @@ def main(arguments: list[str]) -> int:
     if options.interpret and not options.processes:
         return bool(rehearse(options.only))
     report = run(
-        options.only, options.seconds, options.json, options.processes, interpret=options.interpret
-    )
+        options.only, options.seconds, options.json, options.processes,
+        interpret=options.interpret, commit=options.commit,
+    )  # fmt: skip
     return any(not result.get("is_right") for result in report["results"])
 
 
