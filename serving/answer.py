@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
@@ -121,7 +121,7 @@ class Reading:
 
 
 class Answer:
-    """Iterate it once, inside a `with`: parts come, and the last one has `finish`.
+    """Take its parts once, inside a `with`.
 
     Leaving the `with` early cancels the request.
 
@@ -176,12 +176,18 @@ class Answer:
         """Makes the iteration yield now, with nothing if nothing has come."""
         self._stream.wake()
 
-    async def __aiter__(self) -> AsyncIterator[Part]:
-        async for news in self._stream:
+    async def parts(self, index: int = 0) -> AsyncGenerator[tuple[int, Part]]:
+        """The parts as they come, each beside `index`; the last one has `finish`."""
+        stream = self._stream
+        while self.finish is None:
+            news = stream.take()
+            if not news:
+                if stream.is_finished:
+                    break
+                await stream.wait()
+                news = stream.take()
             self._observe(news)
-            yield self._part(news)
-            if self.finish is not None:
-                break
+            yield index, self._part(news)
 
     def _part(self, news: list[News]) -> Part:
         """What these news add."""

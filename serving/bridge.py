@@ -265,10 +265,13 @@ News = TokenEvent | TokenRun
 
 
 class Stream:
-    """What one request brings, as it comes; iterate it once, and close it.
+    """What one request brings, as it comes; for one reader, who closes it.
 
-    Iterating yields lists: all news since the last look, so that a reader that falls behind
-    catches up at once. The list with the finish reason is the last.
+    The reader takes all news since the last look at one go, and so catches up at once when it falls
+    behind. What has the finish reason is the last.
+
+    Attributes:
+      is_finished: whether the last news have come, taken or not.
     """
 
     def __init__(self, request_id: str, close: Callable[[Stream], None]) -> None:
@@ -295,7 +298,7 @@ class Stream:
         self._news.append(run)
 
     def wake(self) -> None:
-        """Makes the reader look, though nothing may have come: it then gets an empty list."""
+        """Makes the reader look, though nothing may have come."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -311,17 +314,15 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[News]:
-        if not self._news:
-            if self.is_finished:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+    def take(self) -> list[News]:
+        """The news since the last look; often none."""
         news, self._news = self._news, []
         return news
+
+    def wait(self) -> asyncio.Future[None]:
+        """Done at the next `wake`; to be awaited where there is nothing to take, and more to come."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        return self._waiter
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *values: object) -> None:

@@ -177,7 +177,7 @@ class Visit:
     def sending(self, send: Send) -> Send:
         """`send` with the headers that every answer has, watched."""
 
-        async def watched(message: Message) -> None:
+        def watched(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 self.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *self._headers()]
@@ -186,7 +186,7 @@ class Visit:
                 if body and self._first_byte is None:
                     self._first_byte = time.monotonic()
                 self._num_bytes += len(body)
-            await send(message)
+            return send(message)
 
         return watched
 

@@ -82,22 +82,22 @@ class Reply:
         """Makes the iteration yield now, with an empty part if nothing has come."""
         self._answers[0].nudge()
 
-    async def parts(self) -> AsyncGenerator[tuple[int, Part]]:
+    def parts(self) -> AsyncGenerator[tuple[int, Part]]:
         """The parts of all answers as they come, each with the index of its answer.
 
-        Raises:
+        Raises, while iterating:
           ApiError: 500, the engine failed.
         """
-        if len(self._answers) == 1:
-            async for part in self._answers[0]:
-                yield 0, part
-            return
+        # One answer's parts pass through no generator but its own.
+        return self._answers[0].parts() if len(self._answers) == 1 else self._merged()
+
+    async def _merged(self) -> AsyncGenerator[tuple[int, Part]]:
         queue: asyncio.Queue[tuple[int, Part | Exception]] = asyncio.Queue()
 
         async def pump(index: int, answer: Answer) -> None:
             try:
-                async for part in answer:
-                    queue.put_nowait((index, part))
+                async for indexed in answer.parts(index):
+                    queue.put_nowait(indexed)
             except Exception as error:
                 queue.put_nowait((index, error))
 

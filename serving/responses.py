@@ -103,6 +103,9 @@ class OpenAIFormat(Format):
 
     def part_events(self, index: int, part: Part, usage: Usage) -> bytes:
         close, opening = self._close, self._opens[index]
+        is_plain = not (part.tokens or part.finish or self._wanted.continuous_usage)
+        if is_plain and len(part.deltas) == 1:  # as nearly always
+            return f"{opening}{self._piece(part.deltas[0])}{close}".encode("ascii")
         so_far = usage_fields(usage) if self._wanted.continuous_usage else None
         if so_far:
             close = self._closing("null", "null", so_far)

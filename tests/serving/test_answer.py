@@ -59,14 +59,14 @@ def read(steps: Sequence[Sequence[News]], reading: Reading) -> tuple[Any, ...]:
     async def parts() -> list[Part]:
         told: list[Part] = []
         with answer:
-            iterator = aiter(answer)
+            iterator = answer.parts()
             for news in steps:
                 for item in news:
                     if isinstance(item, TokenRun):
                         stream.push_run(item)
                     else:
                         stream.push(item)
-                told.append(await anext(iterator))
+                told.append((await anext(iterator))[1])
                 if told[-1].finish is not None:
                     break
         return told

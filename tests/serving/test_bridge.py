@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -14,7 +15,7 @@ from glm_jax.engine.request import (
     TokenEvent,
     Turn,
 )
-from serving.bridge import Bridge, Deliver, EngineStartingError, News, TokenRun
+from serving.bridge import Bridge, Deliver, EngineStartingError, News, Stream, TokenRun
 from tests.serving.scripted import END, ScriptedEngine
 
 
@@ -36,9 +37,20 @@ async def ended(bridge: Bridge) -> None:
     assert await bridge.ended is None
 
 
+async def looks(stream: Stream) -> AsyncIterator[list[News]]:
+    """What a reader takes, look by look."""
+    while True:
+        if not (news := stream.take()):
+            if stream.is_finished:
+                return
+            await stream.wait()
+            news = stream.take()
+        yield news
+
+
 async def read(bridge: Bridge, id: str) -> list[int | None]:
     with bridge.open(request(id)) as stream:
-        return [event.token async for events in stream for event in only_events(events)]
+        return [event.token async for events in looks(stream) for event in only_events(events)]
 
 
 def only_events(news: list[News]) -> list[TokenEvent]:
@@ -63,7 +75,7 @@ async def test_leaving_a_stream_early_cancels_its_request_only():
     bridge = await started(engine)
     other = asyncio.ensure_future(read(bridge, "other"))
     with bridge.open(request("left")) as stream:
-        async for _ in stream:
+        async for _ in looks(stream):
             break
     assert engine.cancelled == ["left"]
     assert len(await other) == 10
@@ -87,7 +99,7 @@ async def test_a_reader_that_falls_behind_gets_all_that_waited_at_once():
     bridge = await started(ScriptedEngine(lambda request: range(50)))
     with bridge.open(request("a")) as stream:
         await asyncio.sleep(0.05)
-        assert [len(events) async for events in stream] == [10]
+        assert [len(events) async for events in looks(stream)] == [10]
     await ended(bridge)
 
 
@@ -96,7 +108,7 @@ async def test_readers_that_take_long_are_woken_less_often_and_miss_nothing(monk
     bridge = await started(ScriptedEngine(lambda request: range(50), pause=0.001))
     lists = []
     with bridge.open(request("a", 40)) as stream:
-        async for events in stream:
+        async for events in looks(stream):
             lists.append([event.token for event in only_events(events)])
             busy_until = time.thread_time() + 0.003
             while time.thread_time() < busy_until:
@@ -143,7 +155,7 @@ async def test_columns_and_events_reach_their_streams_in_order():
 
     async def told(id: str) -> tuple[list[int | None], list[float]]:
         with bridge.open(request(id)) as stream:
-            news = [item async for some in stream for item in some]
+            news = [item async for some in looks(stream) for item in some]
         events = [
             event
             for item in news
@@ -165,7 +177,7 @@ async def test_columns_of_a_stream_that_was_left_go_nowhere():
     bridge = await started(TurnByTurn(turns, 2))
     bridge.open(request("left")).close()
     with bridge.open(request("stays")) as stream:
-        news = [item async for some in stream for item in some]
+        news = [item async for some in looks(stream) for item in some]
     assert [item if isinstance(item, TokenEvent) else item.tokens for item in news] == [
         (11,),
         TokenEvent("stays", 12, finish_reason="stop"),
@@ -187,7 +199,7 @@ async def test_what_was_put_down_before_the_engine_died_is_told_first(monkeypatc
 
     bridge = await started(Dying(lambda request: []))
     with bridge.open(request("a")) as stream:
-        *runs, last = [item async for some in stream for item in some]
+        *runs, last = [item async for some in looks(stream) for item in some]
     assert [run.tokens for run in runs if isinstance(run, TokenRun)] == [(1,), (2, 3)]
     assert isinstance(last, TokenEvent) and last.finish_reason == "error"
 
@@ -208,7 +220,7 @@ async def test_death_of_the_engine_ends_every_stream_with_its_cause(caplog):
     assert bridge.state == "ready"
     with bridge.open(request("a")) as stream, caplog.at_level(logging.CRITICAL):
         engine.fail(RuntimeError("out of memory"))
-        *_, (*_, last) = [events async for events in stream]
+        *_, (*_, last) = [events async for events in looks(stream)]
     assert isinstance(last, TokenEvent) and last.finish_reason == "error"
     assert last.error is not None
     assert "out of memory" in last.error
