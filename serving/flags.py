@@ -119,6 +119,11 @@ FLAGS = (
         "with an error.",
     ),
     _speed(
+        "--plain-ops", False,
+        "On a CPU, run XLA's operations rather than those in C, several times slower, as happens by "
+        "itself where there is no C compiler.",
+    ),
+    _speed(
         "--integrity-interval", 1000,
         "Steps between two checks of the account of slots and pages; 0: never.",
         type=_FROM_ZERO, metavar="STEPS",

@@ -249,7 +249,7 @@ def step_options(options: Options) -> StepOptions:
     """How steps are to be computed, as the command line says it."""
     return StepOptions(
         kv_dtype=KV_DTYPES[options.kv_cache_dtype],
-        kernels=Kernels(allow_reference=options.allow_reference_ops),
+        kernels=Kernels(allow_reference=options.allow_reference_ops, native=not options.plain_ops),
     )
 
 

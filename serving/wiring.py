@@ -56,6 +56,7 @@ class Options:
     num_processes: int = 1
     process_id: int = 0
     allow_reference_ops: bool = False
+    plain_ops: bool = False
     served_model_names: tuple[str, ...]
     http: HttpOptions = field(default_factory=HttpOptions)
 

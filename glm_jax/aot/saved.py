@@ -76,7 +76,7 @@ def manifest_of(
         "allow_reference_ops": options.kernels.allow_reference,
         "devices": mesh.size,
         "device_kind": device.device_kind,
-        "host": _host() if device.platform == "cpu" else "any",
+        "host": _host(options.kernels.native) if device.platform == "cpu" else "any",
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
         "compiler_options": compiler_options(mesh),
@@ -86,9 +86,9 @@ def manifest_of(
     return json.loads(json.dumps(fields))  # as it reads back: tuples are lists
 
 
-def _host() -> str:
+def _host(native: bool) -> str:
     """What a CPU can execute: its architecture, its extensions where the system says, and our C."""
-    operations = "in C" if library.is_available() else "plain"
+    operations = "in C" if native and library.is_available() else "plain"
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

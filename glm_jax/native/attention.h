@@ -139,14 +139,14 @@ INLINE void take_page(const Attention* a, Seen* seen, const float* values) {
 INLINE void score_page(const Attention* a, Seen* const* seen, int several, const float* keys) {
   const float factor = 1.0f / sqrtf((float)a->size);
   int64_t visible = 0;
-  const float* rows[ROWS];
+  const char* rows[ROWS];
   for (int i = 0; i < several; ++i) {
-    rows[i] = seen[i]->query;
+    rows[i] = (const char*)seen[i]->query;
     visible = seen[i]->visible > visible ? seen[i]->visible : visible;
   }
   for (int64_t s = 0; s < visible; s += ROWS) {
     const char* from = (const char*)(keys + s * a->stride);
-    const Four four = {from, a->stride * 4, ROWS, a->stride, XLA_FFI_DataType_F32};
+    const Four four = {from, a->stride * 4, ROWS, a->stride, XLA_FFI_DataType_F32, 0};
     float all[LANES];
     store(all, dots(several, rows, &four) * factor);
     for (int i = 0; i < several; ++i) memcpy(seen[i]->scores + s, all + i * ROWS, ROWS * 4);

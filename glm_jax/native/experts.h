@@ -23,15 +23,16 @@ typedef struct {
   int64_t num_experts, num_shared, num_sums, per_task, tasks_per_expert;
   int32_t* token;     // of each pair
   float* weight;      // of each pair
-  float* hidden;      // of each pair, hidden_stride apart: its groups, each padded
+  char* hidden;       // of each pair, hidden_bytes apart: its groups, each a row as x has them
   float* scale;       // of each pair's groups
-  int64_t hidden_stride, max_groups;
+  int64_t hidden_bytes, max_groups;
   float* out;  // [sums, tokens, columns]
   int64_t columns;
 } Mlp;
 
-INLINE float* hidden_of(const Mlp* m, const Expert* e, int64_t pair, int64_t group) {
-  return m->hidden + (e->first + pair) * m->hidden_stride + group * padded(e->width / e->groups);
+INLINE char* hidden_of(const Mlp* m, const Expert* e, int64_t pair, int64_t group) {
+  return m->hidden + (e->first + pair) * m->hidden_bytes +
+         group * row_bytes_of(e->width / e->groups, m->x.is_paired);
 }
 
 INLINE const float* scale_or_null(const float* scale, int64_t at) { return scale ? scale + at : NULL; }
@@ -40,7 +41,7 @@ INLINE const float* scale_or_null(const float* scale, int64_t at) { return scale
 INLINE void gate_up_block(const Mlp* m, const Expert* e, int64_t f, int64_t pair, const Four* gates,
                           const Four* ups) {
   const int64_t left = e->count - pair, several = left < ROWS ? left : ROWS;
-  const float* rows[ROWS];
+  const char* rows[ROWS];
   float x_scale[ROWS] = {1, 1, 1, 1};
   for (int i = 0; i < several; ++i) {
     const int32_t token = m->token[e->first + pair + i];
@@ -66,7 +67,9 @@ INLINE void gate_up_block(const Mlp* m, const Expert* e, int64_t f, int64_t pair
   for (int i = 0; i < several; ++i) {
     for (int64_t j = 0; j < gates->count; ++j) {
       int64_t group = e->groups == 1 ? 0 : (f + j) / group_width;
-      hidden_of(m, e, pair + i, group)[f + j - group * group_width] = product[i * ROWS + j];
+      const int64_t size = m->x.is_paired ? 2 : 4;
+      char* to = hidden_of(m, e, pair + i, group) + (f + j - group * group_width) * size;
+      memcpy(to, (const char*)(product + i * ROWS + j) + 4 - size, (size_t)size);
     }
   }
 }
@@ -79,8 +82,9 @@ static int gate_up_task(void* job, int64_t index) {
   for (int64_t f = begin; f < begin + m->per_task && f < e->width; f += ROWS) {
     const int64_t count = e->width - f < ROWS ? e->width - f : ROWS;
     const char* gate = e->gate_up + f * row_bytes;
-    const Four gates = {gate, row_bytes, count, m->x.width, m->weight_dtype};
-    const Four ups = {gate + e->width * row_bytes, row_bytes, count, m->x.width, m->weight_dtype};
+    const Four gates = {gate, row_bytes, count, m->x.width, m->weight_dtype, m->x.is_paired};
+    Four ups = gates;
+    ups.values += e->width * row_bytes;
     for (int64_t pair = 0; pair < e->count; pair += ROWS) gate_up_block(m, e, f, pair, &gates, &ups);
   }
   return 1;
@@ -92,7 +96,7 @@ static int quantize_task(void* job, int64_t index) {
   const Expert* e = m->experts;
   while (index >= e->first + e->count) ++e;
   for (int64_t group = 0; group < e->groups; ++group) {
-    float* row = hidden_of(m, e, index - e->first, group);
+    float* row = (float*)hidden_of(m, e, index - e->first, group);
     const int64_t width = padded(e->width / e->groups);
     Floats most = {0};
     for (int64_t k = 0; k < width; k += LANES) {
@@ -115,11 +119,11 @@ INLINE void down_block(const Mlp* m, const Expert* e, int64_t d, int64_t count) 
   const int64_t group_width = e->width / e->groups, size = item_bytes(m->weight_dtype);
   for (int64_t group = 0; group < e->groups; ++group) {
     const char* from = e->down + (d * e->width + group * group_width) * size;
-    const Four four = {from, e->width * size, count, group_width, m->weight_dtype};
+    const Four four = {from, e->width * size, count, group_width, m->weight_dtype, m->x.is_paired};
     for (int64_t pair = 0; pair < e->count; pair += ROWS) {
       const int64_t left = e->count - pair, several = left < ROWS ? left : ROWS;
       const int64_t at = e->first + pair;
-      const float* rows[ROWS];
+      const char* rows[ROWS];
       for (int i = 0; i < several; ++i) rows[i] = hidden_of(m, e, pair + i, group);
       Floats value = dots((int)several, rows, &four);
       if (m->scale) value = value * across(m->scale + at * m->max_groups + group, m->max_groups, several);
@@ -215,11 +219,11 @@ static int run_mlp(const XLA_FFI_CallFrame* call, Mlp* m, int64_t layer, int64_t
                    int64_t max_width) {
   const int is_fp8 = m->weight_dtype == XLA_FFI_DataType_F8E4M3FN;
   int64_t pairs = 0;
-  m->hidden_stride = padded(max_width) + m->num_sums * LANES;
+  m->hidden_bytes = row_bytes_of(max_width, 0) + m->num_sums * 64;
   m->max_groups = m->num_sums;
   m->token = malloc((size_t)num_pairs * 4);
   m->weight = malloc((size_t)num_pairs * 4);
-  m->hidden = calloc((size_t)(num_pairs * m->hidden_stride), 4);
+  m->hidden = calloc((size_t)num_pairs, (size_t)m->hidden_bytes);
   m->scale = is_fp8 ? malloc((size_t)(num_pairs * m->max_groups) * 4) : NULL;
   if (!m->token || !m->weight || !m->hidden || (is_fp8 && !m->scale)) return 0;
   gather_pairs(call, m, layer, &pairs);
@@ -249,7 +253,7 @@ XLA_FFI_Error* glm_experts(XLA_FFI_CallFrame* call) {
       .columns = out->dims[2],
   };
   m.experts = malloc((size_t)((picks ? arg(call, 8)->dims[1] : 0) + 1) * sizeof(Expert));
-  int is_well = m.experts && widen_rows(arg(call, 0), 1, &m.x) &&
+  int is_well = m.experts && ready_rows(arg(call, 0), 1, m.weight_dtype, &m.x) &&
                 run_mlp(call, &m, layer, m.x.num_rows * (picks + 1),
                         width > shared_width ? width : shared_width);
   free(m.experts), free(m.x.values), free(m.token), free(m.weight), free(m.hidden), free(m.scale);

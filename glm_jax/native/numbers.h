@@ -216,10 +216,60 @@ typedef struct {
   const char* values;
   int64_t row_bytes, count, width;
   XLA_FFI_DataType dtype;
+  int is_paired;  // rows are bfloat16 too, see pairs()
 } Four;
 
+// Whether rows and weights meet as pairs of bfloat16, two products an instruction.
+INLINE int pairs(XLA_FFI_DataType rows, XLA_FFI_DataType weights) {
+#if defined(__AVX512BF16__)
+  return rows == XLA_FFI_DataType_BF16 && weights == XLA_FFI_DataType_BF16;
+#else
+  (void)rows, (void)weights;
+  return 0;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+INLINE __m512bh two(const char* from) {
+  __m512bh x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// dot_rows of pairs. Rows are whole vectors, with zeros at the end.
+INLINE Floats dot_pairs(int num_rows, const char* const* rows, const Four* weights) {
+  Floats sums[ROWS * ROWS] = {{0}};
+  const Four w = *weights;
+  int64_t at[ROWS];
+  for (int j = 0; j < ROWS; ++j) at[j] = (j < w.count ? j : w.count - 1) * w.row_bytes;
+  const int64_t whole = w.width / (2 * LANES) * 64, left = w.width * 2 - whole;
+  for (int64_t k = 0; k < whole; k += 64) {
+    __m512bh one[ROWS];
+    for (int j = 0; j < ROWS; ++j) {
+      __builtin_prefetch(w.values + at[j] + k + AHEAD);
+      one[j] = two(w.values + at[j] + k);
+    }
+    for (int row = 0; row < num_rows; ++row) {
+      const __m512bh x = two(rows[row] + k);
+      for (int j = 0; j < ROWS; ++j) {
+        sums[row * ROWS + j] = (Floats)_mm512_dpbf16_ps((__m512)sums[row * ROWS + j], x, one[j]);
+      }
+    }
+  }
+  for (int j = 0; left && j < ROWS; ++j) {
+    char rest[64] = {0};
+    memcpy(rest, w.values + at[j] + whole, (size_t)left);
+    for (int row = 0; row < num_rows; ++row) {
+      const __m512 sum = (__m512)sums[row * ROWS + j];
+      sums[row * ROWS + j] = (Floats)_mm512_dpbf16_ps(sum, two(rows[row] + whole), two(rest));
+    }
+  }
+  return sums_of(sums);
+}
+#endif
+
 // Lane 4 * row + j: rows[row] . weights[j]; what is beyond num_rows or w->count is of no use.
-INLINE Floats dot_rows(XLA_FFI_DataType dtype, int num_rows, const float* const* rows,
+INLINE Floats dot_rows(XLA_FFI_DataType dtype, int num_rows, const char* const* rows,
                        const Four* weights) {
   Floats sums[ROWS * ROWS] = {{0}};
   const Four w = *weights;
@@ -234,7 +284,7 @@ INLINE Floats dot_rows(XLA_FFI_DataType dtype, int num_rows, const float* const*
     }
     for (int j = 0; j < ROWS; ++j) one[j] = widened(dtype, w.values + at[j] + k * size);
     for (int row = 0; row < num_rows; ++row) {
-      const Floats x = load(rows[row] + k);
+      const Floats x = load((const float*)rows[row] + k);
       for (int j = 0; j < ROWS; ++j) sums[row * ROWS + j] = sums[row * ROWS + j] + x * one[j];
     }
   }
@@ -244,14 +294,14 @@ INLINE Floats dot_rows(XLA_FFI_DataType dtype, int num_rows, const float* const*
       memcpy(rest, w.values + at[j] + whole * size, (size_t)((w.width - whole) * size));
       const Floats last = widened(dtype, rest);
       for (int row = 0; row < num_rows; ++row) {
-        sums[row * ROWS + j] = sums[row * ROWS + j] + load(rows[row] + whole) * last;
+        sums[row * ROWS + j] = sums[row * ROWS + j] + load((const float*)rows[row] + whole) * last;
       }
     }
   }
   return sums_of(sums);
 }
 
-INLINE Floats dots_as(XLA_FFI_DataType dtype, int num_rows, const float* const* rows,
+INLINE Floats dots_as(XLA_FFI_DataType dtype, int num_rows, const char* const* rows,
                       const Four* weights) {
   switch (num_rows) {
     case 1: return dot_rows(dtype, 1, rows, weights);
@@ -261,7 +311,17 @@ INLINE Floats dots_as(XLA_FFI_DataType dtype, int num_rows, const float* const* 
   }
 }
 
-static Floats dots(int num_rows, const float* const* rows, const Four* weights) {
+static Floats dots(int num_rows, const char* const* rows, const Four* weights) {
+#if defined(__AVX512BF16__)
+  if (weights->is_paired) {
+    switch (num_rows) {
+      case 1: return dot_pairs(1, rows, weights);
+      case 2: return dot_pairs(2, rows, weights);
+      case 3: return dot_pairs(3, rows, weights);
+      default: return dot_pairs(4, rows, weights);
+    }
+  }
+#endif
   if (weights->dtype == XLA_FFI_DataType_F32) {
     return dots_as(XLA_FFI_DataType_F32, num_rows, rows, weights);
   }

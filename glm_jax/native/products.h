@@ -6,29 +6,42 @@
 
 #include "numbers.h"
 
-// Rows, widened: [groups, rows, padded group width].
+// Rows as they meet weights, widened or in pairs: [groups, rows, whole vectors].
 typedef struct {
-  float* values;
-  int64_t num_rows, groups, width, stride;
+  char* values;
+  int64_t num_rows, groups, width, row_bytes;
+  int is_paired;
 } Rows;
 
-INLINE const float* row_of(const Rows* rows, int64_t group, int64_t row) {
-  return rows->values + (group * rows->num_rows + row) * rows->stride;
+INLINE const char* row_of(const Rows* rows, int64_t group, int64_t row) {
+  return rows->values + (group * rows->num_rows + row) * rows->row_bytes;
 }
 
-static int widen_rows(const Array* x, int64_t groups, Rows* rows) {
+// Bytes of a row, or of a group of one, with zeros up to a whole vector.
+INLINE int64_t row_bytes_of(int64_t width, int is_paired) {
+  return is_paired ? (width * 2 + 63) / 64 * 64 : padded(width) * 4;
+}
+
+static int ready_rows(const Array* x, int64_t groups, XLA_FFI_DataType weights, Rows* rows) {
   int64_t columns = x->dims[x->rank - 1], size = item_bytes(x->dtype);
   rows->num_rows = extent(x, 0, (int)x->rank - 1);
   rows->groups = groups;
   rows->width = columns / groups;
-  rows->stride = padded(rows->width);
-  size_t bytes = (size_t)(groups * rows->num_rows * rows->stride) * 4;
+  rows->is_paired = pairs(x->dtype, weights);
+  rows->row_bytes = row_bytes_of(rows->width, rows->is_paired);
+  size_t bytes = (size_t)(groups * rows->num_rows * rows->row_bytes);
   rows->values = aligned_alloc(64, bytes ? bytes : 64);
   if (!rows->values) return 0;
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t row = 0; row < rows->num_rows; ++row) {
       const char* from = (const char*)x->data + (row * columns + group * rows->width) * size;
-      decode(x->dtype, from, rows->width, (float*)row_of(rows, group, row));
+      char* to = (char*)row_of(rows, group, row);
+      if (rows->is_paired) {
+        memcpy(to, from, (size_t)rows->width * 2);
+        memset(to + rows->width * 2, 0, (size_t)(rows->row_bytes - rows->width * 2));
+      } else {
+        decode(x->dtype, from, rows->width, (float*)to);
+      }
     }
   }
   return 1;
@@ -81,10 +94,10 @@ static int product_task(void* job, int64_t index) {
     if (p->bias) decode(p->bias_dtype, p->bias + n * item_bytes(p->bias_dtype), count, bias);
     for (int64_t group = 0; group < groups; ++group) {
       const char* from = p->weight + (n * groups + group) * width * size;
-      const Four four = {from, groups * width * size, count, width, p->weight_dtype};
+      const Four four = {from, groups * width * size, count, width, p->weight_dtype, p->x.is_paired};
       for (int64_t row = 0; row < p->x.num_rows; row += ROWS) {
         const int64_t left = p->x.num_rows - row, several = left < ROWS ? left : ROWS;
-        const float* rows[ROWS];
+        const char* rows[ROWS];
         for (int i = 0; i < several; ++i) rows[i] = row_of(&p->x, group, row + i);
         finish(p, dots((int)several, rows, &four), group, row, n, several, count, bias);
       }
@@ -112,7 +125,7 @@ XLA_FFI_Error* glm_product(XLA_FFI_CallFrame* call) {
       .outputs = outputs,
       .per_task = rows_per_task(outputs),
   };
-  int is_well = widen_rows(x, integer(call, "groups"), &p.x) &&
+  int is_well = ready_rows(x, integer(call, "groups"), values->dtype, &p.x) &&
                 run_tasks(call, (outputs + p.per_task - 1) / p.per_task, product_task, &p);
   free(p.x.values);
   return is_well ? NULL : failed(call, "no memory for the rows of a product");

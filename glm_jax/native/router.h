@@ -45,12 +45,12 @@ static int route_task(void* job, int64_t index) {
   const Router* r = job;
   const int64_t first = index * ROWS, left = r->x.num_rows - first;
   const int several = (int)(left < ROWS ? left : ROWS);
-  const float* rows[ROWS];
+  const char* rows[ROWS];
   for (int i = 0; i < several; ++i) rows[i] = row_of(&r->x, 0, first + i);
   for (int64_t expert = 0; expert < r->experts; expert += ROWS) {
     const int64_t rest = r->experts - expert, count = rest < ROWS ? rest : ROWS;
     const char* from = r->weight + expert * r->row_bytes;
-    const Four four = {from, r->row_bytes, count, r->x.width, r->dtype};
+    const Four four = {from, r->row_bytes, count, r->x.width, r->dtype, 0};
     float scores[LANES];
     store(scores, 1.0f / (1.0f + exponential(-dots(several, rows, &four))));
     for (int i = 0; i < several; ++i) {
@@ -76,7 +76,7 @@ XLA_FFI_Error* glm_route(XLA_FFI_CallFrame* call) {
       .scaling = *(float*)attribute(call, "scaling"), .chosen = chosen->data,
       .weights = result(call, 1)->data, .scores = result(call, 2)->data,
   };
-  int is_well = widen_rows(arg(call, 0), 1, &r.x) &&
+  int is_well = ready_rows(arg(call, 0), 1, XLA_FFI_DataType_F32, &r.x) &&
                 run_tasks(call, (r.x.num_rows + ROWS - 1) / ROWS, route_task, &r);
   free(r.x.values);
   return is_well ? NULL : failed(call, "no memory for the router's rows");

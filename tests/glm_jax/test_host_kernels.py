@@ -16,7 +16,10 @@ from glm_jax.kernels import Kernels
 from glm_jax.native import library
 from glm_jax.operands import Weight
 from glm_jax.ops import HeadNorms, Rows
-from tests.glm_jax.tiny import BF16, F32, FP8, bits, compiled, quantize, wide
+from glm_jax.shapes import StepShapes
+from glm_jax.sharding import make_mesh
+from glm_jax.steps import StepOptions, lower
+from tests.glm_jax.tiny import BF16, F32, FP8, bits, compiled, make_config, quantize, wide
 
 KINDS = ["float32", "bfloat16", "float32 x fp8", "bfloat16 x fp8"]
 COMPANIES = (1, 2, 3, 4, 5, 16)
@@ -265,6 +268,20 @@ def test_attention_is_the_references(dtype: np.dtype, kept: np.dtype, num_tokens
     for size in COMPANIES:
         rows = slice(7, 7 + size)
         np.testing.assert_array_equal(bits(run(host_kernels, rows)), bits(everything[rows]))
+
+
+# --- The choice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_step_runs_c_unless_it_is_told_not_to(native: bool) -> None:
+    shapes = StepShapes(
+        num_slots=2, num_pages=4, page_size=8, max_seq_len=16, prefill_tile=4,
+        prefill_buckets=(1,), decode_buckets=(2,),
+    )  # fmt: skip
+    options = StepOptions(kernels=Kernels(native=native))
+    text = lower(make_config(), shapes, make_mesh(1), BF16, "decode", 2, options).as_text()
+    assert {name in text for name in library.OPERATIONS} == {native}
 
 
 # --- The library --------------------------------------------------------------------------------
