@@ -66,6 +66,17 @@ class Load:
             return self.ramp_rate * (self.rate / self.ramp_rate) ** progress
         return self.ramp_rate + (self.rate - self.ramp_rate) * progress
 
+    def arrivals(self) -> Iterator[float]:
+        """When requests come at the rate, in seconds from the start; the same for the same seed."""
+        draw = np.random.default_rng((self.seed, 7))
+        due = 0.0
+        while True:
+            scale = 1 / (self.rate_at(due) * self.burstiness)
+            due += float(draw.gamma(self.burstiness, scale))
+            if due > self.duration:
+                return
+            yield due
+
 
 @dataclass(slots=True)
 class Run:
@@ -170,17 +181,13 @@ class Runner:
 
     async def _open_loop(self) -> None:
         load = self.run.load
-        draw = np.random.default_rng((load.seed, 7))
         limit = asyncio.Semaphore(load.concurrency) if load.concurrency else None
-        due = self.run.started_at
-        while self._may_begin():
-            scale = 1 / (load.rate_at(due - self.run.started_at) * load.burstiness)
-            due += draw.gamma(load.burstiness, scale)
-            if due > self.run.started_at + load.duration:
-                break
+        for arrival in load.arrivals():
+            due = self.run.started_at + arrival
             await self._pause(due - time.perf_counter())
-            if self._may_begin():
-                self._spawn(self._arrival(due, limit))
+            if not self._may_begin():
+                break
+            self._spawn(self._arrival(due, limit))
         await self._all_done()
 
     async def _arrival(self, due: float, limit: asyncio.Semaphore | None) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -186,11 +187,22 @@ async def test_a_limit_holds_requests_back_and_says_for_how_long():
 @pytest.mark.parametrize(
     ("burstiness", "low", "high"), [(0.2, 1.4, 4), (1, 0.7, 1.4), (100, 0, 0.4)]
 )
-async def test_gaps_vary_as_the_burstiness_says(burstiness, low, high):
-    server = FakeServer(seconds=0)
-    await server.runner(duration=2, concurrency=None, rate=100, burstiness=burstiness).carry_out()
-    gaps = np.diff(server.starts)
+def test_gaps_vary_as_the_burstiness_says(burstiness, low, high):
+    load = Load(duration=20, concurrency=None, rate=100, burstiness=burstiness)
+    arrivals = list(load.arrivals())
+    gaps = np.diff(arrivals)
     assert low < gaps.std() / gaps.mean() < high
+    assert 1500 < len(arrivals) < 2500 and arrivals[-1] <= 20
+    assert arrivals == list(load.arrivals()) != list(replace(load, seed=1).arrivals())
+
+
+async def test_requests_are_sent_when_they_are_due():
+    server = FakeServer(seconds=0)
+    runner = server.runner(duration=1, concurrency=None, rate=20, burstiness=1)
+    await runner.carry_out()
+    due = list(runner.run.load.arrivals())[: len(server.starts)]
+    late = np.array(server.starts) - runner.run.started_at - due
+    assert len(late) > 5 and min(late) >= 0 and np.median(late) < 0.1
 
 
 def test_a_rate_grows_linearly_or_exponentially():
