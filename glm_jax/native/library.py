@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -30,15 +31,22 @@ _FLAGS = (
     "-shared", "-fPIC",
 )  # fmt: skip
 _SECONDS = 120.0
+# Steps are traced by several threads at once.
+_BUILDING = threading.Lock()
 
 
 class BuildError(Exception):
     """The library cannot be built or loaded here; the message says why."""
 
 
-@functools.cache
 def is_available() -> bool:
     """Whether XLA can run the operations; the first call builds them where nobody has yet."""
+    with _BUILDING:
+        return _registers()
+
+
+@functools.cache
+def _registers() -> bool:
     try:
         library = ctypes.CDLL(str(build(directory())))
     except (BuildError, OSError) as error:
