@@ -18,8 +18,9 @@ from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 from glm_jax.pallas.chip import Chip
 
 _LANES = 128
-_WARPGROUP = 128
-# A token's picks are copied to shared memory by 16 bytes.
+# Rows and columns of the arrays in which a warpgroup compares and counts.
+_COUNTED_ROWS, _COUNTED_COLUMNS = 64, 32
+# Rows of choices begin at multiples of 16 bytes.
 _PICKS = 4
 # Rows in flight when tokens are copied: 80 KiB of the model's.
 _CHUNK = 16
@@ -139,8 +140,7 @@ def stage(
         sorted_already = dispatch(experts, first_expert, num_local, tile=tile)
     is_local = (experts >= first_expert) & (experts < first_expert + num_local)
     padding = -num_choices % _PICKS
-    padded = jnp.pad(experts, ((0, 0), (0, padding))) if padding else experts
-    sizes = Sizes(num_tokens, num_choices, padded.shape[1], num_local, tile, tiles, width)
+    sizes = Sizes(num_tokens, num_choices, num_choices + padding, num_local, tile, tiles, width)
     if sorted_already:
         num_ctas = min(tiles * (tile // sizes.chunk), _COPIERS * chip.num_cores)
     else:
@@ -160,7 +160,8 @@ def stage(
         values, scale = kernel(*sizes.tokens(x, x_scale), *operands)
         plan = sorted_already
     else:
-        operands = padded, first_expert.reshape(1)
+        by_choice = jnp.pad(experts.T, ((0, 0), (0, sizes.padded_tokens - num_tokens)))
+        operands = by_choice, first_expert.reshape(1)
         values, scale, *fields = kernel(*sizes.tokens(x, x_scale), *operands)
         plan = Dispatch(*fields)
         rows = plan.rows[:, :num_choices] if padding else plan.rows
@@ -192,8 +193,22 @@ class Sizes(NamedTuple):
 
     @property
     def padded_experts(self) -> int:
-        """Local experts, an expert a lane."""
-        return -(-self.num_local // _WARPGROUP) * _WARPGROUP
+        """Local experts, as they are counted."""
+        return -(-self.num_local // _COUNTED_ROWS) * _COUNTED_ROWS
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens, as they are sorted."""
+        return -(-self.num_tokens // _COUNTED_ROWS) * _COUNTED_ROWS
+
+    @property
+    def padded_tile(self) -> int:
+        """Rows of a tile, as its tokens are found."""
+        return -(-self.tile // 8) * 8
+
+    def picks_type(self) -> jax.ShapeDtypeStruct:
+        """Of picks as they are sorted: by choice, then by token; past the tokens anything."""
+        return jax.ShapeDtypeStruct((self.num_choices, self.padded_tokens), jnp.int32)
 
     def tokens(self, x: Array, x_scale: Array) -> tuple[Array, Array]:
         """The tokens as the kernels read them: in lines that TMA copies at once."""
@@ -224,11 +239,11 @@ class Sizes(NamedTuple):
             "arrived": plgpu.Barrier(num_arrivals=self.chunk),
         }
         if is_sorting:
-            types["picks"] = plgpu.SMEM((self.num_tokens, self.padded_choices), jnp.int32)
+            types["picks"] = plgpu.SMEM(self.picks_type().shape, jnp.int32)
             types["picks_full"] = plgpu.Barrier()
-            types["tiles"] = plgpu.SMEM((self.padded_experts,), jnp.int32)
-            types["ends"] = plgpu.SMEM((self.padded_experts,), jnp.int32)
-            types["taken"] = plgpu.SMEM((_WARPGROUP,), jnp.int32)
+            per_expert = plgpu.SMEM((self.padded_experts,), jnp.int32)
+            types |= dict.fromkeys(("counts", "tiles", "ends"), per_expert)
+            types["taken"] = plgpu.SMEM((self.padded_tile,), jnp.int32)
         return types
 
 
@@ -285,14 +300,14 @@ def _copy_body(
 
 
 def _sort_body(sizes: Sizes, *refs: Any, num_ctas: int, **scratch: Any) -> None:
-    x_ref, x_scale_ref, experts_ref, first_ref, *outs = refs
-    sort_and_copy(sizes, (x_ref, x_scale_ref), experts_ref, first_ref, outs, num_ctas, scratch)
+    x_ref, x_scale_ref, picks_ref, first_ref, *outs = refs
+    sort_and_copy(sizes, (x_ref, x_scale_ref), picks_ref, first_ref, outs, num_ctas, scratch)
 
 
 def sort_and_copy(
     sizes: Sizes,
     token_refs: tuple[Any, Any],
-    experts_ref: Any,
+    picks_ref: Any,
     first_ref: Any,
     outs: Sequence[Any],
     num_ctas: int,
@@ -303,17 +318,16 @@ def sort_and_copy(
     Nothing is written to the row of a choice whose expert lives elsewhere.
 
     Args:
+      picks_ref: of picks_type.
       outs: refs of row_types and plan_types.
     """
     x_ref, x_scale_ref = token_refs
     values_ref, scale_ref, tokens_ref, rows_ref, tile_experts_ref, num_tiles_ref = outs
     picks, ends, taken = scratch["picks"], scratch["ends"], scratch["taken"]
-    plgpu.copy_gmem_to_smem(experts_ref, picks, scratch["picks_full"])
+    plgpu.copy_gmem_to_smem(picks_ref, picks, scratch["picks_full"])
     plgpu.barrier_wait(scratch["picks_full"])
     first_expert = first_ref[0]
-    expert_ends = _count_tiles(sizes, picks, first_expert, scratch["tiles"])
-    ends[...] = expert_ends
-    plgpu.commit_smem()
+    _count(sizes, first_expert, scratch)
     num_tiles = ends[sizes.num_local - 1]
 
     @pl.when(lax.axis_index("cta") == 0)
@@ -321,35 +335,31 @@ def sort_and_copy(
         num_tiles_ref[0] = num_tiles
 
     def sort_tile(index: jax.Array) -> None:
-        expert = jnp.sum(jnp.where(expert_ends <= index, 1, 0))
+        passed = [ends[expert] <= index for expert in range(sizes.num_local)]
+        expert = sum((is_passed.astype(jnp.int32) for is_passed in passed), jnp.int32(0))
         tile_experts_ref[index] = expert
         begin = jnp.where(expert > 0, ends[jnp.maximum(expert - 1, 0)], 0)
-        first_row = index * sizes.tile
-        taken[...] = jnp.zeros(taken.shape, jnp.int32)
-        plgpu.commit_smem()
+        first_row, before = index * sizes.tile, (index - begin) * sizes.tile
+        _find(sizes, first_expert + expert, before, scratch)
+        tokens = [taken[row] for row in range(sizes.tile)]
+        choices = [
+            sum(
+                (
+                    jnp.where(picks[choice, token] == first_expert + expert, choice, 0)
+                    for choice in range(1, sizes.num_choices)
+                ),
+                jnp.int32(0),
+            )
+            for token in tokens
+        ]
+        num_taken = scratch["counts"][expert] - before
+        for row, (token, choice) in enumerate(zip(tokens, choices, strict=True)):
+            tokens_ref[first_row + row] = token
 
-        def visit(token: jax.Array, number: jax.Array) -> jax.Array:
-            row = number - (index - begin) * sizes.tile
-            chosen = [
-                picks[token, choice] == first_expert + expert for choice in range(sizes.num_choices)
-            ]
-            is_taken = functools.reduce(jnp.logical_or, chosen)
+            @pl.when(row < num_taken)
+            def _(row: int = row, token: jax.Array = token, choice: jax.Array = choice):
+                rows_ref[token, choice] = first_row + row
 
-            @pl.when(is_taken & (row >= 0) & (row < sizes.tile))
-            def _():
-                taken[row] = token
-                for choice, is_chosen in enumerate(chosen):
-
-                    @pl.when(is_chosen)
-                    def _(choice: int = choice):
-                        rows_ref[token, choice] = first_row + row
-
-            return number + is_taken.astype(jnp.int32)
-
-        lax.fori_loop(0, sizes.num_tokens, visit, jnp.int32(0))
-        plgpu.commit_smem()
-        for row in range(sizes.tile):
-            tokens_ref[first_row + row] = taken[row]
         refs = (x_ref, x_scale_ref, values_ref, scale_ref)
 
         def copy_chunk(number: jax.Array, _: None) -> None:
@@ -361,23 +371,74 @@ def sort_and_copy(
     _over(num_tiles, num_ctas, sort_tile)
 
 
-def _count_tiles(sizes: Sizes, picks: Any, first_expert: jax.Array, tiles: Any) -> jax.Array:
-    """The tile at which each expert's tiles end: int32[padded_experts], an expert a lane."""
-    lanes = plgpu.broadcasted_iota(jnp.int32, (sizes.padded_experts,), 0)
+def _rows(values: jax.Array) -> jax.Array:
+    """A vector as it meets the rows of an array."""
+    return plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(1))
 
-    def count(token: jax.Array, counts: jax.Array) -> jax.Array:
-        for choice in range(sizes.num_choices):
-            expert = picks[token, choice] - first_expert
-            counts = counts + jnp.where(lanes == expert, 1, 0)
-        return counts
 
-    zeros = jnp.zeros((sizes.padded_experts,), jnp.int32)
-    counts = lax.fori_loop(0, sizes.num_tokens, count, zeros)
-    is_local = lanes < sizes.num_local
-    tiles[...] = jnp.where(is_local, lax.div(counts + (sizes.tile - 1), sizes.tile), 0)
+def _columns(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A vector as every row of an array."""
+    values = plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(0))
+    return lax.broadcast_in_dim(values, shape, (1,))
+
+
+def _count(sizes: Sizes, first_expert: jax.Array, scratch: Mapping[str, Any]) -> None:
+    """Counts the picks of each local expert, and finds the tile at which its tiles end."""
+    picks, tiles = scratch["picks"], scratch["tiles"]
+    shape = sizes.padded_experts, _COUNTED_COLUMNS
+    expert, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+    named = first_expert + expert
+
+    def count(number: jax.Array, counts: jax.Array) -> jax.Array:
+        first = number * _COUNTED_COLUMNS
+        hits = sum(
+            jnp.where(_columns(picks[choice, pl.ds(first, _COUNTED_COLUMNS)], shape) == named, 1, 0)
+            for choice in range(sizes.num_choices)
+        )
+        is_local = (first + column < sizes.num_tokens) & (expert < sizes.num_local)
+        return counts + jnp.sum(jnp.where(is_local, hits, 0), axis=1)
+
+    zeros = _rows(jnp.zeros(sizes.padded_experts, jnp.int32))
+    counts = lax.fori_loop(0, sizes.padded_tokens // _COUNTED_COLUMNS, count, zeros)
+    scratch["counts"][...] = counts
+    tiles[...] = lax.div(counts + (sizes.tile - 1), sizes.tile)
+    plgpu.commit_smem()
+    ends = zeros
+    for first in range(0, sizes.padded_experts, _COUNTED_COLUMNS):
+        each = _columns(tiles[pl.ds(first, _COUNTED_COLUMNS)], shape)
+        ends = ends + jnp.sum(jnp.where(first + column <= expert, each, 0), axis=1)
+    scratch["ends"][...] = ends
     plgpu.commit_smem()
 
-    def add(expert: jax.Array, ends: jax.Array) -> jax.Array:
-        return ends + jnp.where(lanes >= expert, tiles[expert], 0)
 
-    return lax.fori_loop(0, sizes.num_local, add, zeros)
+def _find(sizes: Sizes, expert: jax.Array, before: jax.Array, scratch: Mapping[str, Any]) -> None:
+    """Finds the tokens of a tile: those that picked the expert, but for so many of them before.
+
+    Rows of the tile past the last of them get token 0.
+    """
+    picks = scratch["picks"]
+
+    def picked(first: jax.Array | int, count: int, lay: Callable[[jax.Array], jax.Array]) -> Any:
+        # A token picks an expert once at most.
+        return sum(
+            jnp.where(lay(picks[choice, pl.ds(first, count)]) == expert, 1, 0)
+            for choice in range(sizes.num_choices)
+        )
+
+    shape = sizes.padded_tokens, _COUNTED_COLUMNS
+    token, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+
+    def rank(number: jax.Array, ranks: jax.Array) -> jax.Array:
+        first = number * _COUNTED_COLUMNS
+        is_picked = picked(first, _COUNTED_COLUMNS, lambda values: _columns(values, shape))
+        return ranks + jnp.sum(jnp.where(first + column < token, is_picked, 0), axis=1)
+
+    zeros = _rows(jnp.zeros(sizes.padded_tokens, jnp.int32))
+    ranks = lax.fori_loop(0, sizes.padded_tokens // _COUNTED_COLUMNS, rank, zeros)
+    shape = sizes.padded_tokens, sizes.padded_tile
+    token, row = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+    is_picked = lax.broadcast_in_dim(picked(0, sizes.padded_tokens, _rows), shape, (0,)) > 0
+    is_here = lax.broadcast_in_dim(ranks - before, shape, (0,)) == row
+    is_here &= is_picked & (token < sizes.num_tokens)
+    scratch["taken"][...] = jnp.max(jnp.where(is_here, token, 0), axis=0)
+    plgpu.commit_smem()

@@ -69,7 +69,7 @@ def route_and_stage(
 
     def body(*refs: Any, **scratch: Any) -> None:
         products_ref, bias_ref, layer_ref, first_ref, counter_ref, *others = refs
-        x_ref, x_scale_ref, experts, weights, *outs = others
+        x_ref, x_scale_ref, experts, weights, picks_ref, *outs = others
         rows_ref = outs[3]
         cta = lax.axis_index("cta")
         router.fetch_biases(bias_ref.at[layer_ref[0] + shift], choice, scratch)
@@ -79,18 +79,20 @@ def route_and_stage(
             router.pick(products_ref, token, choice, scratch, experts, weights)
             # Whoever sorts a tile writes the rows of local choices, and no one else does.
             for index in range(choice.num_picks):
+                picks_ref[index, token] = scratch["picked"][index]
                 rows_ref[token, index] = tiles * tile
 
         mine = lax.div(num_tokens - cta + num_ctas - 1, num_ctas)
         lax.fori_loop(0, mine, pick, None)
         grid.wait_for_all(counter_ref, num_ctas)
         dispatch.sort_and_copy(
-            sizes, (x_ref, x_scale_ref), experts, first_ref, outs, num_ctas, scratch
+            sizes, (x_ref, x_scale_ref), picks_ref, first_ref, outs, num_ctas, scratch
         )
 
-    experts, weights, copied, copied_scale, *fields = plgpu.kernel(
+    out_types = [*router.pick_types(num_tokens, choice), sizes.picks_type()]
+    experts, weights, _, copied, copied_scale, *fields = plgpu.kernel(
         body,
-        out_type=router.pick_types(num_tokens, choice) + sizes.row_types() + sizes.plan_types(),
+        out_type=out_types + sizes.row_types() + sizes.plan_types(),
         scratch_types=router.pick_scratch(choice) | sizes.scratch(is_sorting=True),
         grid=(num_ctas,),
         grid_names=("cta",),
