@@ -81,10 +81,10 @@ def _dense_configs(tokens: int, rows: int) -> Iterator[tuple[str, TuningConfig]]
         yield "in turns", TuningConfig(128, 128, 2, stages, takes_turns=True)
         return
     ways = {
-        1: ((16, 16, 256), (16, 16, 512), (16, 32, 512), (16, 48, 512), (16, 64, 256)),
-        64: ((32, 32, 256), (32, 32, 512), (64, 32, 256), (64, 48, 256), (64, 64, 512), (32, 64, 256)),
-        256: ((64, 64, 256), (64, 32, 256), (128, 128, 128), (64, 128, 256), (128, 64, 256)),
-    }  # fmt: skip
+        1: ((16, 16, 512), (16, 32, 256)),
+        64: ((32, 32, 512), (32, 64, 256), (64, 32, 256)),
+        256: ((64, 64, 256), (64, 128, 256), (128, 64, 256)),
+    }
     for tile, fill, step in ways[tokens]:
         warpgroups = 2 if fill > 64 else 1
         stages = fitting_stages(tile, 64 * warpgroups, step=step)
