@@ -117,7 +117,7 @@ def run(
         "kind": "kernels",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit or _commit(),
-        "command": " ".join(["python tests/perf/kernels.py", *sys.argv[1:]]),
+        "command": f"python tests/perf/kernels.py {f'--only {only} ' * bool(only)}--seconds {seconds:g}",
         "device": card.name,
         "jax": jax.__version__,
         "copy_bytes_per_second": card.copy,
