@@ -19,6 +19,7 @@ from checkpoints.inspection import parameters_of
 from glm_jax.cache import page_bytes
 from glm_jax.config import ModelConfig
 from glm_jax.model import Weights
+from glm_jax.native import library
 from glm_jax.shapes import StepShapes
 from serving.start import Start
 from serving.wiring import Options
@@ -68,15 +69,20 @@ def tell_model(start: Start, config: ModelConfig, options: Options) -> None:
     )
 
 
-def tell_mesh(start: Start, mesh: Mesh) -> None:
-    """Which devices compute, and with which JAX."""
+def tell_mesh(start: Start, mesh: Mesh, options: Options) -> None:
+    """Which devices compute, in which form the operations run there, and with which JAX."""
     device = mesh.devices.flat[0]
+    if device.platform == "gpu":
+        operations = "kernels"
+    else:
+        operations = "C" if not options.plain_ops and library.is_available() else "plain operations"
     start.tell(
         "mesh",
-        f"{mesh.size} x {device.device_kind}, JAX {jax.__version__}",
+        f"{mesh.size} x {device.device_kind}, running {operations}, JAX {jax.__version__}",
         devices=mesh.size,
         kind=device.device_kind,
         platform=device.platform,
+        operations=operations,
         jax=jax.__version__,
     )
 

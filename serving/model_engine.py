@@ -134,7 +134,7 @@ def _build(options: Options, tokenizer: ModelTokenizer, start: Start) -> Engine:
         config = _config(options, tokenizer)
         tell_model(start, config, options)
         mesh, dtype = _mesh(options.num_gpus), np.dtype(jax.numpy.bfloat16)
-        tell_mesh(start, mesh)
+        tell_mesh(start, mesh, options)
         saved = _saved_engine(options, config, mesh, dtype, start)
         shapes = saved.shapes if saved else _shapes(options, config, mesh, dtype)
         tell_cache(start, config, shapes, mesh, options)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from glm_jax.config import ModelConfig
+from glm_jax.native import library
 from glm_jax.shapes import StepShapes
 from serving.facts import tell_cache, tell_memory, tell_steps
 from serving.model_engine import build_engine
@@ -203,6 +204,7 @@ def test_the_start_of_a_model_tells_what_it_found(caplog: pytest.LogCaptureFixtu
     # As the files have them, all on the one device.
     assert facts["memory"]["weight_bytes"] == facts["weights"]["bytes"]
     assert facts["mesh"] == facts["mesh"] | {"devices": 1, "platform": "cpu"}
+    assert facts["mesh"]["operations"] == ("C" if library.is_available() else "plain operations")
     assert facts["steps"]["compiled"] == 0
     assert start.facts["steps"].text.endswith("; all loaded from the cache")
     assert seen == start.phases and seen.keys() == {"weights", "compile", "warm_up", "total"}
