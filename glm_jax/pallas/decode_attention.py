@@ -40,14 +40,19 @@ class TuningConfig:
     """How the work is cut.
 
     Attributes:
-      split_size: positions per CTA. Part of the answer: it decides the order of sums.
+      split_size: positions that are summed up by themselves. Part of the answer: it decides the order of
+        sums.
       tile_size: keys per step of a CTA. Part of the answer too.
       stages: tiles of keys and values in shared memory at a time.
+      pair_from: splits of a batch of rows as long as a CTA's own from which it takes two of them, one
+        after the other: so many CTAs keep every multiprocessor busy, and a second split's first tiles
+        come while the first one is finished. No part of the answer.
     """
 
     split_size: int = 1024
     tile_size: int = 128
     stages: int = 2
+    pair_from: int = 384
 
     def __post_init__(self) -> None:
         if self.tile_size % 64:
@@ -194,6 +199,7 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
     groups, tile = shape.query_groups, config.tile_size
     pages_per_tile = tile // shape.page_size
     pages_per_split = config.split_size // shape.page_size
+    tiles_per_split = config.split_size // tile
     products = WarpProducts(shape.queries, tile, shape.cache_dtype, interpret)
     query_rows, warp_keys = products.query_rows, products.keys_per_warp
     stored = min(query_rows, shape.stored_rows)
@@ -202,33 +208,34 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
     def body(
         q_gmem, layer_gmem, table_gmem, positions_gmem, k_gmem, v_gmem,
         out_gmem, largest_gmem, total_gmem,
-        pages_smem, queries_smem, q_barrier, k_barrier, v_barrier,
+        k_smem, v_smem, out_smem, largest_smem, total_smem, queries_smem,
+        q_barrier, k_barrier, v_barrier,
     ):  # fmt: skip
-        (k_smem, v_smem), (out_smem, largest_smem, total_smem) = pages_smem
         q_smem, kept_smem = queries_smem
         row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
         split = lax.axis_index("split")
-        first = split * config.split_size
         row_positions = [positions_gmem[row, token] for token in range(shape.num_tokens)]
+        layer = layer_gmem[0]
+
+        def pages_from(page):
+            """Where a tile's pages lie; what a row does not own may be any number."""
+            places = [
+                jnp.minimum(page + i, shape.pages_per_sequence - 1) for i in range(pages_per_tile)
+            ]
+            return [jnp.clip(table_gmem[row, at], 0, k_gmem.shape[1] - 1) for at in places]
+
+        def some_pages(first_page):
+            return [pages_from(first_page + i * pages_per_tile) for i in range(config.stages)]
+
+        # Ahead of what the positions say, so that one latency is all.
+        either = [some_pages(count * split * pages_per_split) for count in (1, 2)]
         last = row_positions[0]
         for position in row_positions[1:]:
             last = jnp.maximum(last, position)
-        place = (row, kv_head, split)
-
-        # All of them at once, ahead of their use and of what the positions say: one latency in all. What
-        # a row does not own may be any number.
-        layer = layer_gmem[0]
-        num_pages = k_gmem.shape[1]
-        pages = [
-            jnp.clip(
-                table_gmem[
-                    row, jnp.minimum(split * pages_per_split + i, shape.pages_per_sequence - 1)
-                ],
-                0,
-                num_pages - 1,
-            )
-            for i in range(pages_per_split)
-        ]
+        num_splits = (last + config.split_size) // config.split_size
+        is_paired = num_splits * shape.num_rows * shape.kv_heads >= config.pair_from
+        count = jnp.where(is_paired, 2, 1)
+        first = split * count * config.split_size
 
         @pl.when(first <= last)
         def _work():
@@ -238,27 +245,28 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
                     q_smem.at[pl.ds(token * groups, groups)],
                     q_barrier,
                 )
-            num_tiles = jnp.minimum(config.split_size, last + 1 - first + tile - 1) // tile
+            num_tiles = jnp.minimum(count * config.split_size, last + 1 - first + tile - 1) // tile
 
-            def fetch(index):
+            def fetch(index, pages):
                 slot = lax.rem(index, config.stages)
                 for gmem, smem, barrier in (
                     (k_gmem, k_smem, k_barrier),
                     (v_gmem, v_smem, v_barrier),
                 ):
-                    for i in range(pages_per_tile):
-                        page = pages[i]
-                        for other in range(i + pages_per_tile, pages_per_split, pages_per_tile):
-                            page = jnp.where(
-                                index * pages_per_tile + i == other, pages[other], page
-                            )
+                    for i, page in enumerate(pages):
                         part = pl.ds(i * shape.page_size, shape.page_size)
                         plgpu.copy_gmem_to_smem(
                             gmem.at[layer, page, kv_head], smem.at[slot, part], barrier.at[slot]
                         )
 
-            for index in range(config.stages - 1):
-                pl.when(index < num_tiles)(lambda index=index: fetch(jnp.int32(index)))
+            *before, pages = [
+                [jnp.where(is_paired, two, one) for one, two in zip(*pair, strict=True)]
+                for pair in zip(*either, strict=True)
+            ]
+            for index, some in enumerate(before):
+                pl.when(index < num_tiles)(
+                    lambda index=index, some=some: fetch(jnp.int32(index), some)
+                )
             plgpu.barrier_wait(q_barrier)
             queries = plgpu.load(q_smem, layout=products.query_layout, optimized=False)
             products.keep(queries, kept_smem)
@@ -284,13 +292,15 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
                     values_smem[...] = wide.astype(values.dtype)
 
             def visit(index, carry, *, is_masked):
-                largest, total, out = carry
+                largest, total, out, pages = carry
                 slot = lax.rem(index, config.stages)
                 start = first + index * tile
                 ahead = index + config.stages - 1
                 # Where the next copies go, the tile before may still be read.
-                products.wait_for_warps()
-                pl.when(ahead < num_tiles)(lambda: fetch(ahead))
+                plgpu.commit_smem()
+                pl.when(ahead < num_tiles)(lambda: fetch(ahead, pages))
+                # For the next tile's turn to fetch, by when they are here.
+                pages = pages_from((first + (ahead + 1) * tile) // shape.page_size)
                 plgpu.barrier_wait(k_barrier.at[slot])
                 scores = products.scores(kept_smem, k_smem.at[slot])
                 if is_masked:
@@ -305,20 +315,13 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
                 if is_masked:
                     silence(start, v_smem.at[slot])
                 out = products.add(out, shares.astype(products.operand), v_smem.at[slot])
-                return new_largest, total, out
+                return new_largest, total, out, pages
 
-            carry = _nothing(ROWS, row_layout, products.out_layout)
             # Up to where every token sees all keys, and past it.
             least = row_positions[0]
             for position in row_positions[1:]:
                 least = jnp.minimum(least, position)
             num_whole = jnp.clip((least + 1 - first) // tile, 0, num_tiles)
-            carry = lax.fori_loop(0, num_whole, partial(visit, is_masked=False), carry)
-            carry = lax.fori_loop(num_whole, num_tiles, partial(visit, is_masked=True), carry)
-            # Answers take the place of keys and values.
-            products.wait_for_warps()
-            for smem, values in zip((largest_smem, total_smem, out_smem), carry, strict=True):
-                smem[...] = values
 
             def of_part(part):
                 rows = pl.ds(part * query_rows, query_rows)
@@ -329,20 +332,37 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
                     plgpu.load(out_smem.at[rows], layout=_ROWS, optimized=False),
                 )
 
-            if products.num_parts > 1:
-                folded = of_part(0)
-                for part in range(1, products.num_parts):
-                    folded = _fold(folded, of_part(part))
-                for smem, values in zip((largest_smem, total_smem, out_smem), folded, strict=True):
-                    smem[pl.ds(0, query_rows)] = values
-            plgpu.commit_smem()
-            for smem, gmem in (
-                (out_smem, out_gmem),
-                (largest_smem, largest_gmem),
-                (total_smem, total_gmem),
-            ):
+            answers_smem = largest_smem, total_smem, out_smem
+
+            def store(split, carry):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for smem, values in zip(answers_smem, carry, strict=True):
+                    smem[...] = values
+                if products.num_parts > 1:
+                    folded = of_part(0)
+                    for part in range(1, products.num_parts):
+                        folded = _fold(folded, of_part(part))
+                    for smem, values in zip(answers_smem, folded, strict=True):
+                        smem[pl.ds(0, query_rows)] = values
+                plgpu.commit_smem()
                 part = pl.ds(0, stored)
-                plgpu.copy_smem_to_gmem(smem.at[part], gmem.at[(*place, part)])
+                for smem, gmem in zip(
+                    answers_smem, (largest_gmem, total_gmem, out_gmem), strict=True
+                ):
+                    plgpu.copy_smem_to_gmem(smem.at[part], gmem.at[row, kv_head, split, part])
+
+            def sum_up(number, pages):
+                start = number * tiles_per_split
+                end = jnp.minimum(start + tiles_per_split, num_tiles)
+                whole = jnp.clip(num_whole, start, end)
+                carry = (*_nothing(ROWS, row_layout, products.out_layout), pages)
+                carry = lax.fori_loop(start, whole, partial(visit, is_masked=False), carry)
+                carry = lax.fori_loop(whole, end, partial(visit, is_masked=True), carry)
+                *answers, pages = carry
+                store(split * count + number, answers)
+                return pages
+
+            lax.fori_loop(0, (num_tiles + tiles_per_split - 1) // tiles_per_split, sum_up, pages)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     is_fp8 = shape.cache_dtype == FP8
@@ -361,14 +381,11 @@ def _split_kernel(shape: _Shape, config: TuningConfig, interpret: bool) -> Any:
         grid=(shape.num_splits(config), shape.kv_heads, shape.num_rows),
         grid_names=("split", "kv_head", "row"),
         scratch_types=(
-            plgpu.RefUnion(
-                (pages, pages),
-                (
-                    plgpu.SMEM((ROWS, HEAD_DIM), jnp.float32),
-                    plgpu.SMEM((ROWS,), jnp.float32),
-                    plgpu.SMEM((ROWS,), jnp.float32),
-                ),
-            ),
+            pages,
+            pages,
+            plgpu.SMEM((ROWS, HEAD_DIM), jnp.float32),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.RefUnion(
                 plgpu.SMEM((query_rows, HEAD_DIM), jnp.bfloat16),
                 plgpu.SMEM((query_rows, HEAD_DIM), products.operand),

@@ -167,12 +167,6 @@ class WarpProducts:
         )
         return inline(lambda _, *operands: self._emit_add(*operands))(out, shares, values)
 
-    def wait_for_warps(self) -> None:
-        """Holds every warp until all are done with what they have read."""
-        if not self.interpret:
-            inline: Any = plgpu.inline_mgpu()
-            inline(lambda _: utils.warpgroup_barrier())()
-
     @property
     def _is_fp8(self) -> bool:
         return self.cache_dtype == _FP8
