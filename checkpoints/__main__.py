@@ -51,9 +51,6 @@ _EXAMPLES = (
 @click.group(cls=Group, examples=_EXAMPLES, context_settings={"max_content_width": 100})
 def main() -> None:
     """Tools for checkpoints, in the published layout or converted."""
-    # Lines in place of a progress bar, where there is no terminal.
-    logging.basicConfig(level="INFO", format="%(message)s")
-    logging.getLogger("jax").setLevel("WARNING")
 
 
 @contextmanager
@@ -228,4 +225,7 @@ def evaluate(directory: Path, limit: int, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
+    # Lines in place of a progress bar, where there is no terminal; of nobody else's.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("checkpoints").setLevel("INFO")
     main(prog_name="python -m checkpoints")

@@ -73,7 +73,7 @@ def test_examples_are_commands_that_would_be_understood(path: str, command: Any)
 
 
 def test_the_programs_have_examples() -> None:
-    groups = [serving_main.commands["serve"], bench_main, checkpoints_main]
+    groups: list[Any] = [serving_main.commands["serve"], bench_main, checkpoints_main]
     assert all(command.examples for command in (*groups, *aot_main.commands.values()))
 
 
@@ -132,6 +132,16 @@ def test_what_is_misspelled_is_answered_with_what_was_meant(
     found = CliRunner().invoke(PROGRAMS[program], words.split(), prog_name=f"python -m {program}")
     assert found.exit_code == 2
     assert hint in found.output.replace("\n", " ")
+
+
+def test_a_long_run_over_bytes_writes_plain_lines_into_a_pipe() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "checkpoints", "verify", "checkpoints/nano"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"verifying: (\d+\.\d{3}) of \1 GB, \S+ GB/s, 0 s left", line)
+    assert "nothing wrong" in done.stdout
 
 
 def test_help_fits_a_narrow_terminal() -> None:
