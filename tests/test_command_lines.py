@@ -73,8 +73,9 @@ def test_examples_are_commands_that_would_be_understood(path: str, command: Any)
 
 
 def test_the_programs_have_examples() -> None:
-    groups: list[Any] = [serving_main.commands["serve"], bench_main, checkpoints_main]
-    assert all(command.examples for command in (*groups, *aot_main.commands.values()))
+    all_of: list[Any] = [serving_main.commands["serve"], bench_main, checkpoints_main]
+    all_of += aot_main.commands.values()
+    assert all(command.examples for command in all_of)
 
 
 def test_every_flag_of_serve_is_a_variable_and_stands_in_a_group() -> None:
