@@ -4,6 +4,7 @@ Knows no kernel.
 """
 
 import functools
+import inspect
 
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -14,6 +15,8 @@ def races_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted kernels fail where two accesses of one memory have no order that is enforced.
 
     The order is that of warpgroups, copies and tensor cores by barriers; threads of a warpgroup are one.
+    jax 0.11.2 can only warn of races, so there they are let pass.
     """
-    params = functools.partial(plgpu.InterpretGPUParams, detect_races=True, on_race="raise")
-    monkeypatch.setattr(plgpu, "InterpretGPUParams", params)
+    if "on_race" in inspect.signature(plgpu.InterpretGPUParams).parameters:
+        params = functools.partial(plgpu.InterpretGPUParams, detect_races=True, on_race="raise")
+        monkeypatch.setattr(plgpu, "InterpretGPUParams", params)
