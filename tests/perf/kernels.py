@@ -170,6 +170,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--seconds", type=float, default=480, help="what may be waited for in all")
     parser.add_argument("--processes", type=int, help="that compile side by side")
+    parser.add_argument("--commit", default="", help="what this is a copy of, where no git says it")
     parser.add_argument(
         "--interpret",
         action="store_true",
