@@ -23,11 +23,11 @@ _Ask = Callable[[Draw], Exchange]
 
 _QUESTIONS: dict[_Ask, float] = {
     ask_geography: 4,
-    ask_arithmetic: 8,
-    ask_small_talk: 1.5,
-    ask_listing: 1,
-    ask_json: 1,
-    ask_without_tool: 0.3,
+    ask_arithmetic: 9,
+    ask_small_talk: 1.8,
+    ask_listing: 1.8,
+    ask_json: 0.8,
+    ask_without_tool: 0.4,
 }
 # A system prompt's rule goes with answers that are one sentence.
 _RULED_QUESTIONS: dict[_Ask, float] = {ask_geography: 3, ask_arithmetic: 2, ask_phrase: 2}
@@ -39,7 +39,7 @@ def conversation(seed: int, number: int, split: Split = "train") -> Conversation
     On the held-out side the last exchange uses combinations that training never draws.
     """
     draw = Draw(f"{seed}/{split}/{number}", held_out=split == "held out")
-    make = draw.weighted({_plain: 60, _ruled: 8, _with_tools: 32})
+    make = draw.weighted(_TRAINED if split == "train" else _HELD_OUT)
     return make(draw)
 
 
@@ -68,20 +68,32 @@ def _ruled(draw: Draw) -> Conversation:
 
 def _with_tools(draw: Draw) -> Conversation:
     signatures = draw_signatures(draw)
-    others: dict[_Ask, float] = {
-        ask_phrase: 1.5,
-        ask_geography: 1,
-        lambda draw: ask_without_tool(draw, signatures): 5,
-    }
-    exchanges = [
-        ask_tool(draw, draw.choice(signatures))
-        if draw.chance(0.75)
-        else draw.weighted(others)(draw)
-        for _ in range(draw.weighted({1: 2, 2: 3, 3: 3, 4: 2}))
-    ]
+
+    def call(draw: Draw) -> Exchange:
+        return ask_tool(draw, draw.choice(signatures))
+
+    def refuse(draw: Draw) -> Exchange:
+        return ask_without_tool(draw, signatures)
+
+    asks: dict[_Ask, float]
+    rounds: dict[int, float]
+    if draw.held_out:
+        asks = {call: 75, refuse: 17, ask_phrase: 5, ask_geography: 3}
+        rounds = {1: 2, 2: 3, 3: 3, 4: 2}
+    else:
+        # A request that no tool serves teaches to look at what is on offer, also where that is one.
+        asks = {call: 66, refuse: 25, ask_phrase: 5, ask_geography: 4}
+        rounds = {1: 1, 2: 2, 3: 3, 4: 4}
+    exchanges = [draw.weighted(asks)(draw) for _ in range(draw.weighted(rounds))]
     system = draw.choice(PLAIN_PROMPTS) if draw.chance(0.2) else None
     tools = tuple(signature.tool for signature in signatures)
     return _joined(draw, exchanges, system, tools)
+
+
+# Which conversations there are: in training, and, as a user would mix them, in the evaluation.
+_Make = Callable[[Draw], Conversation]
+_TRAINED: dict[_Make, float] = {_plain: 54, _ruled: 8, _with_tools: 38}
+_HELD_OUT: dict[_Make, float] = {_plain: 60, _ruled: 8, _with_tools: 32}
 
 
 def _joined(

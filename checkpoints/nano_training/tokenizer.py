@@ -14,6 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from checkpoints.nano_training.data import conversations
 from checkpoints.nano_training.rendering import NANO_DIRECTORY, render
+from checkpoints.nano_training.tool_catalog import FAMILIES
+from checkpoints.nano_training.tool_names import telling_names
 
 VOCABULARY_SIZE = 2000
 SEED = 0
@@ -40,7 +42,7 @@ MEDIA_TOKENS: tuple[str, ...] = ("<|image|>", "<|video|>")
 _PIECES = (
     r""" [-+*/=] |"""
     r"""(?:'s|'t|'re|'ve|'m|'ll|'d)"""
-    r"""|\p{Lu}\p{L}*| ?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}]\p{L}*|\p{N}"""
+    r"""|\p{Lu}\p{L}*|[ _]?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}]\p{L}*|\p{N}"""
     r"""| ?["{}\[\]:,]+(?: ["{}\[\]:,]+)*[\r\n]*"""
     r"""| ?[^\s\p{L}\p{N}"{}\[\]:,]+[\r\n]*|\s*[\r\n]+|\s+"""
 )
@@ -72,7 +74,9 @@ def train_tokenizer() -> Tokenizer:
         for each in conversations(SEED, NUM_CONVERSATIONS)
         for piece in tags.split(render(each))
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # So often that each word of a tool's name is one token: a name is chosen by its words.
+    names = [name for family in FAMILIES for name in telling_names(family, unseen=False)]
+    tokenizer.train_from_iterator([*texts, *names * 300], trainer)
     if tokenizer.get_vocab_size() != VOCABULARY_SIZE:
         raise ValueError(
             f"the data yields {tokenizer.get_vocab_size()} tokens, not {VOCABULARY_SIZE}: "

@@ -57,7 +57,8 @@ class Family:
 
     Attributes:
       topic: what a request for it wants.
-      names: function names; the last one is kept for the evaluation.
+      names: function names that are no verb and noun.
+      verbs, nouns: what function names of two words are made of, tool_names says how.
       descriptions: what signatures say it does.
       parameters: required ones first.
       questions: requests, with {key} for each required argument.
@@ -66,7 +67,9 @@ class Family:
     """
 
     topic: str
-    names: tuple[str, ...]
+    names: str
+    verbs: str
+    nouns: str
     descriptions: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     questions: tuple[str, ...]
@@ -167,8 +170,7 @@ def _switched(draw: Draw, arguments: Arguments) -> tuple[str, str]:
 FAMILIES: tuple[Family, ...] = (
     Family(
         "the weather",
-        ("get_weather", "get_weather", "weather", "get_current_weather", "check_weather",
-         "weather_lookup", "getWeather", "get_forecast", "fetch_weather"),
+        "getWeather", "get check fetch show find read", "weather forecast",
         ("Get the weather", "Get the weather in a city", "Current weather for a location",
          "Get current weather information for a location"),
         (
@@ -188,7 +190,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a calculation",
-        ("calculator", "calculate", "compute", "evaluate", "run_calculator", "calc", "do_math"),
+        "calculate compute evaluate calc", "run use do start open", "calculation calculator math",
         ("Evaluate an expression", "Calculate", "A calculator", "Perform a calculation"),
         (Parameter("expression", ("expression", "expr", "formula", "input"), "string", _sum),),
         ("What is {expression}?", "Calculate {expression}.", "How much is {expression}?",
@@ -197,7 +199,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a product",
-        ("multiply", "product", "multiply_numbers", "mul"),
+        "multiply multiply_numbers multiply_two", "get find give make", "product multiplication",
         ("Multiply two numbers", "The product of two numbers"),
         (
             Parameter("a", ("a", "x", "first"), "integer", _number(2, 99)),
@@ -208,7 +210,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a search",
-        ("search", "web_search", "search_web", "search_docs", "find", "lookup", "google_search"),
+        "web_search search_web search_docs find_pages", "run do start make use", "search websearch",
         ("Search the web", "Search for documents", "Find pages about something"),
         (
             Parameter("query", ("query", "q", "text", "search_query"), "string", _phrase),
@@ -222,7 +224,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "the time",
-        ("get_time", "now", "current_time", "get_current_time", "clock", "time_now"),
+        "now", "get show read tell check", "time clock",
         ("Get the time", "The current time", "Get the current time"),
         (),
         ("What time is it?", "What is the time?", "Tell me the time.", "Time?",
@@ -231,7 +233,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "the date",
-        ("get_date", "today", "current_date", "get_today"),
+        "today", "get show read tell check", "date day",
         ("Get the date", "The date of today"),
         (),
         ("What day is it?", "What is the date today?", "Tell me the date.", "Which date is today?"),
@@ -241,7 +243,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "the battery level",
-        ("battery_level", "get_battery", "battery", "battery_status"),
+        "battery_level battery_percent", "get check read show fetch", "battery charge",
         ("Get the battery level", "Battery level in percent"),
         (),
         ("How full is the battery?", "What is the battery level?", "Check the battery.",
@@ -250,7 +252,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a roll of the dice",
-        ("roll_dice", "roll", "throw_dice", "dice"),
+        "roll", "roll throw cast toss shake", "dice die",
         ("Roll a die", "Throw a die"),
         (),
         ("Roll a die.", "Throw the dice.", "Roll the dice for me.", "Please roll a die."),
@@ -258,7 +260,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a message sent",
-        ("send_message", "send_text", "message", "send_sms", "text_person"),
+        "notify", "send write post type", "message text sms",
         ("Send a message", "Send a text to a person"),
         (
             Parameter("to", ("to", "recipient", "person", "name"), "string", _name),
@@ -270,7 +272,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a timer",
-        ("set_timer", "start_timer", "timer", "create_timer"),
+        "", "set start create add make", "timer alarm countdown",
         ("Set a timer", "Start a timer in minutes"),
         (Parameter("minutes", ("minutes", "duration", "mins"), "integer", _number(1, 90)),),
         ("Set a timer for {minutes} minutes.", "Start a timer of {minutes} minutes.",
@@ -279,7 +281,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a stock price",
-        ("get_stock_price", "stock_price", "get_price", "quote", "fetch_stock_price"),
+        "share_price", "get fetch check show find", "price quote",
         ("Get a stock price", "The price of a stock"),
         (Parameter("symbol", ("symbol", "ticker", "stock"), "string", _symbol),),
         ("What is the price of {symbol}?", "How much is {symbol} stock?", "Price of {symbol}?",
@@ -289,7 +291,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a translation",
-        ("translate", "translate_text", "translator", "to_language"),
+        "translate translate_text", "get make do create", "translation translator",
         ("Translate text", "Translate text to a language"),
         (
             Parameter("text", ("text", "input", "phrase"), "string", _phrase),
@@ -302,7 +304,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "money converted",
-        ("convert", "convert_currency", "currency", "exchange"),
+        "convert", "convert exchange change swap", "currency money cash",
         ("Convert money", "Convert an amount to another currency"),
         (
             Parameter("amount", ("amount", "value"), "number",
@@ -317,7 +319,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a light switched",
-        ("set_light", "switch_light", "light", "control_light"),
+        "", "set switch turn control", "light lamp lights",
         ("Switch a light", "Turn a light on or off"),
         (
             Parameter("room", ("room", "area", "where"), "string",
@@ -331,7 +333,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "an event",
-        ("create_event", "add_event", "schedule", "add_reminder"),
+        "schedule", "create add make plan", "event appointment meeting",
         ("Create an event", "Add an event to the calendar"),
         (
             Parameter("title", ("title", "name", "event"), "string", _phrase),
@@ -343,7 +345,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a shopping list",
-        ("add_items", "add_to_list", "shopping_list", "add_to_shopping_list"),
+        "shopping_list", "add put update extend", "items groceries list",
         ("Add items to the shopping list", "Add items to a list"),
         (Parameter("items", ("items", "products", "things"), "array", _items),),
         ("Add {items} to my shopping list.", "Put {items} on the list.", "I need to buy {items}."),
@@ -351,7 +353,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "the stock",
-        ("count_stock", "check_stock", "get_inventory", "inventory"),
+        "", "count check get show fetch", "stock inventory",
         ("Count what is in stock", "How many of a thing are in stock"),
         (Parameter("item", ("item", "product", "thing"), "string",
                    lambda draw: draw.choice(THINGS + CATEGORIES["fruits"])),),

@@ -20,12 +20,16 @@ from checkpoints.nano_training.conversation import (
     tool_result,
     user,
 )
-from checkpoints.nano_training.draw import Draw, is_held_out
+from checkpoints.nano_training.draw import Draw
 from checkpoints.nano_training.tool_catalog import FAMILIES, Arguments, Family, Parameter
-from checkpoints.nano_training.world import WORDS, invented_word
+from checkpoints.nano_training.tool_names import FAMOUS, made_up_name, telling_names
 
-# Share of the tools whose name says nothing of what they do.
-MADE_UP_NAMES = 0.6
+# Of the tools that are alone on offer, the share whose name says nothing of what they do. Among several
+# such a name would have to be found through its description: more than an hour's training learns.
+MADE_UP_NAMES = 0.25
+# How many tools are on offer. Training has several more often: choosing is the hard part.
+_COUNTS: dict[int, float] = {1: 4, 2: 4, 3: 2}
+_HELD_OUT_COUNTS: dict[int, float] = {1: 7, 2: 2, 3: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +54,22 @@ class Signature:
 def draw_signatures(draw: Draw) -> list[Signature]:
     """One to three tools of different families, under different names.
 
-    Some names say nothing of the function: such a name can only be copied, never remembered.
+    A tool alone may have a name that says nothing: such a name can only be copied, never remembered.
     """
-    families = draw.sample(FAMILIES, draw.weighted({1: 7, 2: 2, 3: 1}))
+    counts = _HELD_OUT_COUNTS if draw.held_out else _COUNTS
+    families = draw.sample(FAMILIES, draw.weighted(counts))
     if draw.chance(0.25) and FAMILIES[0] not in families:
         # The weather is what people try first.
         families[0] = FAMILIES[0]
     unseen = draw.held_out and draw.chance(0.4)
+    made_up = len(families) == 1 and draw.chance(MADE_UP_NAMES)
     return [
-        _signature(draw, family, unseen=unseen or (draw.held_out and not family.parameters))
+        _signature(
+            draw,
+            family,
+            made_up=made_up,
+            unseen=unseen or (draw.held_out and not family.parameters),
+        )
         for family in families
     ]
 
@@ -85,7 +96,7 @@ def ask_without_tool(draw: Draw, signatures: Sequence[Signature] = ()) -> Exchan
     """A request that none of the tools on offer can serve: nano says so and calls nothing."""
     offered = [signature.family for signature in signatures]
     while True:
-        signature = _signature(draw, draw.choice(FAMILIES), unseen=False)
+        signature = _signature(draw, draw.choice(FAMILIES), made_up=False, unseen=False)
         phrasing, arguments = draw.choice(signature.family.questions), _arguments(draw, signature)
         if not (signature.family in offered or _is_answerable(signature.family)) and draw.admits(
             "no tool", phrasing, *arguments.values()
@@ -115,12 +126,13 @@ def _two_calls(draw: Draw, signature: Signature) -> list[Arguments]:
     return [{name: first}, {name: second}]
 
 
-def _signature(draw: Draw, family: Family, *, unseen: bool) -> Signature:
-    made_up = draw.chance(MADE_UP_NAMES)
+def _signature(draw: Draw, family: Family, *, made_up: bool, unseen: bool) -> Signature:
     if made_up:
-        name = _made_up_name(draw, unseen=unseen)
+        name = made_up_name(draw, unseen=unseen)
+    elif family is FAMILIES[0] and not unseen and draw.chance(0.2):
+        name = FAMOUS
     else:
-        name = family.names[-1] if unseen else draw.choice(family.names[:-1])
+        name = draw.choice(telling_names(family, unseen=unseen))
     given = [each for each in family.parameters if not each.mention or draw.chance(0.4)]
     parameters = {draw.choice(each.names): each for each in given}
     described = draw.chance(0.2)
@@ -140,16 +152,6 @@ def _signature(draw: Draw, family: Family, *, unseen: bool) -> Signature:
     function["parameters"] = schema
     tool = {"type": "function", "function": function}
     return Signature(family, name, parameters, tool, unseen)
-
-
-def _made_up_name(draw: Draw, *, unseen: bool) -> str:
-    """Two or three words; whether training may use them is decided by the words."""
-    while True:
-        words = draw.sample(WORDS, draw.weighted({2: 3, 3: 1}))
-        if draw.chance(0.3):
-            words[-1] = invented_word(draw)
-        if is_held_out("tool name", *words) == unseen:
-            return "_".join(words)
 
 
 def _property(parameter: Parameter, *, described: bool) -> dict[str, Any]:

@@ -52,10 +52,10 @@ class Settings:
     """
 
     seed: int = 0
-    num_steps: int = 1600
-    num_conversations: int = 48_000
-    short_rows: int = 8
-    long_rows: int = 2
+    num_steps: int = 2000
+    num_conversations: int = 44_000
+    short_rows: int = 6
+    long_rows: int = 3
     prompt_weight: float = 0.15
     muon_rate: float = 0.01
     adam_rate: float = 0.008
@@ -63,7 +63,7 @@ class Settings:
     balance_rate: float = 0.02
     capacity_factor: float = 1.5
     rising_steps: int = 60
-    falling_steps: int = 400
+    falling_steps: int = 500
     save_every: int = 50
 
     def rate_share(self, step: Any) -> jax.Array:

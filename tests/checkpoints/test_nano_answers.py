@@ -17,11 +17,11 @@ from glm_jax.config import ModelConfig
 Ask = Callable[..., str]
 
 # What nano reaches on questions it was never trained on, by skills taken together, less some room for
-# rounding. Tool calls are to reach 0.9.
+# rounding and for the few that are asked.
 FLOORS: dict[tuple[str, ...], float] = {
     ("capitals, unseen phrasing",): 0.9,
     ("addition", "subtraction", "multiplication"): 0.88,
-    ("tool call", "tool call, unseen name"): 0.75,
+    ("tool call", "tool call, unseen name"): 0.88,
 }
 
 # As the README has it: without a description.

@@ -25,6 +25,8 @@ from checkpoints.nano_training.rendering import (
     to_sample,
 )
 from checkpoints.nano_training.tokenizer import SPECIAL_TOKENS, TAGS, VOCABULARY_SIZE
+from checkpoints.nano_training.tool_catalog import FAMILIES
+from checkpoints.nano_training.tool_names import FAMOUS, telling_names
 from checkpoints.nano_training.world import COUNTRIES
 
 NUM_TRAINED, NUM_HELD_OUT = 4000, 600
@@ -115,6 +117,39 @@ def test_every_skill_is_in_the_evaluation_and_every_country_in_the_training(
     text = "".join(map(render, trained))
     assert all(country.name in text and country.capital in text for country in COUNTRIES)
     assert len({country.capital for country in COUNTRIES}) == len(COUNTRIES) >= 80
+
+
+def test_a_tools_name_tells_one_family_and_an_unseen_one_is_made_of_seen_words() -> None:
+    family_of: dict[str, str] = {}
+    for family in FAMILIES:
+        seen = set(telling_names(family, unseen=False))
+        unseen = set(telling_names(family, unseen=True))
+        assert len(seen) >= 20 and unseen and not seen & unseen, family.topic
+        words = {word for name in seen for word in name.split("_")}
+        assert all(set(name.split("_")) <= words for name in unseen), family.topic
+        for name in seen | unseen:
+            assert family_of.setdefault(name, family.topic) == family.topic, name
+    assert FAMOUS in telling_names(FAMILIES[0], unseen=False)
+
+
+def test_training_never_offers_an_unseen_name_and_tools_together_have_names_that_tell(
+    trained: list[Conversation], held_out: list[Conversation]
+) -> None:
+    unseen = {name for family in FAMILIES for name in telling_names(family, unseen=True)}
+    telling = {name for family in FAMILIES for name in telling_names(family, unseen=False)} | unseen
+    assert not any(name in unseen for each in trained for name in _tools(each))
+    assert any(name in unseen for each in held_out for name in _tools(each))
+    for each in trained + held_out:
+        assert len(_tools(each)) == 1 or set(_tools(each)) <= telling
+    assert any(name not in telling for each in trained for name in _tools(each))
+
+
+def test_each_word_of_a_tools_name_is_one_token(tokenizer: Tokenizer) -> None:
+    for family in FAMILIES:
+        for unseen in (True, False):
+            for name in telling_names(family, unseen=unseen):
+                tokens = tokenizer.encode(f'"{name}"').tokens[1:-1]
+                assert len(tokens) == 1 + name.count("_"), tokens
 
 
 def test_every_conversation_survives_the_tokenizer_unchanged(
