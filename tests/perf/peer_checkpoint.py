@@ -33,12 +33,21 @@ LARGER = {
 SIZES: dict[str, dict[str, Any]] = {"nano": {}, "larger": LARGER}
 
 
-def write(directory: Path, size: str) -> int:
-    """Writes a checkpoint with nano's tokenizer; returns its number of parameters."""
+def description_of(size: str) -> dict[str, Any]:
+    """The config.json of a size."""
     described = json.loads((NANO / "config.json").read_text()) | SIZES[size]
     described.pop("quantization_config")
-    described["num_nextn_predict_layers"] = 0
-    config = ModelConfig.from_dict(described)
+    return described | {"num_nextn_predict_layers": 0}
+
+
+def config_of(size: str) -> ModelConfig:
+    """The same, parsed."""
+    return ModelConfig.from_dict(description_of(size))
+
+
+def write(directory: Path, size: str) -> int:
+    """Writes a checkpoint with nano's tokenizer; returns its number of parameters."""
+    described, config = description_of(size), config_of(size)
     weights = dummy_weights(abstract_weights(config, np.dtype(jnp.bfloat16)), make_mesh(1), 0)
     write_checkpoint(directory, described, tensors_from_weights(config, weights))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
