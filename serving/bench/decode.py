@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.engine.request import Request, SamplingParams, TokenEvent
+from glm_jax.engine.request import Request, SamplingParams, Turn
 from serving.bench.prompts import Shape, Vocabulary, random_prompts
 from serving.bridge import Engine
 from serving.model_engine import build_engine
@@ -43,7 +43,7 @@ class Bench:
         self._firsts: dict[str, float] = {}
         self._num_open = 0
         self._failure: str | None = None
-        self._thread = threading.Thread(target=engine.run, args=(self._take,), daemon=True)
+        self._thread = threading.Thread(target=engine.run_turns, args=(self._take,), daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -92,11 +92,12 @@ class Bench:
             "ttft_ms": 1e3 * float(np.mean([at - began for at in self._firsts.values()])),
         }
 
-    def _take(self, events: list[TokenEvent]) -> None:
+    def _take(self, turn: Turn) -> None:
         now = time.perf_counter()
+        number = len(turn.ids) + sum(event.token is not None for event in turn.events)
         with self._lock:
-            self._stamps.append((now, sum(event.token is not None for event in events)))
-            for event in events:
+            self._stamps.append((now, number))
+            for event in turn.events:  # first and last tokens are among them
                 self._firsts.setdefault(event.request_id, now)
                 if event.finish_reason is not None:
                     self._num_open -= 1

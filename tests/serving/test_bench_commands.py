@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from glm_jax.engine.request import Turn
 from serving.bench import frontend, startup
 from serving.bench.__main__ import main
 from serving.bench.decode import Bench, EngineFailedError
@@ -88,12 +89,12 @@ def test_the_engine_alone_is_measured(tmp_path):
 class Failing(ScriptedEngine):
     """Ends every request with an error."""
 
-    def run(self, deliver: Deliver) -> None:
-        super().run(
-            lambda events: deliver(
-                [event._replace(finish_reason="error", error="lost") for event in events]
-            )
-        )
+    def run_turns(self, deliver: Deliver) -> None:
+        def fail(turn: Turn) -> None:
+            lost = [event._replace(finish_reason="error", error="lost") for event in turn.events]
+            deliver(Turn(lost))
+
+        super().run_turns(fail)
 
 
 def test_an_engine_that_fails_a_request_is_no_measurement():
