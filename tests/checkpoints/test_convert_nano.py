@@ -8,6 +8,7 @@ from checkpoints.convert import convert
 from checkpoints.export import export
 from glm_jax.engine.request import Request, SamplingParams
 from serving.model_engine import build_engine
+from serving.start import Start
 from serving.tokenizer import ModelTokenizer
 from tests.checkpoints.kill_convert import digest
 from tests.serving.test_model_engine import NANO, PROMPTS, answers, options
@@ -38,17 +39,14 @@ def test_greedy_text_is_equal_from_both_forms_and_phases_are_told(converted: Pat
     ]
     few = {"max_concurrency": 6, "max_seq_len": 128, "max_prompt_tokens": 64, "max_new_tokens": 16}
     told: list[str] = []
-    texts = [
-        answers(
-            build_engine(
-                options(model_dir=directory, **few),
-                tokenizer,
-                lambda phase, seconds: told.append(phase),
-            ),
-            requests,
-        )
-        for directory in (NANO, converted)
-    ]
+    forms: list[object] = []
+    texts = []
+    for directory in (NANO, converted):
+        start = Start(lambda phase, seconds: told.append(phase))
+        engine = build_engine(options(model_dir=directory, **few), tokenizer, start)
+        texts.append(answers(engine, requests))
+        forms.append(start.facts["model"].values["form"])
+    assert forms == ["as published", "converted"]
     assert texts[0] == texts[1]
     assert len(set(map(tuple, texts[0].values()))) > 3
     assert sorted(told) == sorted(["weights", "compile", "warm_up", "total"] * 2)
