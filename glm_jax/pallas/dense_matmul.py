@@ -18,7 +18,7 @@ from glm_jax.pallas.fp8_product import SCALE_SLOTS
 from glm_jax.pallas.tiling import LINE, TuningConfig, fitting_stages
 
 # Ways to cut a step of few tokens on sm90: tokens of a tile, and weight rows of one.
-_TOKENS, _ROWS = (16, 32, 64, 128), (16, 32, 48, 64, 128)
+_TOKENS, _ROWS = (16, 32, 64, 128), (32, 48, 64, 128)
 # A step of two lines costs as many arrivals as one of a line, but this many must be in flight.
 _FEWEST_STAGES = 4
 

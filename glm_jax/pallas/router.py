@@ -85,7 +85,7 @@ def route(
     choice = Choice(weight.shape[1], num_experts_per_tok, norm_topk_prob, routed_scaling_factor)
     products = multiply(x, weight, layer, choice, chip=chip, config=config, shift=shift,
                         interpret=interpret)  # fmt: skip
-    return _pick(products, bias, layer, choice, shift, interpret)
+    return _pick(products, len(x), bias, layer, choice, shift, interpret)
 
 
 class Choice(NamedTuple):
@@ -117,13 +117,16 @@ def multiply(
     config: TuningConfig | None = None,
     shift: int = 0,
     interpret: bool = False,
-) -> Float32[Array, "S T padded_E"]:
-    """Sums of products, of each chunk of D or of all in order; what lies past E is undefined.
+) -> Float32[Array, "S padded_T padded_E"]:
+    """Sums of products, of each chunk of D or of all in order; what lies past E, or T, is undefined.
 
     Raises:
       NotImplementedError: D is no multiple of 256, E none of 8, or k is over 64.
       ValueError: more picks than experts.
     """
+    # TMA counts rows by eights, as it does for the FP8 products.
+    if len(x) > 8 and len(x) % 8:
+        x = jnp.pad(x, ((0, -len(x) % 8), (0, 0)))
     num_tokens, width = x.shape
     num_experts, num_picks = choice.num_experts, choice.num_picks
     if width % _CHUNK or num_experts % 8 or not 1 <= num_picks <= 64:
@@ -248,7 +251,8 @@ def _multiply_sm100(
 
 
 def _pick(
-    products: Float32[Array, "S T padded_E"],
+    products: Float32[Array, "S padded_T padded_E"],
+    num_tokens: int,
     bias: Float32[Array, "L E"],
     layer: Int32[Array, ""],
     choice: Choice,
@@ -256,7 +260,6 @@ def _pick(
     interpret: bool,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """Sums, scores and ranks, one token to a warpgroup."""
-    num_tokens = products.shape[1]
 
     def router_picks(*refs: Any, **scratch: Any) -> None:
         products_ref, bias_ref, layer_ref, experts_ref, weights_ref = refs

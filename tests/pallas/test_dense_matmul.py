@@ -152,7 +152,7 @@ def test_tiles_of_a_decode_step_give_the_sms_work(
     architecture: Architecture, num_rows: int
 ) -> None:
     chip = Chip(architecture, 132)
-    share = 3 if architecture == "sm100" else 1.25
+    share = 3 if architecture == "sm100" else 2.4
     for num_tokens in (1, 64):
         config = default_config(chip, num_tokens, num_rows)
         tiles = -(-num_rows // config.tile_rows) * -(-num_tokens // config.tokens)

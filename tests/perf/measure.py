@@ -29,9 +29,8 @@ _OURS = "mosaic_gpu_kernel"
 # XLA may leave out roundings to bfloat16 that the kernels and the layers make.
 _ROUNDED = {"xla_allow_excess_precision": False}
 rounded = partial(jax.jit, compiler_options=_ROUNDED)
-# References are run once: trying ways to run them would take longer than anything else here, and
-# Triton's form of a float32 product is compiled for minutes.
-_UNTUNED = _ROUNDED | {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+# References are run once: trying ways to run them would take longer than anything else here.
+_UNTUNED = _ROUNDED | {"xla_gpu_autotune_level": 0}
 # Calls of a round: each takes another layer, so that the L2 cache has none of their weights.
 _CALLS = 16
 
@@ -52,6 +51,8 @@ class Case:
       bytes: fewest bytes of device memory a call moves.
       operations: floating-point operations, FP8 or bfloat16 as `unit` says.
       unit: "fp8" or "bf16".
+      is_float32: the reference's products are of float32, whose form in Triton is compiled for minutes.
+        Of FP8, only that form adds in float32: cuBLAS adds as our kernels' instructions do.
       is_timed_alone: leaves XLA's own kernels around ours out of the time, where a real step has none.
       alternatives: other ways to the same end in JAX, by name.
       peers: the same of other libraries, which time themselves and return microseconds.
@@ -68,6 +69,7 @@ class Case:
     bytes: float
     operations: float = 0.0
     unit: str = "bf16"
+    is_float32: bool = False
     is_timed_alone: bool = False
     alternatives: dict[str, Step] = field(default_factory=dict)
     peers: dict[str, Callable[[], float]] = field(default_factory=dict)
@@ -132,8 +134,10 @@ def compile_case(case: Case) -> Programs:
     operands = jax.eval_shape(case.draw, key)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
 
+    options = _UNTUNED | ({"xla_gpu_enable_triton_gemm": False} if case.is_float32 else {})
+
     def compiled(step: Step) -> Callable[..., Any]:
-        return jax.jit(step, compiler_options=_UNTUNED).lower(operands, layer).compile()
+        return jax.jit(step, compiler_options=options).lower(operands, layer).compile()
 
     outputs = (jax.eval_shape(step, operands, layer) for step in (case.step, case.reference))
     return Programs(

@@ -132,5 +132,6 @@ def router_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             tolerance=1e-3,
             bytes=2 * width * (num_rows + experts) + 8 * num_rows * sizes.picks,
             operations=2 * num_rows * width * experts,
+            is_float32=True,
             alternatives={"XLA": in_bfloat16},
         )
