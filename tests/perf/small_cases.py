@@ -97,9 +97,10 @@ def router_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
 
     def score(logits: jax.Array, bias: jax.Array, layer: jax.Array) -> Any:
         scores = jax.nn.sigmoid(logits)
-        _, chosen = lax.top_k(scores + lax.dynamic_index_in_dim(bias, layer), sizes.picks)
+        keys = scores + lax.dynamic_index_in_dim(bias, layer)
+        _, chosen = lax.top_k(keys, sizes.picks)
         weights = jnp.take_along_axis(scores, chosen, axis=1)
-        return chosen, weights / (weights.sum(-1, keepdims=True) + 1e-20) * _SCALING
+        return chosen, weights / (weights.sum(-1, keepdims=True) + 1e-20) * _SCALING, keys
 
     def reference(operands: Any, layer: jax.Array) -> Any:
         x, weight, bias = operands
@@ -111,13 +112,19 @@ def router_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
         logits = lax.dot_general(
             x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-        return score(logits, bias, layer)
+        return score(logits, bias, layer)[:2]
 
     def errors(got: Any, expected: Any) -> dict[str, jax.Array]:
-        # Scores closer than float32 tells apart may change places.
+        chosen, weights, keys = expected
+        mine, theirs = (jnp.take_along_axis(keys, picks, axis=1) for picks in (got[0], chosen))
+        is_same = (got[0] == chosen).all(axis=1, keepdims=True)
+        # Experts change places only where the sums' order decides: a float32 sum of 5120 products is
+        # good for about 1e-6, so that 1e-5 between their scores is the most allowed, of 1e-3 in all.
+        # A token whose experts differ has other weights too, and those are not compared.
         return {
-            "experts": jnp.maximum(mismatches(got[0], expected[0]) - 1e-3, 0),
-            "weights": relative_error(got[1], expected[1]),
+            "experts": 100 * jnp.abs(mine - theirs).max(),
+            "tokens": jnp.maximum(1 - is_same.mean() - 1e-3, 0),
+            "weights": relative_error(jnp.where(is_same, got[1], weights), weights),
         }
 
     for num_rows in sizes.tokens:
