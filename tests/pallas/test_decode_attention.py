@@ -14,8 +14,6 @@ from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.decode_attention import HEAD_DIM, TuningConfig
 from tests.pallas.compiled import Program, compile_programs, needs_compiler
 
-pytestmark = pytest.mark.usefixtures("races_are_errors")
-
 CHIP = Chip("sm90", 132)
 LAYERS = 2
 SMALL = TuningConfig(split_size=128, tile_size=64, stages=2)

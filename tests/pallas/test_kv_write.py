@@ -13,8 +13,6 @@ from glm_jax.pallas import kv_write
 from glm_jax.pallas.chip import Chip
 from tests.pallas.compiled import Program, compile_programs, needs_compiler
 
-pytestmark = pytest.mark.usefixtures("races_are_errors")
-
 EPS, THETA, LAYERS, PAGE_SIZE = 1e-5, 1e6, 2, 4
 CHIP = Chip("sm90", 132)
 

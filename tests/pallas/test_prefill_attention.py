@@ -13,8 +13,6 @@ from glm_jax.pallas.prefill_attention import HEAD_DIM, TuningConfig
 from tests.pallas.compiled import Program, compile_programs, needs_compiler
 from tests.pallas.test_decode_attention import assert_as_close_as_rounding, some_step
 
-pytestmark = pytest.mark.usefixtures("races_are_errors")
-
 
 @pytest.mark.parametrize(
     ("architecture", "positions", "kv_heads", "groups", "page_size", "dtype", "warpgroups"),
