@@ -16,7 +16,16 @@ from glm_jax import shapes as columns
 from glm_jax.attention import Pages
 from glm_jax.cache import KVCache
 from glm_jax.model import Glm4Moe
-from glm_jax.sampling import Adjustments, SamplingRows, adjust, sample, top_logprobs
+from glm_jax.sampling import (
+    Adjustments,
+    SamplingRows,
+    adjust,
+    likeliest,
+    logprobs_of,
+    no_logprobs,
+    pick,
+    top_logprobs,
+)
 
 
 class Drafting(NamedTuple):
@@ -198,15 +207,23 @@ def choose(
     """A token after each row's hidden state, for position `lengths`, and what is told of it."""
     with jax.named_scope("sample"):
         logits = model.logits(hidden)
-        rows = sampling_rows(batch, lengths)
 
         def history() -> Int32[Array, "B S"]:
             return slots.history[table].reshape(len(table), -1)
 
-        adjusted = adjust(logits, _adjustments(batch, controls), lengths, history)
-        tokens, logprobs = sample(logits, rows, adjusted)
-        wanted = batch[:, columns.NUM_LOGPROBS]
-        top_tokens, top = top_logprobs(logits, wanted, columns.MAX_TOP_LOGPROBS)
+        def as_asked() -> tuple[Array, Array, Array]:
+            adjusted = adjust(logits, _adjustments(batch, controls), lengths, history)
+            tokens = pick(adjusted, sampling_rows(batch, lengths))
+            wanted = batch[:, columns.NUM_LOGPROBS]
+            return tokens, *top_logprobs(logits, wanted, columns.MAX_TOP_LOGPROBS)
+
+        def greedily() -> tuple[Array, Array, Array]:
+            return likeliest(logits), *no_logprobs(len(logits), columns.MAX_TOP_LOGPROBS)
+
+        # Each branch of its own costs a step some 5 us, and one that changes logits a copy of them.
+        is_asked = (batch[:, jnp.array(columns.ASKS)] != 0).any()
+        tokens, top_tokens, top = lax.cond(is_asked, as_asked, greedily)
+        logprobs = logprobs_of(logits, tokens)
     return jnp.concatenate([tokens[None], _bits(logprobs)[None], top_tokens, _bits(top)])
 
 

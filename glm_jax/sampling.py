@@ -85,11 +85,21 @@ def adjust(
         allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
         return jnp.where(allowed | (rows.is_masked == 0)[:, None], logits, -jnp.inf)
 
-    logits = lax.cond(is_penalized.any(), penalize, lambda x: x, logits)
-    logits = lax.cond((rows.num_biases + rows.num_bans > 0).any(), bias, lambda x: x, logits)
-    if rows.mask.shape[1] == 0:  # compiled for requests that have none
+    asked = [
+        (is_penalized.any(), penalize),
+        ((rows.num_biases + rows.num_bans > 0).any(), bias),
+    ]
+    if rows.mask.shape[1]:  # none: compiled for requests that have none
+        asked.append(((rows.is_masked > 0).any(), mask))
+
+    def all_that_is_asked(logits: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
+        for is_asked, change in asked:
+            logits = lax.cond(is_asked, change, lambda x: x, logits)
         return logits
-    return lax.cond((rows.is_masked > 0).any(), mask, lambda x: x, logits)
+
+    # A branch that changes nothing is a copy of the logits: one, not three.
+    is_any = jnp.stack([is_asked for is_asked, _ in asked]).any()
+    return lax.cond(is_any, all_that_is_asked, lambda x: x, logits)
 
 
 def _penalized(
@@ -140,41 +150,53 @@ def top_logprobs(
         logprobs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         return tokens.astype(jnp.int32).T, logprobs.T
 
-    shape = (number, len(logits))
-    return lax.cond(
-        (wanted > 0).any(),
-        top,
-        lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)),
-    )
+    return lax.cond((wanted > 0).any(), top, lambda: no_logprobs(len(logits), number))
+
+
+def no_logprobs(
+    num_rows: int, number: int
+) -> tuple[Int32[Array, "{number} B"], Float32[Array, "{number} B"]]:
+    """What top_logprobs returns where no row wants any."""
+    shape = (number, num_rows)
+    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
 
 def sample(
-    logits: Float32[Array, "B V"],
-    rows: SamplingRows,
-    adjusted: Float32[Array, "B V"] | None = None,
+    logits: Float32[Array, "B V"], rows: SamplingRows
 ) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
-    """The next token of each row, and its log-probability under the unmodified distribution.
+    """The next token of each row, and its log-probability."""
+    tokens = pick(logits, rows)
+    return tokens, logprobs_of(logits, tokens)
 
-    Args:
-      adjusted: the logits to choose from, where they are not the model's own.
+
+def pick(logits: Float32[Array, "B V"], rows: SamplingRows) -> Int32[Array, " B"]:
+    """A token for each row, drawn as its parameters say.
 
     Order: temperature, then min_p, then top_k, then top_p over what is left; candidates equal to the
     last one kept are kept too.
     """
-    choosable = logits if adjusted is None else adjusted
-    greedy = jnp.argmax(choosable, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
     is_random = rows.temperature > 0
 
     def draw() -> Int32[Array, " B"]:
         # Measured from the best, so that the least temperature overflows downward only.
-        below = choosable - choosable.max(axis=-1, keepdims=True)
+        below = logits - logits.max(axis=-1, keepdims=True)
         kept = _filter(below / jnp.where(is_random, rows.temperature, 1.0)[:, None], rows)
-        return jnp.argmax(kept + _gumbel(rows, logits.shape[-1]), axis=-1).astype(jnp.int32)
+        return likeliest(kept + _gumbel(rows, logits.shape[-1]))
 
     drawn = lax.cond(is_random.any(), draw, lambda: greedy)
-    tokens = jnp.where(is_random, drawn, greedy)
+    return jnp.where(is_random, drawn, greedy)
+
+
+def likeliest(logits: Float32[Array, "B V"]) -> Int32[Array, " B"]:
+    """The first of each row's largest."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def logprobs_of(logits: Float32[Array, "B V"], tokens: Int32[Array, " B"]) -> Float32[Array, " B"]:
+    """The tokens' log-probabilities under the unmodified distribution."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _gumbel(rows: SamplingRows, vocab_size: int) -> Float32[Array, "B V"]:

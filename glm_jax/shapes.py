@@ -35,6 +35,11 @@ IS_MASKED = 18  # 1 when the slot's controls hold a mask to heed
 NUM_STOPS = 19
 STOP_TOKENS = slice(20, 28)  # the first NUM_STOPS of these end the row's completion
 NUM_FIELDS = 28
+# A row with zeros in all of these takes the likeliest token of the model's own logits.
+ASKS = (
+    TEMPERATURE, FREQUENCY_PENALTY, PRESENCE_PENALTY, REPETITION_PENALTY, NUM_BIASES, NUM_BANS,
+    NUM_LOGPROBS, IS_MASKED,
+)  # fmt: skip
 
 MAX_LOGIT_BIASES = 300
 MAX_BANS = 276  # a request's own stop tokens, and the model's
