@@ -39,7 +39,6 @@ from glm_jax.pallas import (
     router,
 )
 from glm_jax.pallas.chip import Chip
-from glm_jax.pallas.grouped_down import combine
 from glm_jax.selection import Selection
 
 
@@ -105,24 +104,32 @@ class Kernels(Selection):
         eps: float,
         is_fp8: bool,
         workspace: Workspace | None = None,
-    ) -> NormedRows:
-        """add_norm of what is pending on all devices, summed."""
+    ) -> tuple[NormedRows, ops.Layer]:
+        """add_norm of what is pending on all devices, summed; and the place that layer names, as one number."""
 
-        def apart() -> NormedRows:
-            partials = combine(*pending)[None] if isinstance(pending, ExpertRows) else pending
-            added = sharding.sum_partials(partials, residual.dtype)
-            return self.add_norm(residual, added, weight, layer, eps=eps, is_fp8=is_fp8)
+        def apart() -> tuple[NormedRows, ops.Layer]:
+            if isinstance(pending, ExpertRows):
+                summands = all_reduce.Summands(*pending)
+                own = all_reduce.add_up(summands, interpret=self._interprets)
+                added = sharding.sum_in_order(own)
+            elif self._chip() is not None and len(pending) == 1:
+                rounded = sharding.round_partials(pending, residual.dtype)
+                added = sharding.sum_in_order(rounded[0])
+            else:
+                added = sharding.sum_partials(pending, residual.dtype)
+            normed = self.add_norm(residual, added, weight, layer, eps=eps, is_fp8=is_fp8)
+            return normed, plain(layer)
 
-        def together(chip: Chip) -> NormedRows:
+        def together(chip: Chip) -> tuple[NormedRows, ops.Layer]:
             (at, shift), is_rows = index(layer), isinstance(pending, ExpertRows)
             normed = all_reduce.all_reduce_add_norm(
                 all_reduce.Summands(*pending) if is_rows else pending[0],
                 residual, weight, at, eps=eps, axis_name=sharding.MESH_AXIS,
                 num_devices=sharding.num_devices(), chip=chip, shift=shift,
                 semaphores=None if workspace is None else workspace.semaphores,
-                interpret=self._interprets,
+                tells_place=shift != 0, interpret=self._interprets,
             )  # fmt: skip
-            return _as_ours(normed, is_fp8)
+            return _as_ours(normed, is_fp8), at if normed.place is None else normed.place
 
         is_whole = isinstance(pending, ExpertRows) or len(pending) == 1
         fuses = is_whole and self._fuses_sums(residual.shape[0])

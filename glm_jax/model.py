@@ -30,6 +30,9 @@ from glm_jax.sharding import WeightSpec
 Carry = tuple[Array, NormedRows, KVCache | None]
 # The residual stream after a layer, and where its tokens were sent.
 Layerwise = tuple[Array, Routing | None]
+# Layers of experts in a turn of a GPU's loop over them. A turn costs two launches of XLA's, its count
+# and its condition, and a layer in it 1 MB of the compiled step.
+_AT_A_TIME = 4
 
 
 class Trace(NamedTuple):
@@ -87,11 +90,33 @@ class DecoderLayers(nnx.Module):
         self,
         pending: Pending,
         residual: Float[Array, "T D"],
-        norm: RMSNorm | NormStack,
-        layer: Layer | Shifted,
+        norm: RMSNorm,
+        layer: Layer,
         workspace: Workspace | None = None,
     ) -> NormedRows:
         """residual + what is pending on all devices, normed for the sub-layer that follows."""
+        return self._add(pending, residual, norm, layer, workspace)[0]
+
+    def follow(
+        self,
+        pending: Pending,
+        residual: Float[Array, "T D"],
+        norms: NormStack,
+        layer: Layer,
+        workspace: Workspace | None,
+    ) -> tuple[NormedRows, Layer]:
+        """The same at the end of a layer: what the layer after it takes, and which one that is."""
+        following = self.kernels.shifted(layer, 1)
+        return self._add(pending, residual, norms, following, workspace)
+
+    def _add(
+        self,
+        pending: Pending,
+        residual: Float[Array, "T D"],
+        norm: RMSNorm | NormStack,
+        layer: Layer | Shifted,
+        workspace: Workspace | None,
+    ) -> tuple[NormedRows, Layer]:
         return self.kernels.sum_add_norm(
             pending, residual, norm.stacked(), layer, eps=norm.eps, is_fp8=self.is_fp8,
             workspace=workspace,
@@ -170,7 +195,6 @@ class Glm4Moe(nnx.Module):
         layers = self.layers
         attend = layers.self_attn.prepare(attend, positions)
         norms = layers.norms_between(self.norm)
-
         workspace = layers.kernels.workspace(tokens.size, layers.moe.experts.num_local)
 
         def run(is_dense: bool, carry: Carry, _: None) -> tuple[Carry, Layerwise | None]:
@@ -179,18 +203,20 @@ class Glm4Moe(nnx.Module):
                 normed, positions, layer, cache, attend, workspace
             )
             pending, routing = layers.mlp_block(normed, layer, is_dense, workspace)
-            following = layers.kernels.shifted(layer, 1)
-            normed = layers.add(pending, normed.residual, norms, following, workspace)
+            normed, layer = layers.follow(pending, normed.residual, norms, layer, workspace)
             after = (normed.residual, routing) if with_trace else None
-            return (layer + 1, normed, cache), after
+            return (jnp.asarray(layer), normed, cache), after
 
         embedded = self.embed_tokens.embed(tokens.reshape(-1))
         carry: Carry = (jnp.int32(0), layers.enter(embedded, 0), cache)
         num_dense, entered = layers.num_dense, []
         if num_dense:
-            carry, traced = _walk(partial(run, True), carry, 0, num_dense, with_trace)
+            carry, traced = _walk(partial(run, True), carry, 0, num_dense, 1, with_trace)
             entered = [traced[0]] if traced else []
-        carry, traced = _walk(partial(run, False), carry, num_dense, layers.num_layers, with_trace)
+        at_a_time = 1 if workspace is None else _AT_A_TIME
+        carry, traced = _walk(
+            partial(run, False), carry, num_dense, layers.num_layers, at_a_time, with_trace
+        )
         _, last, cache = carry
         trace = None
         if traced is not None:
@@ -212,16 +238,32 @@ def _walk(
     carry: Carry,
     first: int,
     end: int,
+    at_a_time: int,
     with_trace: bool,
 ) -> tuple[Carry, Layerwise | None]:
-    """Layers first ... end - 1; their traces, stacked, if asked."""
+    """Layers first ... end - 1, so many in a turn of the loop; their traces, stacked, if asked."""
     carry = (jnp.int32(first), *carry[1:])
     if with_trace:
         return lax.scan(run, carry, None, end - first)
+
+    # Traced and lowered once, however many there are.
+    @jax.jit
+    def layer(carry: Carry) -> Carry:
+        return run(carry, None)[0]
+
+    def several(carry: Carry, number: int) -> Carry:
+        for _ in range(number):
+            carry = layer(carry)
+        return carry
+
+    def turn(carry: Carry) -> Carry:
+        # The loop has a count of its own, which tells the compiler how often it turns.
+        return (carry[0] + at_a_time, *several(carry, at_a_time)[1:])
+
+    odd = (end - first) % at_a_time
+    carry = (jnp.int32(first + odd), *several(carry, odd)[1:])
     # A scan would count layers a second time, which is a launch a layer.
-    return lax.while_loop(
-        lambda carry: carry[0] < end, lambda carry: run(carry, None)[0], carry
-    ), None
+    return lax.while_loop(lambda carry: carry[0] < end, turn, carry), None
 
 
 Weights = dict[str, jax.Array]

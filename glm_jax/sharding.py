@@ -115,6 +115,25 @@ def all_gather(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     return lax.all_gather(x, MESH_AXIS, axis=axis, tiled=True)
 
 
+def sum_in_order(x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """The sum of x over all devices, added in float32 with device 0 first, and rounded once.
+
+    The bits do not depend on T, as those of a library's sum may, and are those of the sum that is
+    fused with the norm. It carries what an all-reduce does: every device adds up its share of the
+    rows and hands out the sums.
+    """
+    devices, (num_rows, width) = num_devices(), x.shape
+    if devices <= 2:
+        return all_reduce(x)
+    padded = jnp.pad(x, ((0, -num_rows % devices), (0, 0)))
+    shares = lax.all_to_all(padded, MESH_AXIS, split_axis=0, concat_axis=0, tiled=True)
+    addends = shares.reshape(devices, -1, width).astype(jnp.float32)
+    total = addends[0]
+    for addend in addends[1:]:
+        total = total + addend
+    return all_gather(total.astype(x.dtype), axis=0)[:num_rows]
+
+
 def sum_partials(partials: Float[Array, "R T D"], dtype: jnp.dtype) -> Float[Array, "T D"]:
     """Sums partial products over this device's R and then over all devices.
 

@@ -72,8 +72,9 @@ class Findings:
     Attributes:
       fused_sums: sums over devices that a kernel of ours does together with what follows.
       kernels: launches in one step, copies and sums included; one turn of each loop over pages.
-      layer_kernels: the launches of one layer of experts by name, in order; none where the layers are
-        no loop.
+      turn_kernels: the launches of one turn of the loop over layers of experts by name, in order; none
+        where the layers are no loop.
+      layers_a_turn: of the experts' layers, 0 where they are no loop.
       graphs: of a GPU's step, if whoever compiled it looked.
       aliased_bytes: of arguments that a result takes the place of.
       argument_bytes, temporary_bytes: of memory.
@@ -83,7 +84,8 @@ class Findings:
     copies: tuple[Copy, ...]
     fused_sums: int
     kernels: int
-    layer_kernels: tuple[str, ...]
+    turn_kernels: tuple[str, ...]
+    layers_a_turn: int
     graphs: Graphs | None
     argument_bytes: int
     aliased_bytes: int
@@ -135,7 +137,9 @@ def find(
         if instruction.opcode not in _NAMES_ONLY
     ]
     routers = specs.weights.get("layers.moe.gate.weight")
-    num_layers = 1 if routers is None else routers.shape[0]
+    num_turns = _turns_of(
+        [times for _, times in launches], 1 if routers is None else routers.shape[0]
+    )
     memory = compiled.memory_analysis()
     assert memory is not None, "XLA analyses the memory of every program it compiles"
     return Findings(
@@ -143,12 +147,24 @@ def find(
         copies=_copies(program, stacks),
         fused_sums=sum(times for name, times in launches if name == _FUSED_SUM),
         kernels=sum(times for _, times in launches),
-        layer_kernels=tuple(name for name, times in launches if times == num_layers > 1),
+        turn_kernels=tuple(name for name, times in launches if times == num_turns),
+        layers_a_turn=routers.shape[0] // num_turns if routers is not None and num_turns else 0,
         graphs=graphs,
         argument_bytes=memory.argument_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
     )
+
+
+def _turns_of(executions: list[int], num_layers: int) -> int:
+    """How often the loop over so many layers turns: the one with the most launches of those that some
+    layers a turn would make; what is left over of the layers stands before it. 0 where there is none."""
+    possible = Counter(
+        times
+        for times in executions
+        if 1 < times <= num_layers and num_layers // (num_layers // times) == times
+    )
+    return max(possible, key=lambda times: (possible[times], times), default=0)
 
 
 def kernel_name(program: Program, instruction: Instruction) -> str:

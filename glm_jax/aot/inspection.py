@@ -67,7 +67,8 @@ def _record(found: Findings) -> dict[str, Any]:
     graphs = {} if found.graphs is None else asdict(found.graphs)
     return graphs | {
         "kernels_per_step": found.kernels,
-        "layer_kernels": list(found.layer_kernels),
+        "layers_a_turn": found.layers_a_turn,
+        "turn_kernels": list(found.turn_kernels),
         "fused_sums": found.fused_sums,
         "collectives": [asdict(each) for each in found.collectives],
         "copies": [asdict(each) for each in found.copies],

@@ -81,6 +81,7 @@ def all_reduce_add_norm(
     chip: Chip,
     shift: int = 0,
     semaphores: jax.Ref | None = None,
+    tells_place: bool = False,
     interpret: bool = False,
 ) -> NormedRows:
     """residual + the sum of all devices' partial, its RMSNorm, and the quantized form of that.
@@ -95,6 +96,8 @@ def all_reduce_add_norm(
     Args:
       layer, shift: their sum is the norm's place among the weights.
       semaphores: as make_semaphores makes them, for at least T rows.
+      tells_place: whether the answer has that sum too, as the kernels of the layer that begins there
+        take it: an addition by XLA would be one more launch.
 
     Raises:
       NotImplementedError: T is over 256 or over what the device holds at once, or D no multiple of
@@ -110,13 +113,15 @@ def all_reduce_add_norm(
     is_gathered = num_devices > 1 and interpret
     if is_gathered:
         if isinstance(partial, Summands):
-            partial = _add_up(partial, interpret)
+            partial = add_up(partial, interpret=interpret)
         partial = lax.all_gather(partial, axis_name)
     has_summands = isinstance(partial, Summands)
     operands = [*partial] if isinstance(partial, Summands) else [partial]
     outputs = [jax.ShapeDtypeStruct(residual.shape, residual.dtype), *normed_types(num_rows, width)]
     if has_summands and is_exchanged:
         outputs.append(jax.ShapeDtypeStruct(residual.shape, residual.dtype))
+    if tells_place:
+        outputs.append(jax.ShapeDtypeStruct((1,), jnp.int32))
     shared = [semaphores] if is_exchanged and semaphores is not None else []
 
     def all_reduce_add_norm_kernel(*refs: Any, **scratch: Any) -> None:
@@ -128,6 +133,7 @@ def all_reduce_add_norm(
             scratch |= {
                 name: counters.at[index, row] for index, name in enumerate(("ready", "done"))
             }
+        place_refs = [outs.pop()] if tells_place else []
         (total_ref, normed_ref, values_ref, scale_ref), mine_ref = outs[:4], outs[4:]
         summed = load_summed(own, row) if has_summands else None
         if is_exchanged:
@@ -145,8 +151,16 @@ def all_reduce_add_norm(
             addends = [load_row(own[0], row) if summed is None else summed]
         total = load_row(residual_ref, row) + _sum(addends)
         total_ref[row] = total
-        weight_row = load_row(weight_ref, layer_ref[0] + shift)
-        store_normed(total, weight_row, eps, row, normed_ref, values_ref, scale_ref)
+        place = layer_ref[0] + shift
+        store_normed(
+            total, load_row(weight_ref, place), eps, row, normed_ref, values_ref, scale_ref
+        )
+        for place_ref in place_refs:
+
+            @pl.when(row == 0)
+            def _tell(place_ref: Any = place_ref) -> None:
+                place_ref[0] = place
+
         if is_exchanged:
             pl.semaphore_wait(scratch["done"], num_devices - 1)
 
@@ -167,7 +181,8 @@ def all_reduce_add_norm(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="all_reduce_add_norm",
     )(*operands, residual, weight, layer.reshape(1), *shared)
-    return NormedRows(*found[:4])
+    normed = NormedRows(*found[:4])
+    return normed._replace(place=found[-1].reshape(())) if tells_place else normed
 
 
 def _sum(addends: Sequence[Array]) -> BFloat16[Array, " D"]:
@@ -196,17 +211,21 @@ def load_summed(refs: Sequence[Any], row: Array) -> BFloat16[Array, " D"]:
     return (total + shared).astype(jnp.bfloat16)
 
 
-def _add_up(summands: Summands, interpret: bool) -> BFloat16[Array, "T D"]:
-    """The partial of Summands by a kernel of its own."""
+def add_up(summands: Summands, *, interpret: bool = False) -> BFloat16[Array, "T D"]:
+    """The partial of Summands by a kernel of its own, of as many tokens as there are.
+
+    XLA's form would have other bits: it makes one rounding of a product and a sum.
+    """
 
     def body(*refs: Any) -> None:
         row = lax.axis_index("row")
         refs[-1][row] = load_summed(refs[:-1], row)
 
-    num_tokens = summands.places.shape[0]
+    num_tokens, width = summands.places.shape[0], summands.rows.shape[1]
+    check_width(width)
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((num_tokens, summands.rows.shape[1]), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((num_tokens, width), jnp.bfloat16),
         grid=(num_tokens,),
         grid_names=("row",),
         interpret=plgpu.InterpretGPUParams() if interpret else None,

@@ -28,12 +28,14 @@ class NormedRows(NamedTuple):
       normed: bfloat16[T, D], the rows normed and weighted.
       values: float8_e4m3fn[T, D], normed divided by scale.
       scale: float32[T, 1], each row's largest magnitude / 448, or 1 for a row of zeros.
+      place: the norm's place among the weights, if the kernel was to tell it.
     """
 
     residual: BFloat16[Array, "T D"]
     normed: BFloat16[Array, "T D"]
     values: Float8e4m3fn[Array, "T D"]
     scale: Float32[Array, "T 1"]
+    place: Int32[Array, ""] | None = None
 
 
 def add_norm_quantize(

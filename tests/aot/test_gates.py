@@ -213,7 +213,8 @@ def findings_of(**changed: Any) -> Findings:
         "copies": (),
         "fused_sums": 0,
         "kernels": 20,
-        "layer_kernels": ("kernel",) * gates.MAX_LAYER_KERNELS,
+        "turn_kernels": ("kernel",) * (gates.MAX_LAYER_KERNELS + gates.MAX_TURN_KERNELS),
+        "layers_a_turn": 1,
         "graphs": Graphs(1, 0),
         "argument_bytes": 10**6,
         "aliased_bytes": kv_bytes + slots,
@@ -229,8 +230,11 @@ def broken_by(**changed: Any) -> list[Violation]:
 
 def test_a_kernel_too_many_is_caught_and_all_are_named() -> None:
     assert not broken_by()
-    names = tuple(f"kernel {number}" for number in range(gates.MAX_LAYER_KERNELS + 1))
-    (violation,) = broken_by(layer_kernels=names)
+    several = 4
+    number = several * gates.MAX_LAYER_KERNELS + gates.MAX_TURN_KERNELS
+    names = tuple(f"kernel {each}" for each in range(number + 1))
+    assert not broken_by(turn_kernels=names[:-1], layers_a_turn=several)
+    (violation,) = broken_by(turn_kernels=names, layers_a_turn=several)
     assert violation.gate == gates.FEW_KERNELS and all(name in violation.detail for name in names)
 
 
@@ -238,6 +242,23 @@ def test_a_fused_sum_is_a_sum() -> None:
     only_the_embedding = (Collective("all-reduce", "bf16", 512, 1),)
     assert not broken_by(collectives=only_the_embedding, fused_sums=2)
     assert [each.gate for each in broken_by(fused_sums=1)] == [gates.TWO_SUMS]
+
+
+def test_a_sum_in_order_is_an_all_to_all_and_a_gather() -> None:
+    embedding = Collective("all-reduce", "bf16", 512, 1)
+    shares, whole = (
+        Collective("all-to-all", "bf16", 64, 2),
+        Collective("all-gather", "bf16", 512, 2),
+    )
+    logits = Collective("all-gather", "f32", 4096, 1)
+    assert not broken_by(collectives=(embedding, shares, whole, logits))
+    wide = (embedding, Collective("all-to-all", "f32", 128, 2), whole, logits)
+    assert [each.gate for each in broken_by(collectives=wide)] == [gates.BF16_SUMS]
+    for more in (whole, logits):
+        found = broken_by(collectives=(embedding, shares, whole, logits, more))
+        assert {each.gate for each in found} == {gates.NO_OTHER_TRAFFIC}
+    alone = broken_by(collectives=(embedding, shares, logits, whole), fused_sums=1)
+    assert [each.gate for each in alone] == [gates.TWO_SUMS]
 
 
 def test_a_launch_beside_the_graph_is_caught() -> None:
@@ -292,18 +313,23 @@ def test_experts_converted_before_a_product_are_caught() -> None:
     assert any("convert" in how for how in copied_experts(converted))
 
 
-def test_the_kernels_of_a_layer_are_named_in_order() -> None:
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_the_kernels_of_a_turn_are_named_in_order(at_a_time: int) -> None:
     def layers(stack: jax.Array, x: jax.Array) -> jax.Array:
-        def layer(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            with jax.named_scope("mix"):
-                x = lax.optimization_barrier(x * index.astype(x.dtype))
-            with jax.named_scope("sum"):
-                return all_reduce(x), None
+        def turn(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            for _ in range(at_a_time):
+                with jax.named_scope("mix"):
+                    x = lax.optimization_barrier(x * index.astype(x.dtype))
+                with jax.named_scope("sum"):
+                    x = all_reduce(x)
+            return x, None
 
-        return lax.scan(layer, x, jnp.arange(LAYERS))[0]
+        return lax.scan(turn, x, jnp.arange(LAYERS // at_a_time))[0]
 
-    names = miniature(layers).layer_kernels
-    assert any("mix" in name for name in names) and any("all-reduce" in name for name in names)
+    found = miniature(layers)
+    assert found.layers_a_turn == at_a_time
+    kinds = [kind for name in found.turn_kernels for kind in ("mix", "all-reduce") if kind in name]
+    assert kinds == ["mix", "all-reduce"] * at_a_time
 
 
 def test_experts_read_in_place_are_no_copy() -> None:

@@ -90,7 +90,7 @@ def test_a_step_is_reported_whole_and_again_the_same(
     sums = [each for each in found["collectives"] if each["kind"] == "all-reduce"]
     assert sum(each["executions"] for each in sums) == 2 * 4 + 1
     assert {each["dtype"] for each in sums} == {"bf16"}
-    assert found["kernels_per_step"] > 3 * len(found["layer_kernels"]) > 10
+    assert found["kernels_per_step"] > 3 * len(found["turn_kernels"]) > 10
     assert found["command_buffers"] > 0 and found["temporary_bytes"] > 0
     changed = json.loads(record.read_text())
     changed["decode-2"]["command_buffers"] += 1

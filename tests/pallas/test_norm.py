@@ -77,7 +77,7 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it() -> None:
     x, added, weight = draw(3, 4, 384)
     together = run(x, added, weight, jnp.int32(0))
     alone = run(x[2:3], added[2:3], weight, jnp.int32(0))
-    for many, one in zip(together, alone, strict=True):
+    for many, one in zip(together[:4], alone[:4], strict=True):
         np.testing.assert_array_equal(
             np.asarray(many[2:3], np.float32), np.asarray(one, np.float32)
         )
