@@ -97,7 +97,7 @@ def matmul(
     num_steps = pl.cdiv(width, config.step)
     row_tiles = pl.cdiv(num_rows, config.tile_rows)
     num_tiles = row_tiles * pl.cdiv(num_tokens, config.tokens)
-    num_ctas = min(num_tiles, chip.num_cores)
+    num_ctas = min(num_tiles, config.ctas_per_sm * chip.num_cores)
     operands = [x, x_scale.reshape(-1), values, scale, layer.reshape(1)]
     if bias is not None:
         operands.append(bias)
@@ -106,14 +106,14 @@ def matmul(
         x_ref, x_scale_ref, values_ref, scale_ref, layer_ref, *biases, out_ref = refs
         layer_index = layer_ref[0]
 
-        def locate(tile: jax.Array) -> _Place:
+        def locate(tile: jax.Array, _: tuple[()]) -> _Place:
             # Row tiles vary fastest: CTAs side by side share their tokens, and weights stay in L2.
             tiles = jnp.int32(row_tiles)
             return _Place(
                 lax.rem(tile, tiles) * config.tile_rows, lax.div(tile, tiles) * config.tokens
             )
 
-        def fetch(place: _Place, step: jax.Array, weights: Any, tokens: Any, barrier: Any) -> None:
+        def fetch_weights(place: _Place, step: jax.Array, weights: Any, barrier: Any) -> None:
             columns = pl.ds(step * config.step, config.step)
             rows = pl.ds(place.row, config.tile_rows)
             plgpu.copy_gmem_to_smem(
@@ -121,6 +121,9 @@ def matmul(
                 weights.at[0, pl.ds(0, config.tile_rows)],
                 barrier,
             )
+
+        def fetch_tokens(place: _Place, step: jax.Array, tokens: Any, barrier: Any) -> None:
+            columns = pl.ds(step * config.step, config.step)
             plgpu.copy_gmem_to_smem(
                 x_ref.at[pl.ds(place.token, config.tokens), columns], tokens, barrier
             )
@@ -154,15 +157,17 @@ def matmul(
                 out = out + lax.broadcast_in_dim(added, out.shape, (0,))
             return out
 
-        def send(place: _Place, warpgroup: jax.Array, staged: Any) -> None:
+        def send(place: _Place, warpgroup: jax.Array, first: int, staged: Any) -> None:
             row = place.row + config.first_row(warpgroup)
-            fp8_product.send(config, staged, out_ref, place.token, row)
+            fp8_product.send(config, staged, out_ref, place.token + first, row)
 
         streams = fp8_product.Streams(
             num_tiles=num_tiles,
+            look_up=lambda tile: (),
             locate=locate,
             num_steps=lambda place: num_steps,
-            fetch=fetch,
+            fetch_weights=fetch_weights,
+            fetch_tokens=fetch_tokens,
             fetch_scales=fetch_scales,
             finish=finish,
             send=send,

@@ -56,22 +56,26 @@ class Streams:
 
     Attributes:
       num_tiles: how many tiles there are, on the host or int32[].
-      locate: the place of a tile, from its index.
+      look_up: what must be read from memory to locate a tile, of any index: it is asked for one tile ahead.
+      locate: the place of a tile, from its index and what look_up said of it.
       num_steps: steps along K at a place.
-      fetch: copies the weights and tokens of (place, step) to (weight ref, token ref), on barrier.
+      fetch_weights: copies the weights of (place, step) to a weight ref, on barrier.
+      fetch_tokens: the same of tokens.
       fetch_scales: copies the scales of a place to a slot, on barrier.
       finish: what becomes of (slot, row, first, products), float32[rows, count] of products that holds
         the same for each half, for the rows from row on of a stage and the tokens from first on of a tile.
-      send: stores what was staged of (place, warpgroup, staged).
+      send: stores what was staged of (place, warpgroup, first, staged), from a tile's first token on.
     """
 
     num_tiles: jax.Array | int
-    locate: Callable[[jax.Array], Any]
+    look_up: Callable[[jax.Array], Any]
+    locate: Callable[[jax.Array, Any], Any]
     num_steps: Callable[[Any], jax.Array | int]
-    fetch: Callable[[Any, jax.Array, Any, Any, Any], None]
+    fetch_weights: Callable[[Any, jax.Array, Any, Any], None]
+    fetch_tokens: Callable[[Any, jax.Array, Any, Any], None]
     fetch_scales: Callable[[Any, jax.Array, Any], None]
     finish: Callable[[jax.Array, jax.Array | int, int, list[jax.Array]], jax.Array]
-    send: Callable[[Any, jax.Array, Any], None]
+    send: Callable[[Any, jax.Array, int, Any], None]
 
 
 def scratch_types(
@@ -88,7 +92,7 @@ def scratch_types(
     Args:
       widths: every K that is walked.
       halves: 1, or 2 where gate rows and up rows are multiplied side by side.
-      num_copies: copies that fetch issues.
+      num_copies: copies that fetch_weights and fetch_tokens issue.
       num_scale_copies: copies that fetch_scales issues.
     """
     is_sm100 = chip.architecture == "sm100"
@@ -107,7 +111,7 @@ def scratch_types(
             orders_tensor_core=is_sm100,
         ),
         "staged": plgpu.SMEM(
-            (warpgroups, config.tokens, config.rows),
+            (warpgroups, config.store_tokens, config.rows),
             jnp.bfloat16,
             transforms=_tiled(math.gcd(config.store_rows, 64), jnp.bfloat16),
         ),
@@ -133,10 +137,10 @@ def send(config: TuningConfig, staged: Any, out: Any, token: jax.Array, row: jax
     """Stores what was staged to out[token..., row...]; what lies outside of it is dropped."""
     rows = config.store_rows
     # A part of the columns is contiguous in the tiled memory only eight tokens at a time.
-    group = config.tokens if rows == config.rows else 8
+    group = config.store_tokens if rows == config.rows else 8
     # A group past the end must not be sent where fewer than eight tokens make up the whole array:
     # device memory is then addressed without the number of eights, and it would land on the first.
-    for first in range(0, min(config.tokens, out.shape[0]), group):
+    for first in range(0, min(config.store_tokens, out.shape[0]), group):
         plgpu.copy_smem_to_gmem(
             staged.at[pl.ds(first, group), pl.ds(0, rows)],
             out.at[pl.ds(token + first, group), pl.ds(row, rows)],
@@ -197,7 +201,7 @@ class _Loop:
         is_sm90 = chip.architecture == "sm90"
         self.block_rows = _WGMMA_ROWS if is_sm90 else config.rows
         # Products come out of tensor memory in pieces that fit registers.
-        self.block_tokens = config.tokens if is_sm90 else min(config.tokens, 64)
+        self.block_tokens = config.store_tokens if is_sm90 else min(config.store_tokens, 64)
         self.num_ctas = num_ctas
         self.streams = streams
         self.scratch = scratch
@@ -209,12 +213,14 @@ class _Loop:
         num_tiles = jnp.int32(self.streams.num_tiles)
         count = lax.div(num_tiles - cta + self.num_ctas - 1, jnp.int32(self.num_ctas))
 
-        def step(number: jax.Array, first_step: jax.Array) -> jax.Array:
-            place = self.streams.locate(cta + number * self.num_ctas)
+        def step(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            first_step, known = carry
+            following = self.streams.look_up(cta + (number + 1) * self.num_ctas)
+            place = self.streams.locate(cta + number * self.num_ctas, known)
             visit(number, place, first_step)
-            return first_step + self.streams.num_steps(place)
+            return first_step + self.streams.num_steps(place), following
 
-        lax.fori_loop(0, count, step, jnp.int32(0))
+        lax.fori_loop(0, count, step, (jnp.int32(0), self.streams.look_up(cta)))
 
     def stage(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.config.stages))
@@ -251,7 +257,9 @@ class _Loop:
 
                 weights = self.scratch["weights"].at[stage]
                 tokens = self.scratch["tokens"].at[stage]
-                self.streams.fetch(place, index, weights, tokens, self.full(number, stage))
+                full = self.full(number, stage)
+                self.streams.fetch_weights(place, index, weights, full)
+                self.streams.fetch_tokens(place, index, tokens, full)
 
                 # Scales are wanted last, but must not wait for the ring to come round.
                 @pl.when(index == 0)
@@ -269,21 +277,23 @@ class _Loop:
         slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
         staged = self.scratch["staged"].at[warpgroup]
         plgpu.barrier_wait(self.scratch["scales_full"].at[slot])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         first_row, rows, count = (
             self.config.first_row(warpgroup),
             self.block_rows,
             self.block_tokens,
         )
-        for block in range(self.config.rows // rows):
-            for first in range(0, self.config.tokens, count):
-                row = first_row + block * rows
-                values = self.streams.finish(slot, row, first, products(block, first, count))
-                part = staged.at[pl.ds(first, count), pl.ds(block * rows, rows)]
-                part.transpose((1, 0))[...] = values.astype(jnp.bfloat16)
-        plgpu.barrier_arrive(self.scratch["scales_empty"].at[slot])
-        plgpu.commit_smem()
-        self.streams.send(place, warpgroup, staged)
+        for sent in range(0, self.config.tokens, self.config.store_tokens):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for block in range(self.config.rows // rows):
+                for first in range(0, self.config.store_tokens, count):
+                    row, token = first_row + block * rows, sent + first
+                    values = self.streams.finish(slot, row, token, products(block, token, count))
+                    part = staged.at[pl.ds(first, count), pl.ds(block * rows, rows)]
+                    part.transpose((1, 0))[...] = values.astype(jnp.bfloat16)
+            if sent + self.config.store_tokens == self.config.tokens:
+                plgpu.barrier_arrive(self.scratch["scales_empty"].at[slot])
+            plgpu.commit_smem()
+            self.streams.send(place, warpgroup, sent, staged)
 
 
 def _take_registers(config: TuningConfig, count: int) -> None:
@@ -306,7 +316,15 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
     @pl.when(is_feeder)
     def _():
         _take_registers(config, 40)
-        loop.feed()
+        if not config.is_fed_by_warp:
+            loop.feed()
+            return
+
+        @plgpu.warp_map
+        def _(warp: jax.Array):
+            @pl.when(warp == 0)
+            def _():
+                loop.feed()
 
     @pl.when(jnp.logical_not(is_feeder))
     def _():
@@ -340,8 +358,12 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
             accumulator = plgpu.WGMMAAccumulatorRef((_WGMMA_ROWS, config.tokens), jnp.float32)
             products = pl.run_scoped(multiply, *[accumulator] * len(blocks))
 
-            def of_block(block: int, *_: int) -> list[jax.Array]:
-                return products[block * loop.halves : (block + 1) * loop.halves]
+            def of_block(block: int, first: int, count: int) -> list[jax.Array]:
+                mine = products[block * loop.halves : (block + 1) * loop.halves]
+                if count == config.tokens:
+                    return mine
+                mine = [plgpu.layout_cast(half, plgpu.Layout.WGMMA) for half in mine]
+                return [half[:, first : first + count] for half in mine]
 
             loop.finish(number, place, warpgroup, of_block)
 

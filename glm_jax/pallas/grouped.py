@@ -100,7 +100,8 @@ def product(
             raise NotImplementedError(f"{side_weights.values.shape=}: N and K are multiples of 64")
     row_tiles = [pl.cdiv(side.values.shape[-2], config.tile_rows) for _, side in sides]
     num_shared = row_tiles[1] * pl.cdiv(shared[0].values.shape[0], config.tokens) if shared else 0
-    num_ctas = min(dispatch.tile_experts.shape[0] * row_tiles[0] + num_shared, chip.num_cores)
+    most_tiles = dispatch.tile_experts.shape[0] * row_tiles[0] + num_shared
+    num_ctas = min(most_tiles, config.ctas_per_sm * chip.num_cores)
     halves = weights.values.shape[2]
     operands = [
         operand
@@ -134,24 +135,26 @@ def product(
         ) -> jax.Array:
             return combine_halves(_scaled(scratch, slot, row, first, products))
 
-        def send(place: _Place, warpgroup: jax.Array, staged: Any) -> None:
+        def send(place: _Place, warpgroup: jax.Array, first: int, staged: Any) -> None:
             row = place.row + config.first_row(warpgroup)
             for is_shared, side in enumerate(side_refs):
 
                 @pl.when(place.is_shared == bool(is_shared))
                 def _(side: _Side = side):
-                    fp8_product.send(config, staged, side.out, place.token, row)
+                    fp8_product.send(config, staged, side.out, place.token + first, row)
 
         num_steps = [pl.cdiv(side.values.shape[-1], config.step) for _, side in sides]
         streams = fp8_product.Streams(
             num_tiles=walk.num_tiles(),
+            look_up=walk.expert,
             locate=walk.locate,
             num_steps=lambda place: (
                 num_steps[0]
                 if num_steps[-1] == num_steps[0]
                 else jnp.where(place.is_shared, num_steps[1], num_steps[0])
             ),
-            fetch=loads.fetch,
+            fetch_weights=loads.fetch_weights,
+            fetch_tokens=loads.fetch_tokens,
             fetch_scales=loads.fetch_scales,
             finish=finish,
             send=send,
@@ -225,12 +228,16 @@ class _Walk:
     def num_tiles(self) -> jax.Array:
         return self.num_tiles_ref[0] * self.row_tiles[0] + self.num_shared
 
-    def locate(self, tile: jax.Array) -> _Place:
+    def expert(self, tile: jax.Array) -> jax.Array:
+        """The expert of a routed tile; of any other anything."""
+        token_tile = lax.div(jnp.maximum(tile - self.num_shared, 0), jnp.int32(self.row_tiles[0]))
+        return self.tile_experts_ref[jnp.minimum(token_tile, self.tile_experts_ref.shape[0] - 1)]
+
+    def locate(self, tile: jax.Array, expert: jax.Array) -> _Place:
         is_shared = tile < self.num_shared
         number = jnp.where(is_shared, tile, tile - self.num_shared)
         row_tiles = jnp.where(is_shared, self.row_tiles[-1], self.row_tiles[0])
         token_tile = lax.div(number, row_tiles)
-        expert = self.tile_experts_ref[jnp.where(is_shared, 0, token_tile)]
         return _Place(
             is_shared,
             jnp.where(is_shared, 0, expert),
@@ -254,9 +261,7 @@ class _Loads:
     def index(self, side: _Side, place: _Place, half: int) -> jax.Array:
         return (self.layer * side.num_experts + place.expert) * self.halves + half
 
-    def fetch(
-        self, place: _Place, step: jax.Array, weights: Any, tokens: Any, barrier: Any
-    ) -> None:
+    def fetch_weights(self, place: _Place, step: jax.Array, weights: Any, barrier: Any) -> None:
         columns = pl.ds(step * self.config.step, self.config.step)
         rows = pl.ds(place.row, self.config.tile_rows)
         for is_shared, side in enumerate(self.sides):
@@ -269,6 +274,13 @@ class _Loads:
                         weights.at[half, pl.ds(0, self.config.tile_rows)],
                         barrier,
                     )
+
+    def fetch_tokens(self, place: _Place, step: jax.Array, tokens: Any, barrier: Any) -> None:
+        columns = pl.ds(step * self.config.step, self.config.step)
+        for is_shared, side in enumerate(self.sides):
+
+            @pl.when(place.is_shared == bool(is_shared))
+            def _(side: _Side = side):
                 plgpu.copy_gmem_to_smem(
                     side.tokens.at[pl.ds(place.token, self.config.tokens), columns],
                     tokens,

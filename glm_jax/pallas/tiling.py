@@ -30,6 +30,12 @@ class TuningConfig:
       takes_turns: whether each of two warpgroups has tiles of its own, every other one, so that one
         multiplies while the other stores; otherwise they share the rows of every tile. Only on sm90:
         tensor memory does the same for sm100.
+      store: tokens of which a warpgroup stores its products at once, by default all: what is on its way
+        out takes room from stages.
+      is_fed_by_warp: whether one warp feeds the ring, which arrives 64 times a copy and waits for no
+        other, or a warpgroup, which arrives 128 times and meets before each. Only for sm90: on sm100 it
+        is always one.
+      ctas_per_sm: how many CTAs, each with so much less room, share an SM.
     """
 
     tokens: int
@@ -39,14 +45,19 @@ class TuningConfig:
     fill: int | None = None
     step: int = LINE
     takes_turns: bool = False
+    store: int | None = None
+    is_fed_by_warp: bool = False
+    ctas_per_sm: int = 1
 
     def __post_init__(self) -> None:
-        if self.tokens not in (16, 32, 64, 128):
-            raise ValueError(f"tokens={self.tokens} is not 16, 32, 64 or 128")
+        if self.tokens not in (8, 16, 32, 64, 128, 256):
+            raise ValueError(f"tokens={self.tokens} is not 8, 16, 32, 64, 128 or 256")
         if self.rows not in (64, 128):
             raise ValueError(f"rows={self.rows} is not 64 or 128")
         if self.warpgroups not in (1, 2):
             raise ValueError(f"warpgroups={self.warpgroups} is not 1 or 2")
+        if self.store is not None and (self.store % 8 or self.tokens % self.store):
+            raise ValueError(f"store={self.store} is no multiple of 8 that divides {self.tokens}")
         if self.stages < 2:
             raise ValueError(f"stages={self.stages}: a ring needs at least 2")
         if self.fill is not None and (self.fill % 8 or not 0 < self.fill <= 64):
@@ -73,18 +84,32 @@ class TuningConfig:
         return jnp.int32(0) if self.takes_turns else warpgroup * self.rows
 
     @property
+    def store_tokens(self) -> int:
+        """Tokens of which a warpgroup stores its products at once."""
+        return self.store or self.tokens
+
+    @property
     def store_rows(self) -> int:
         """Weight rows that one warpgroup stores."""
         return self.fill or self.rows
 
 
 def fitting_stages(
-    tokens: int, rows: int, *, halves: int = 1, step: int = LINE, num_staged: int = 1
+    tokens: int,
+    rows: int,
+    *,
+    halves: int = 1,
+    step: int = LINE,
+    num_staged: int = 1,
+    store: int | None = None,
+    ctas_per_sm: int = 1,
 ) -> int:
     """How many stages a tile of so many tokens and weight rows leaves room for, 16 at most.
 
     Args:
       num_staged: tiles whose products may be on their way out.
+      store, ctas_per_sm: as TuningConfig has them.
     """
-    staged = num_staged * tokens * rows * 2
-    return min(16, (_SHARED_MEMORY - staged) // ((halves * rows + tokens) * step))
+    staged = num_staged * (store or tokens) * rows * 2
+    room = _SHARED_MEMORY // ctas_per_sm - staged
+    return min(16, room // ((halves * rows + tokens) * step))

@@ -100,6 +100,8 @@ def test_a_token_has_the_same_bits_alone_and_in_any_tiling(architecture: Archite
     for config in (
         TuningConfig(tokens=32, rows=rows, fill=64, stages=3),
         TuningConfig(tokens=16, rows=rows, stages=2, step=512),
+        TuningConfig(tokens=8, rows=rows, stages=2, ctas_per_sm=2, is_fed_by_warp=True),
+        TuningConfig(tokens=32, rows=rows, stages=2, store=16),
     ):
         otherwise = matmul(*operands, layer, chip=chip, config=config, interpret=True)
         np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(together))
@@ -112,14 +114,31 @@ def test_warpgroups_that_take_turns_make_the_same_bits() -> None:
     on = {"chip": chip, "interpret": True}
     together = matmul(*operands, jnp.int32(1), **on)
     assert_close(together, reference(operands, 1, has_bias=True))
-    for rows, stages in ((64, 3), (128, 2)):
-        config = TuningConfig(tokens=32, rows=rows, warpgroups=2, stages=stages, takes_turns=True)
+    for rows, stages, is_fed_by_warp in ((64, 3, False), (128, 2, True)):
+        config = TuningConfig(
+            tokens=32, rows=rows, warpgroups=2, stages=stages, takes_turns=True,
+            is_fed_by_warp=is_fed_by_warp,
+        )  # fmt: skip
         otherwise = matmul(*operands, jnp.int32(1), config=config, **on)
         np.testing.assert_array_equal(np.asarray(otherwise), np.asarray(together))
     with pytest.raises(NotImplementedError, match="not on sm100"):
         matmul(*operands, jnp.int32(1), chip=Chip("sm100", 2), config=config, interpret=True)
     with pytest.raises(ValueError, match="takes_turns is for two warpgroups"):
         TuningConfig(tokens=16, rows=64, takes_turns=True)
+
+
+def test_tiles_of_256_tokens_are_stored_in_pieces_to_the_same_bits() -> None:
+    operands = random_operands(9, 300, 256, 192)
+    on = {"chip": Chip("sm90", 2), "interpret": True}
+    config = TuningConfig(
+        tokens=256, rows=64, warpgroups=2, stages=2, store=64, is_fed_by_warp=True
+    )
+    out = matmul(*operands, jnp.int32(1), config=config, **on)
+    assert_close(out, reference(operands, 1, has_bias=True))
+    np.testing.assert_array_equal(
+        np.asarray(out[:18]),
+        np.asarray(matmul(*(x[:18] for x in operands[:2]), *operands[2:], jnp.int32(1), **on)),
+    )
 
 
 def test_neighbors_that_are_not_a_number_stay_where_they_are() -> None:
@@ -146,6 +165,8 @@ def test_unsupported_shapes_and_mistaken_tilings_are_refused() -> None:
         TuningConfig(tokens=16, rows=32)
     with pytest.raises(ValueError, match="fill=32"):
         TuningConfig(tokens=16, rows=64, warpgroups=2, fill=32)
+    with pytest.raises(ValueError, match="store=24"):
+        TuningConfig(tokens=64, rows=64, store=24)
     with pytest.raises(ValueError, match="step=192"):
         TuningConfig(tokens=16, rows=64, step=192)
 
