@@ -67,10 +67,12 @@ def layers_on(mesh: Mesh, config: ModelConfig, kernels: Kernels) -> Layers:
     return call
 
 
-def step(kv_dtype: np.dtype, num_tokens: int = 1) -> tuple[np.ndarray, ...]:
+def step(
+    kv_dtype: np.dtype, num_tokens: int = 1, config: ModelConfig = CONFIG
+) -> tuple[np.ndarray, ...]:
     """Two sequences in the middle of a page and one that is not there, in pages full of others."""
     rng = np.random.default_rng(0)
-    shape = (CONFIG.num_hidden_layers, NUM_PAGES, 1, PAGE_SIZE, 128)
+    shape = (config.num_hidden_layers, NUM_PAGES, 1, PAGE_SIZE, 128)
     pages = [rng.normal(size=shape).astype(kv_dtype) for _ in range(2)]
     positions = np.array([[70], [5], [-1]]) + np.arange(num_tokens)
     positions[-1] = -1
@@ -117,6 +119,21 @@ def test_layers_on_a_gpu_are_those_of_the_reference_on_a_cpu(
     arrays = step(kv_dtype, num_tokens)
     expected, actual = (layers_on(mesh, CONFIG, DEFAULT_KERNELS)(*arrays) for mesh in meshes)
     assert_like_the_reference(actual, expected)
+
+
+@pytest.mark.gpu
+def test_a_turn_of_the_loop_may_have_any_number_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of ten layers of experts two stand before the turns of four.
+    config = make_config(is_fp8=True, **(LAYERS | {"num_hidden_layers": 11}))
+    mesh = Mesh(np.array(jax.devices("gpu")[:1]), (MESH_AXIS,))
+    arrays, found = step(FP8, config=config), []
+    for at_a_time in (1, 2, 4):
+        monkeypatch.setattr("glm_jax.model._AT_A_TIME", at_a_time)
+        found.append(layers_on(mesh, config, DEFAULT_KERNELS)(*arrays))
+    assert np.isfinite(found[0][0][:-1]).all() and found[0][0][:-1].any()
+    for other in found[1:]:
+        for ours, first in zip(other, found[0], strict=True):
+            np.testing.assert_array_equal(ours, first)
 
 
 def product_on(kernels: Kernels, *, is_fp8: bool) -> Any:
