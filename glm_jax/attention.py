@@ -25,11 +25,12 @@ class Pages(NamedTuple):
 
     Attributes:
       table: the pages of each row, in order.
-      rotary: what the layers of a step share, from Attention.prepare.
+      rotary, counters: what the layers of a step share, from Attention.prepare.
     """
 
     table: Int32[Array, "B P"]
     rotary: Float[Array, "B T 2 half"] | None = None
+    counters: jax.Ref | None = None
 
 
 # (layer, q [B, T, K, G, H], k [B, T, K, H], v, cache) -> (attended [B, T, K, G, H], cache)
@@ -92,7 +93,9 @@ class Attention(nnx.Module):
         if not isinstance(attend, Pages):
             return attend
         rotary = self.kernels.rotary_table(positions, *self.rotary[1:])
-        return attend._replace(rotary=rotary)
+        kv_heads = self.qkv_proj.weights()[0].shape[1]
+        counters = self.kernels.attention_counters(positions.shape, kv_heads)
+        return attend._replace(rotary=rotary, counters=counters)
 
     def __call__(
         self,
@@ -151,7 +154,9 @@ class Attention(nnx.Module):
         assert cache is not None, "pages are those of a cache"
         norms, table = self._norms(), pages.table
         q, cache = self.kernels.write(qkv, norms, positions, table, layer, cache, pages.rotary)
-        attended = self.kernels.attend(q, cache, layer, table, positions, is_fp8=self.is_fp8)
+        attended = self.kernels.attend(
+            q, cache, layer, table, positions, is_fp8=self.is_fp8, counters=pages.counters
+        )
         return attended, cache
 
     def _rows(self, attended: Float[Array, "B T K G H"]) -> Rows:

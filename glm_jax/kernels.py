@@ -223,6 +223,13 @@ class Kernels(Selection):
         operands = (qkv, norms, positions, page_table, layer, cache, rotary)
         return self._run(kernel, lambda: self._plain.write(*operands))
 
+    def attention_counters(self, batch: tuple[int, ...], kv_heads: int) -> jax.Ref | None:
+        """What every layer's attention can share, for [rows, tokens]; None where it does without."""
+        num_rows, num_tokens = batch
+        if self._interprets or self._chip() is None or num_tokens > 1:
+            return None
+        return decode_attention.make_counters(num_rows, kv_heads)
+
     def attend(
         self,
         q: Float[Array, "B T K G H"],
@@ -232,8 +239,13 @@ class Kernels(Selection):
         positions: Int32[Array, "B T"],
         *,
         is_fp8: bool,
+        counters: jax.Ref | None = None,
     ) -> Rows:
-        """Attends over the pages; the rows are ready for o_proj, with a scale for each kv head."""
+        """Attends over the pages; the rows are ready for o_proj, with a scale for each kv head.
+
+        Args:
+          counters: as attention_counters makes them.
+        """
         num_rows, num_tokens, kv_heads = q.shape[:3]
 
         def as_rows(attended: Float[Array, "B T K G H"]) -> Rows:
@@ -246,8 +258,8 @@ class Kernels(Selection):
             if num_tokens > 1:
                 return as_rows(prefill_attention.attend(q, *pages, **on))
             if not is_fp8:
-                return as_rows(decode_attention.attend(q, *pages, **on))
-            values, scale = decode_attention.attend_quantized(q, *pages, **on)
+                return as_rows(decode_attention.attend(q, *pages, counters=counters, **on))
+            values, scale = decode_attention.attend_quantized(q, *pages, counters=counters, **on)
             return Rows(None, values.reshape(num_rows, -1), scale)
 
         def reference() -> Rows:

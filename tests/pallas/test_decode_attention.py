@@ -16,7 +16,7 @@ from tests.pallas.compiled import Program, compile_programs, needs_compiler
 
 CHIP = Chip("sm90", 132)
 LAYERS = 2
-SMALL = TuningConfig(split_size=128, tile_size=64, stages=2)
+SMALL = TuningConfig(leaf_size=64, split_size=128, tile_size=64, stages=2)
 
 
 def some_step(
@@ -81,17 +81,37 @@ def test_an_answer_does_not_depend_on_the_rows_beside_it() -> None:
     np.testing.assert_array_equal(np.asarray(both)[1:], np.asarray(alone))
 
 
-@pytest.mark.parametrize("positions", [[[520], [70], [-1]], [[255, 256], [383, -1]]])
-def test_an_answer_does_not_depend_on_how_many_splits_a_cta_takes(positions) -> None:
+@pytest.mark.parametrize(
+    "positions",
+    [[[520], [70], [-1]], [[255, 256], [383, -1]], [[0], [63], [64]], [[200], [127], [128]]],
+)
+def test_an_answer_does_not_depend_on_what_a_cta_takes(positions) -> None:
     step = some_step(8, positions, 1, 12, 64, FP8)
-    one, two = (
+    leaves, splits, pairs = (
         decode_attention.attend(
-            *step, chip=CHIP, config=replace(SMALL, pair_from=pair_from), interpret=True
+            *step,
+            chip=CHIP,
+            config=replace(SMALL, leaf_to=leaf_to, pair_from=pair_from),
+            interpret=True,
         )
-        for pair_from in (1 << 20, 1)
+        for leaf_to, pair_from in ((1 << 20, 1), (0, 1 << 20), (0, 1))
     )
-    np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
-    assert_as_close_as_rounding(two, ops.paged_attention(*step))
+    np.testing.assert_array_equal(np.asarray(leaves), np.asarray(splits))
+    np.testing.assert_array_equal(np.asarray(splits), np.asarray(pairs))
+    assert_as_close_as_rounding(pairs, ops.paged_attention(*step))
+
+
+def test_rows_of_one_step_may_be_cut_in_different_ways() -> None:
+    step = some_step(9, [[300], [150], [10]], 1, 12, 64, FP8)
+    # The first row's CTAs take two splits, the second's one, the third's a leaf; as one kernel for many rows.
+    mixed, many = (
+        decode_attention.attend(*step, chip=CHIP, config=config, interpret=True)
+        for config in (
+            replace(SMALL, leaf_to=6, pair_from=9),
+            replace(SMALL, leaf_rows=0, pair_from=1 << 20),
+        )
+    )
+    np.testing.assert_array_equal(np.asarray(mixed), np.asarray(many))
 
 
 def test_the_quantized_form_is_that_of_quantize_rows() -> None:
@@ -118,50 +138,57 @@ def test_other_shapes_are_refused() -> None:
         decode_attention.attend(*step, chip=CHIP)
 
 
-@pytest.mark.parametrize("wrong", [{"tile_size": 32}, {"split_size": 96}, {"stages": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"tile_size": 32}, {"leaf_size": 96}, {"split_size": 96}, {"stages": 1}]
+)
 def test_a_config_that_cannot_be_is_the_callers_mistake(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TuningConfig(**wrong)
 
 
 def deployment_programs(chip: Chip) -> dict[str, Program]:
-    """Decode steps of one device of eight, without and with drafts to verify."""
+    """Decode steps of one device of eight, of many rows and of few, without and with drafts to verify."""
 
-    def program(num_tokens: int, dtype) -> Program:
+    def program(num_rows: int, num_tokens: int, dtype) -> Program:
         pages = jax.ShapeDtypeStruct((92, 4096, 1, 64, HEAD_DIM), dtype)
-        q = jax.ShapeDtypeStruct((64, num_tokens, 1, 12, HEAD_DIM), jnp.bfloat16)
-        integers = (
-            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (64, 128), (64, num_tokens))
-        )
+        q = jax.ShapeDtypeStruct((num_rows, num_tokens, 1, 12, HEAD_DIM), jnp.bfloat16)
+        shapes = ((), (num_rows, 128), (num_rows, num_tokens))
+        integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
 
         def attend(*arguments):
-            # Not two programs with the same second kernel, which would be compiled once.
             is_plain = dtype == jnp.bfloat16
             function = decode_attention.attend if is_plain else decode_attention.attend_quantized
-            return function(*arguments, chip=chip)
+            counters = decode_attention.make_counters(num_rows, 1)
+            return function(*arguments, chip=chip, counters=counters)
 
         return attend, (q, pages, pages, *integers)
 
     return {
-        "float8": program(1, FP8),
-        "bfloat16": program(1, jnp.bfloat16),
-        "drafts": program(4, FP8),
+        "float8": program(64, 1, FP8),
+        "few rows": program(4, 1, FP8),
+        "bfloat16": program(64, 1, jnp.bfloat16),
+        "drafts": program(64, 4, FP8),
     }
 
 
 @needs_compiler
 @pytest.mark.parametrize("target", ["b200", "h200"])
 def test_it_compiles_for_the_deployment_without_local_memory(target: str) -> None:
-    programs = compile_programs(target, deployment_programs)
-    for name, kernels in programs.items():
-        for kernel in kernels:
-            assert not kernel.uses_local_memory, f"{name}: {kernel}"
-    queries, _ = programs["float8"]
-    assert "mma.sync.aligned.m16n8k16.row.col.f32.f16" in queries.ptx
-    # Keys are read 16 bytes a lane and values transposed on their way, neither a byte at a time.
-    loop = queries.ptx
-    assert loop.count("ldmatrix.sync.aligned.m8n8.x4.trans") >= 8
-    assert "ld.shared.b8" not in loop and "ld.shared.u8" not in loop
-    # Two of them fit on a multiprocessor: one waits or ends while the other computes.
-    assert 2 * (queries.shared + 1024) <= 228 * 1024, str(queries)
-    assert 2 * queries.registers * queries.threads <= 64 * 1024, str(queries)
+    programs = {
+        name: kernel for name, (kernel,) in compile_programs(target, deployment_programs).items()
+    }
+    for name, kernel in programs.items():
+        assert not kernel.uses_local_memory, f"{name}: {kernel}"
+        # Who arrives last finds its counter, and leaves it, at zero.
+        assert kernel.ptx.count("atom.acq_rel.gpu.global.inc.u32") == 1, name
+    for name in ("float8", "few rows"):
+        kernel = programs[name]
+        assert "mma.sync.aligned.m16n8k16.row.col.f32.f16" in kernel.ptx
+        # Keys are read 16 bytes a lane and values transposed on their way, neither a byte at a time.
+        assert kernel.ptx.count("ldmatrix.sync.aligned.m8n8.x4.trans") >= 8
+        assert "ld.shared.b8" not in kernel.ptx and "ld.shared.u8" not in kernel.ptx
+        # What others have just written is not read as if nobody could write it.
+        assert "ld.global.nc" not in kernel.ptx
+        # Two of them fit on a multiprocessor: one waits or ends while the other computes.
+        assert 2 * (kernel.shared + 1024) <= 228 * 1024, f"{name}: {kernel}"
+        assert 2 * kernel.registers * kernel.threads <= 64 * 1024, f"{name}: {kernel}"

@@ -55,9 +55,11 @@ def decode_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
 
     def step(operands: Any, layer: jax.Array) -> Any:
         q, k_pages, v_pages, page_table, positions = operands
+        counters = None if interpret else decode_attention.make_counters(*q.shape[:3:2])
         return decode_attention.attend(
-            q, k_pages, v_pages, layer, page_table, positions, chip=chip, interpret=interpret
-        )
+            q, k_pages, v_pages, layer, page_table, positions, chip=chip, counters=counters,
+            interpret=interpret,
+        )  # fmt: skip
 
     for length in sizes.contexts:
         for rows in sizes.tokens:
@@ -73,6 +75,8 @@ def decode_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
                 errors=_attention_errors,
                 tolerance=1e-2,
                 bytes=rows * (2 * length * _HEAD + 4 * sizes.query_groups * _HEAD),
+                # A step makes its counters once; here each call has its own, which XLA sets to zero.
+                is_timed_alone=True,
                 operations=4 * rows * length * sizes.query_groups * _HEAD,
                 alternatives={"XLA": _attention_reference},
                 peers=peers.attention(rows, 1, length, sizes.query_groups, sizes.heavy_layers),

@@ -1,0 +1,142 @@
+"""A row's attention from the partial answers to its parts, for one KV head; quantized if asked.
+
+Knows no pages. The tree of sums is decode_cut's: leaves to splits, splits to the row.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from glm_jax.pallas.decode_cut import (
+    FP8,
+    HEAD_DIM,
+    WHOLE_ROWS,
+    Answers,
+    Cut,
+    fold,
+    load,
+    nothing_of_rows,
+    where_below,
+)
+
+_FP8_MAX = 448.0
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+# Partial answers that are under way at a time.
+_AHEAD = 8
+
+
+def result_types(cut: Cut, is_quantized: bool) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What combine writes: the answers [B, T, K, G, H], or values [B * T, K, G, H] and scales."""
+    heads = (cut.kv_heads, cut.query_groups, HEAD_DIM)
+    num_tokens = cut.num_rows * cut.num_tokens
+    if not is_quantized:
+        shape = (cut.num_rows, cut.num_tokens, *heads)
+        return (jax.ShapeDtypeStruct(shape, jnp.bfloat16),)
+    return (
+        jax.ShapeDtypeStruct((num_tokens, *heads), FP8),
+        jax.ShapeDtypeStruct((num_tokens, cut.kv_heads), jnp.float32),
+    )
+
+
+def result_scratch(cut: Cut, is_quantized: bool) -> Any:
+    """Shared memory for one token's answers."""
+    return plgpu.SMEM((cut.token_rows, HEAD_DIM), FP8 if is_quantized else jnp.bfloat16)
+
+
+def combine(
+    cut: Cut,
+    row: Array,
+    kv_head: Array,
+    last: Array,
+    partials: tuple[Any, ...],
+    results: tuple[Any, ...],
+    smem: Any,
+) -> None:
+    """Folds all partial answers of a row whose last position is `last`, token by token.
+
+    A token that sees nothing of a part finds a sum of 0 there. One that sees nothing at all gets zeros.
+
+    Args:
+      partials: refs of memory_types of [rows, kv_heads, num_parts, stored_rows].
+      results: refs of result_types.
+      smem: of result_scratch.
+    """
+
+    def by(is_leaves: bool) -> None:
+        for token in range(cut.num_tokens):
+            answers = _fold_parts(cut, (row, kv_head), token, last, partials, is_leaves)
+            _write(cut, (row, kv_head), token, answers, results, smem)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    if not cut.takes_leaves:
+        by(False)
+        return
+    is_in_leaves = cut.is_in_leaves(last)
+    pl.when(is_in_leaves)(lambda: by(True))
+    pl.when(jnp.logical_not(is_in_leaves))(lambda: by(False))
+
+
+def _fold_parts(
+    cut: Cut, at: tuple[Array, Array], token: int, last: Array, partials: Any, is_leaves: bool
+) -> Answers:
+    size = cut.config.leaf_size if is_leaves else cut.config.split_size
+    per_split = cut.config.leaves_per_split if is_leaves else 1
+    step_size = max(_AHEAD // per_split, 1) * per_split
+    num_parts = (last + size) // size
+    rows = pl.ds(token * cut.query_groups, cut.token_rows)
+
+    def visit(step: Array, carry: Answers) -> Answers:
+        first = step * step_size
+        # All of them are asked for before one is waited for; past the end it is the last one again.
+        found = [
+            load(partials, rows, (*at, jnp.minimum(first + i, num_parts - 1)))
+            for i in range(step_size)
+        ]
+        found = [where_below(first + i, num_parts, some) for i, some in enumerate(found)]
+        for split in range(0, step_size, per_split):
+            if per_split == 1:
+                carry = fold(carry, found[split])
+                continue
+            of_split = nothing_of_rows(cut.token_rows)
+            for of_leaf in found[split : split + per_split]:
+                of_split = fold(of_split, of_leaf)
+            carry = fold(carry, of_split)
+        return carry
+
+    num_steps = (num_parts + step_size - 1) // step_size
+    return lax.fori_loop(0, num_steps, visit, nothing_of_rows(cut.token_rows))
+
+
+def _write(
+    cut: Cut, at: tuple[Array, Array], token: int, answers: Answers, results: Any, smem: Any
+) -> None:
+    row, kv_head = at
+    _, total, out = answers
+    groups, shape = cut.query_groups, out.shape
+    out = out / lax.broadcast_in_dim(jnp.where(total > 0, total, 1.0), shape, [0])
+    attended = out.astype(jnp.bfloat16)
+    if token:
+        # The token's before may still be on their way out of there.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if len(results) == 1:
+        smem[...] = attended
+        plgpu.commit_smem()
+        (attended_gmem,) = results
+        plgpu.copy_smem_to_gmem(smem.at[pl.ds(0, groups)], attended_gmem.at[row, token, kv_head])
+        return
+    wide = attended.astype(jnp.float32)
+    is_row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WHOLE_ROWS) < groups
+    # First within rows: the compiler finds no layouts for both at once.
+    largest = jnp.max(jnp.max(jnp.where(is_row, jnp.abs(wide), 0.0), axis=1))
+    scale = jnp.where(largest > _FP8_MAX * _TINY, largest / _FP8_MAX, 1.0)
+    smem[...] = jnp.clip(wide / scale, -_FP8_MAX, _FP8_MAX).astype(FP8)
+    plgpu.commit_smem()
+    values_gmem, scale_gmem = results
+    place = row * cut.num_tokens + token
+    plgpu.copy_smem_to_gmem(smem.at[pl.ds(0, groups)], values_gmem.at[place, kv_head])
+    scale_gmem[place, kv_head] = scale

@@ -1,0 +1,303 @@
+"""Attention to one CTA's positions of a row: its pages come, and partial answers go.
+
+Knows neither what becomes of partial answers nor who else makes some. Pages come by TMA, a tile ahead;
+the warps share out a tile's keys, keep a softmax and a sum each (warp_products), and add them up in their
+order once a leaf. The same code serves sm90 and sm100.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int32
+
+from glm_jax.pallas.decode_cut import (
+    FP8,
+    HEAD_DIM,
+    SCALE,
+    Answers,
+    Cut,
+    fold,
+    load,
+    memory_types,
+    nothing,
+    store,
+    where_below,
+)
+from glm_jax.pallas.warp_products import ROWS, WarpProducts
+
+
+class Inputs(NamedTuple):
+    """What there is to read, in device memory."""
+
+    q: Any
+    layer: Any
+    page_table: Any
+    positions: Any
+    k_pages: Any
+    v_pages: Any
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers of a CTA.
+
+    Attributes:
+      keys, values: tiles, as many as there are stages.
+      warps: Answers of each warp, to be added up.
+      split: Answers over a split's leaves so far.
+      queries: as they come, and as warp_products reads them, in one place.
+    """
+
+    keys: Any
+    values: Any
+    warps: Any
+    split: Any
+    queries: Any
+    query_barrier: Any
+    key_barrier: Any
+    value_barrier: Any
+
+
+class Part(NamedTuple):
+    """Which positions are a CTA's, and what is known before its row's length is.
+
+    Attributes:
+      number: of the row's parts.
+      last: the row's last position.
+      ahead: the first tiles' pages for each of Cut.spans.
+    """
+
+    row: Array
+    kv_head: Array
+    number: Array
+    last: Array
+    ahead: list[list[list[Array]]]
+
+
+def products_of(cut: Cut, interpret: bool) -> WarpProducts:
+    return WarpProducts(cut.queries, cut.config.tile_size, cut.cache_dtype, interpret)
+
+
+def scratch_types(cut: Cut, products: WarpProducts, over_warps: Any = None) -> Scratch:
+    """What a CTA needs.
+
+    Args:
+      over_warps: what may lie where warps' answers were, once all is done.
+    """
+
+    def memory(rows: int) -> list[Any]:
+        return [plgpu.SMEM(x.shape, x.dtype) for x in memory_types(rows)]
+
+    config = cut.config
+    pages = plgpu.SMEM(
+        (config.stages, config.tile_size, HEAD_DIM), cut.cache_dtype, transforms=products.transforms
+    )
+    arrivals = config.tile_size // cut.page_size
+    tiles = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
+    rows, out = memory(ROWS)
+    out = plgpu.RefUnion(out, *([] if over_warps is None else [over_warps]))
+    return Scratch(
+        keys=pages,
+        values=pages,
+        warps=[rows, out],
+        split=memory(cut.stored_rows) if config.leaves_per_split > 1 else [],
+        queries=plgpu.RefUnion(
+            plgpu.SMEM((products.query_rows, HEAD_DIM), jnp.bfloat16),
+            plgpu.SMEM((products.query_rows, HEAD_DIM), products.operand),
+        ),
+        query_barrier=plgpu.Barrier(num_arrivals=cut.num_tokens),
+        key_barrier=tiles,
+        value_barrier=tiles,
+    )
+
+
+def part_here(cut: Cut, inputs: Inputs) -> Part:
+    """This CTA's, of the axes row, kv_head and part."""
+    row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
+    number = lax.axis_index("part")
+    ahead = [
+        [
+            _pages_of_tile(cut, inputs, row, number * span + index * cut.config.tile_size)
+            for index in range(cut.config.stages)
+        ]
+        for span in cut.spans
+    ]
+    return Part(row, kv_head, number, last_position(cut, inputs.positions, row), ahead)
+
+
+def last_position(cut: Cut, positions: Any, row: Array) -> Int32[Array, ""]:
+    """Of any token of a row."""
+    last = positions[row, 0]
+    for token in range(1, cut.num_tokens):
+        last = jnp.maximum(last, positions[row, token])
+    return last
+
+
+def _pages_of_tile(cut: Cut, inputs: Inputs, row: Array, start: Array) -> list[Array]:
+    """Where a tile's pages lie; what a row does not own may be any number."""
+    page = start // cut.page_size
+    places = [
+        jnp.minimum(page + i, cut.pages_per_sequence - 1)
+        for i in range(cut.config.tile_size // cut.page_size)
+    ]
+    num_pages = inputs.k_pages.shape[1]
+    return [jnp.clip(inputs.page_table[row, at], 0, num_pages - 1) for at in places]
+
+
+def attend_part(
+    cut: Cut,
+    products: WarpProducts,
+    inputs: Inputs,
+    scratch: Scratch,
+    part: Part,
+    partials: tuple[Any, ...],
+) -> None:
+    """Stores the partial answers of a part that begins at or before the row's last position.
+
+    Args:
+      partials: refs of memory_types of [rows, kv_heads, num_parts, stored_rows].
+    """
+    config, groups, tile = cut.config, cut.query_groups, cut.config.tile_size
+    query_rows, warp_keys = products.query_rows, products.keys_per_warp
+    tiles_per_leaf, stored = config.leaf_size // tile, pl.ds(0, cut.stored_rows)
+    layout, row_layout = products.score_layout, products.score_layout.reduce(1)
+    q_smem, kept_smem = scratch.queries
+    row, last = part.row, part.last
+    layer = inputs.layer[0]
+    row_positions = [inputs.positions[row, token] for token in range(cut.num_tokens)]
+
+    span = cut.choose(last, [jnp.int32(size) for size in cut.spans])
+    first = part.number * span
+    num_tiles = jnp.minimum(span, last + 1 - first + tile - 1) // tile
+    for token in range(cut.num_tokens):
+        plgpu.copy_gmem_to_smem(
+            inputs.q.at[row, token, part.kv_head],
+            q_smem.at[pl.ds(token * groups, groups)],
+            scratch.query_barrier,
+        )
+
+    def fetch(index: Array, pages: list[Array]) -> None:
+        slot = lax.rem(index, config.stages)
+        for gmem, smem, barrier in (
+            (inputs.k_pages, scratch.keys, scratch.key_barrier),
+            (inputs.v_pages, scratch.values, scratch.value_barrier),
+        ):
+            for i, page in enumerate(pages):
+                at = pl.ds(i * cut.page_size, cut.page_size)
+                plgpu.copy_gmem_to_smem(
+                    gmem.at[layer, page, part.kv_head], smem.at[slot, at], barrier.at[slot]
+                )
+
+    *before, pages = [
+        [cut.choose(last, choice) for choice in zip(*page, strict=True)]
+        for page in zip(*part.ahead, strict=True)
+    ]
+    for index, some in enumerate(before):
+        pl.when(index < num_tiles)(lambda index=index, some=some: fetch(jnp.int32(index), some))
+    plgpu.barrier_wait(scratch.query_barrier)
+    queries = plgpu.load(q_smem, layout=products.query_layout, optimized=False)
+    products.keep(queries, kept_smem)
+    row_of, column_of = (
+        plgpu.broadcasted_iota(jnp.int32, (ROWS, warp_keys), axis, layout=layout)
+        for axis in range(2)
+    )
+
+    def is_visible(start: Array) -> Array:
+        last_visible = jnp.full((ROWS, warp_keys), row_positions[-1], jnp.int32)
+        for token in reversed(range(cut.num_tokens - 1)):
+            is_earlier = row_of % query_rows < (token + 1) * groups
+            last_visible = jnp.where(is_earlier, row_positions[token], last_visible)
+        return start + row_of // query_rows * warp_keys + column_of <= last_visible
+
+    silenced = plgpu.Layout.WGMMA_UPCAST_2X if cut.cache_dtype == FP8 else plgpu.Layout.WGMMA
+
+    def silence(start: Array, values_smem: Any) -> None:
+        # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
+        @pl.when(start + tile > last + 1)
+        def _silence() -> None:
+            values = plgpu.load(values_smem, layout=silenced)
+            key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=silenced)
+            wide = jnp.where(start + key <= last, values.astype(jnp.float32), 0.0)
+            values_smem[...] = wide.astype(values.dtype)
+            plgpu.commit_smem()
+
+    def visit(index: Array, carry: Any, *, is_masked: bool) -> Any:
+        largest, total, out, pages = carry
+        slot = lax.rem(index, config.stages)
+        start = first + index * tile
+        ahead = index + config.stages - 1
+        # Where the next copies go, the tile before may still be read.
+        plgpu.commit_smem()
+        pl.when(ahead < num_tiles)(lambda: fetch(ahead, pages))
+        # For the next tile's turn to fetch, by when they are here.
+        pages = _pages_of_tile(cut, inputs, row, first + (ahead + 1) * tile)
+        plgpu.barrier_wait(scratch.key_barrier.at[slot])
+        scores = products.scores(kept_smem, scratch.keys.at[slot])
+        if is_masked:
+            scores = jnp.where(is_visible(start), scores, -jnp.inf)
+        new_largest = jnp.maximum(largest, scores.max(axis=1) * SCALE)
+        along = lax.broadcast_in_dim(new_largest, scores.shape, [0])
+        shares = jnp.exp2(scores * SCALE - along)
+        fade = jnp.exp2(largest - new_largest)
+        total = total * fade + shares.sum(axis=1)
+        out = out * lax.broadcast_in_dim(fade, out.shape, [0])
+        plgpu.barrier_wait(scratch.value_barrier.at[slot])
+        if is_masked:
+            silence(start, scratch.values.at[slot])
+        out = products.add(out, shares.astype(products.operand), scratch.values.at[slot])
+        return new_largest, total, out, pages
+
+    # Up to where every token sees all keys, and past it.
+    least = row_positions[0]
+    for position in row_positions[1:]:
+        least = jnp.minimum(least, position)
+    num_whole = jnp.clip((least + 1 - first) // tile, 0, num_tiles)
+    num_leaves = (num_tiles + tiles_per_leaf - 1) // tiles_per_leaf
+    warp_rows, (warp_out, *_) = scratch.warps
+    warps = warp_rows, warp_out
+
+    def add_up(of_warps: Answers) -> Answers:
+        """A leaf's answers, from its warps' in the order of their keys."""
+        # Since the leaf before was read from there, all threads have met in a visit.
+        store(warps, of_warps, pl.ds(0, ROWS))
+        plgpu.commit_smem()
+        of_leaf = load(warps, stored)
+        for number in range(1, products.num_parts):
+            of_leaf = fold(of_leaf, load(warps, pl.ds(number * query_rows, cut.stored_rows)))
+        return of_leaf
+
+    def put(number: Array, of_leaf: Answers) -> None:
+        """Stores a leaf's answers, or a split's after its last leaf."""
+        if config.leaves_per_split == 1:
+            place = (first + number * config.leaf_size) // config.split_size
+            store(partials, of_leaf, stored, (row, part.kv_head, place))
+            return
+        at = lax.rem(number, config.leaves_per_split)
+        # Each thread reads there what it has stored itself.
+        of_split = fold(where_below(0, at, load(scratch.split, stored)), of_leaf)
+        store(scratch.split, of_split, stored)
+        is_last = (at == config.leaves_per_split - 1) | (number == num_leaves - 1)
+        start = first + number * config.leaf_size
+
+        @pl.when(is_last)
+        def _store() -> None:
+            # A leaf that is a part by itself stands where a split of that number would.
+            sizes = config.leaf_size, config.split_size
+            place = jnp.where(span < config.split_size, *(start // size for size in sizes))
+            store(partials, of_split, stored, (row, part.kv_head, place))
+
+    def sum_up(number: Array, pages: list[Array]) -> list[Array]:
+        start = number * tiles_per_leaf
+        end = jnp.minimum(start + tiles_per_leaf, num_tiles)
+        whole = jnp.clip(num_whole, start, end)
+        carry = (*nothing(ROWS, products.out_layout, row_layout), pages)
+        carry = lax.fori_loop(start, whole, partial(visit, is_masked=False), carry)
+        carry = lax.fori_loop(whole, end, partial(visit, is_masked=True), carry)
+        *of_warps, pages = carry
+        put(number, add_up(tuple(of_warps)))
+        return pages
+
+    lax.fori_loop(0, num_leaves, sum_up, pages)
