@@ -55,8 +55,14 @@ class Dispatch(NamedTuple):
         return self.tokens.shape[0] // self.tile_experts.shape[0]
 
 
-def default_tile(num_tokens: int) -> int:
-    """Rows of a tile: about twice an expert's share of a step, where 160 experts take 8 picks."""
+def default_tile(num_tokens: int, chip: Chip | None = None) -> int:
+    """Rows of a tile: about twice an expert's share of a step, where 160 experts take 8 picks.
+
+    An instruction of sm100 takes 16 tokens at least. On one H200, gate_up of 64 tokens took 74.0 us in
+    tiles of 8, 77.0 of 16.
+    """
+    if num_tokens <= 64 and chip is not None and chip.architecture == "sm90":
+        return 8
     if num_tokens <= 128:
         return 16
     if num_tokens <= 512:
@@ -133,7 +139,7 @@ def stage(
     width = x.shape[1]
     if width % _LANES:
         raise NotImplementedError(f"{x.shape=}: D must be a multiple of {_LANES}")
-    tile = tile or default_tile(num_tokens)
+    tile = tile or default_tile(num_tokens, chip)
     tiles = max_tiles(num_tokens, num_choices, num_local, tile)
     sorted_already = None
     if num_tokens > _MOST_COUNTED:

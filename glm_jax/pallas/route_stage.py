@@ -60,7 +60,7 @@ def route_and_stage(
             f"{x.shape=}: up to {MAX_TOKENS} tokens whose width is a multiple of {_LANES}"
         )
     products = router.multiply(x, weight, layer, choice, chip=chip, shift=shift)
-    tile = default_tile(num_tokens)
+    tile = default_tile(num_tokens, chip)
     tiles = max_tiles(num_tokens, choice.num_picks, local.number, tile)
     sizes = Sizes(
         num_tokens, choice.num_picks, choice.padded_picks, local.number, tile, tiles, width

@@ -27,6 +27,8 @@ _WARPGROUP = 128
 # columns, so that a piece stays in registers.
 _ROW_TILE = 64
 _RANKED_COLUMNS = 32
+# Tokens up to which the picks of a token are waited for, rather than an SM's turn to make them.
+_MOST_WAITING = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,14 @@ class TuningConfig:
             raise ValueError(f"stages={self.stages}: a ring needs at least 2")
 
 
-def default_config(num_tokens: int, num_experts: int) -> TuningConfig:
+def default_config(chip: Chip, num_tokens: int, num_experts: int) -> TuningConfig:
     """Split until the chunks' products outgrow what the L2 cache holds beside everything else."""
     if num_tokens <= 512:
         half = -(-num_experts // 32) * 16
         return TuningConfig(min(half, 256), is_split=True, stages=_STEPS_PER_CHUNK)
-    return TuningConfig(min(-(-num_experts // 16) * 16, 256), is_split=False, stages=4)
+    # A tile of sm100 has twice the tokens.
+    stages = 6 if chip.architecture == "sm90" and num_experts <= 160 else 4
+    return TuningConfig(min(-(-num_experts // 16) * 16, 256), is_split=False, stages=stages)
 
 
 def route(
@@ -135,7 +139,7 @@ def multiply(
         )
     if num_picks > num_experts:
         raise ValueError(f"num_experts_per_tok={num_picks} of {num_experts=}")
-    config = config or default_config(num_tokens, num_experts)
+    config = config or default_config(chip, num_tokens, num_experts)
     is_sm100 = chip.architecture == "sm100"
     rows = 128 if is_sm100 else 64
     num_chunks = width // _CHUNK
@@ -325,16 +329,23 @@ def pick(
     keys[...] = score + plgpu.layout_cast(biases[...], strided)
     plgpu.commit_smem()
 
+    # Many tokens wait for the SM's arithmetic, of which lower tiles take less; few for the longest chain.
+    height = _ROW_TILE if products_ref.shape[1] > _MOST_WAITING else num_rows
     rows = plgpu.Layout.WGMMA.reduce(1)
-    rank = _ranks(keys, num_rows, num_experts)
-    shape = (num_rows, padded_picks)
-    expert = lax.broadcasted_iota(jnp.int32, shape, 0)
-    is_pick = lax.broadcast_in_dim(rank, shape, (0,)) == lax.broadcasted_iota(jnp.int32, shape, 1)
-    is_pick &= expert < num_experts
-    picked[...] = jnp.max(jnp.where(is_pick, expert, 0), axis=0)
-    score = plgpu.layout_cast(scores[pl.ds(0, num_rows)], rows)
-    score = lax.broadcast_in_dim(score, shape, (0,))
-    weights = jnp.sum(jnp.where(is_pick, score, 0.0), axis=0)
+    shape = (height, padded_picks)
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.int32), plgpu.Layout.WGMMA)
+    chosen, chosen_scores = zeros, zeros.astype(jnp.float32)
+    for first in range(0, num_rows, height):
+        rank = lax.broadcast_in_dim(_ranks(keys, first, height, num_experts), shape, (0,))
+        expert = first + lax.broadcasted_iota(jnp.int32, shape, 0)
+        is_pick = (rank == column) & (expert < num_experts)
+        score = plgpu.layout_cast(scores[pl.ds(first, height)], rows)
+        # Two experts have one rank only where keys are no numbers; else each of these has one addend.
+        chosen = jnp.maximum(chosen, jnp.where(is_pick, expert, 0))
+        chosen_scores += jnp.where(is_pick, lax.broadcast_in_dim(score, shape, (0,)), 0.0)
+    picked[...] = jnp.max(chosen, axis=0)
+    weights = jnp.sum(chosen_scores, axis=0)
     if choice.norm_topk_prob:
         is_asked = lax.broadcasted_iota(jnp.int32, (padded_picks,), 0) < choice.num_picks
         weights = weights / (jnp.sum(jnp.where(is_asked, weights, 0.0)) + 1e-20)
@@ -345,21 +356,32 @@ def pick(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _ranks(keys: Any, num_rows: int, num_experts: int) -> jax.Array:
-    """How many experts come before each: int32[num_rows]."""
+def _ranks(keys: Any, first_row: int, num_rows: int, num_experts: int) -> jax.Array:
+    """How many experts come before each from first_row on: int32[num_rows].
+
+    Of equal keys the first comes first: all columns left of these rows come before where they are equal,
+    none of those right of them do, and only between is it asked which is which.
+    """
     rows = plgpu.Layout.WGMMA.reduce(1)
     columns = plgpu.Layout.WGMMA.reduce(0)
-    rank = plgpu.layout_cast(jnp.zeros((num_rows,), jnp.int32), rows)
-    key = plgpu.layout_cast(keys[pl.ds(0, num_rows)], rows)
+    key = plgpu.layout_cast(keys[pl.ds(first_row, num_rows)], rows)
+    counts: dict[int, jax.Array] = {}
     for first in range(0, num_experts, _RANKED_COLUMNS):
         count = min(_RANKED_COLUMNS, num_experts - first)
         shape = (num_rows, count)
         mine = lax.broadcast_in_dim(key, shape, (0,))
         piece = plgpu.layout_cast(keys[pl.ds(first, count)], columns)
         others = lax.broadcast_in_dim(piece, shape, (1,))
-        is_earlier = first + lax.broadcasted_iota(jnp.int32, shape, 1) < lax.broadcasted_iota(
-            jnp.int32, shape, 0
-        )
-        is_before = (others > mine) | ((others == mine) & is_earlier)
-        rank += jnp.sum(jnp.where(is_before, 1, 0), axis=1)
-    return rank
+        if first + count <= first_row:
+            is_before = others >= mine
+        elif first >= first_row + num_rows:
+            is_before = others > mine
+        else:
+            row = first_row + lax.broadcasted_iota(jnp.int32, shape, 0)
+            is_earlier = first + lax.broadcasted_iota(jnp.int32, shape, 1) < row
+            is_before = (others > mine) | ((others == mine) & is_earlier)
+        before = jnp.where(is_before, 1, 0)
+        # Pieces of one width are added up before their columns are.
+        counts[count] = counts[count] + before if count in counts else before
+    first, *others = (jnp.sum(each, axis=1) for each in counts.values())
+    return sum(others, first)

@@ -89,8 +89,9 @@ def test_the_worst_picks_fill_no_more_tiles_than_there_are(
 
 
 def test_tiles_grow_with_the_step() -> None:
-    tiles = [default_tile(num_tokens) for num_tokens in (1, 64, 256, 1024, 8192)]
-    assert tiles == [16, 16, 32, 64, 128]
+    steps = (1, 64, 65, 256, 1024, 8192)
+    assert [default_tile(step, Chip("sm90", 132)) for step in steps] == [8, 8, 16, 32, 64, 128]
+    assert [default_tile(step, Chip("sm100", 148)) for step in steps] == [16, 16, 16, 32, 64, 128]
 
 
 @pytest.mark.parametrize("most_counted", [0, 256])

@@ -122,15 +122,15 @@ def test_gate_up_and_quantization(num_tokens: int) -> None:
             )  # fmt: skip
 
         if is_merged:
-            return repeated(products), plan.num_tiles
+            return repeated(products), plan.num_tiles * plan.tile
         rows, passed = products()
-        return quantize_hidden(rows, passed, plan), plan.num_tiles
+        return quantize_hidden(rows, passed, plan), plan.num_tiles * plan.tile
 
     (routed, passed), _ = run(lambda *operands: body(True, *operands), x, picks, gate_up, shared)
-    (want, want_passed), num_tiles = run(
+    (want, want_passed), in_use = run(
         lambda *operands: body(False, *operands), x, picks, gate_up, shared
     )
-    num_rows = int(num_tiles[0]) * dispatch.default_tile(num_tokens)
+    num_rows = int(in_use[0])
     assert num_rows
     for one, other in zip(routed, want, strict=True):
         assert_same_bits(one[:num_rows], other[:num_rows])

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from glm_jax import ops
+from glm_jax.pallas import router
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.router import TuningConfig, route
 
@@ -85,13 +86,31 @@ def test_picks_any_number_with_raw_weights_over_several_tiles_of_tokens() -> Non
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-5)
 
 
-def test_the_lower_index_wins_among_equal_scores() -> None:
-    x, weight, bias = draw(0, 2, 256, 48)
-    weight = weight.at[0, 5:].set(weight[0, 5])
-    bias = bias.at[0].set(jnp.where(jnp.arange(48) < 5, -1.0, 0.125))
+@pytest.mark.parametrize(("num_experts", "first"), [(48, 5), (136, 60)])
+@pytest.mark.parametrize("is_many", [False, True])
+def test_the_lower_index_wins_among_equal_scores(
+    num_experts: int, first: int, is_many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_many:
+        monkeypatch.setattr(router, "_MOST_WAITING", 0)
+    x, weight, bias = draw(0, 2, 256, num_experts)
+    weight = weight.at[0, first:].set(weight[0, first])
+    bias = bias.at[0].set(jnp.where(jnp.arange(num_experts) < first, -1.0, 0.125))
     experts, weights = run("sm90", x, weight, bias, 0, 8)
-    np.testing.assert_array_equal(experts, np.arange(5, 13)[None].repeat(2, axis=0))
+    np.testing.assert_array_equal(experts, np.arange(first, first + 8)[None].repeat(2, axis=0))
     np.testing.assert_allclose(weights, SCALING / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("most_waiting", [0, 1024])
+def test_picks_of_many_and_of_few_tokens_are_the_same(
+    most_waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "_MOST_WAITING", most_waiting)
+    x, weight, bias = draw(4, 3, 256, 160)
+    experts, weights = run("sm90", x, weight, bias, 1, 8)
+    expected, expected_weights = route_reference(x, weight, bias, 1, 8)
+    np.testing.assert_array_equal(experts, expected)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-5)
 
 
 def test_a_tokens_bits_depend_neither_on_other_tokens_nor_on_how_the_work_is_cut() -> None:

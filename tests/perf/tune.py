@@ -123,7 +123,7 @@ def expert_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
 
     for case in product_cases.expert_cases(replace(sizes, tokens=_EXPERT_TOKENS), chip, False):
         tokens = int(case.shape.removeprefix("T="))
-        tile = dispatch.default_tile(tokens)
+        tile = dispatch.default_tile(tokens, chip)
         up = grouped_gate_up.default_config(chip, tile, sizes.expert_width, tokens)
         down = grouped_down.default_config(chip, tile)
         ways = [way("default")]
