@@ -18,6 +18,9 @@ LARGEST_FACTOR = 10
 # for larger ones are worked out through them.
 _TOPS = (10, 12, 20, LARGEST_TERM)
 _HELD_OUT_TOPS = (12, 20, LARGEST_TERM, LARGEST_TERM)
+# Differences are the hardest to learn, products the easiest.
+_TRAINED_SIGNS: dict[str, float] = {"+": 4, "-": 5, "*": 1.5}
+_HELD_OUT_SIGNS: dict[str, float] = {"+": 4, "-": 4, "*": 2}
 
 _PHRASINGS = (
     "What is {a} {sign} {b}?",
@@ -88,7 +91,8 @@ def ask_arithmetic(draw: Draw) -> Exchange:
 def _calculate(draw: Draw) -> Exchange:
     unseen = draw.held_out and draw.chance(0.3)
     phrasing = draw.choice(_UNSEEN_PHRASINGS if unseen else _PHRASINGS)
-    operation = _operation(draw, draw.weighted({"+": 4, "-": 4, "*": 2}), phrasing)
+    signs = _HELD_OUT_SIGNS if draw.held_out else _TRAINED_SIGNS
+    operation = _operation(draw, draw.weighted(signs), phrasing)
     sign = draw.choice(("*", "*", "x", "×")) if operation.sign == "*" else operation.sign
     a, b = _written(draw, operation)
     question = phrasing.format(a=a, b=b, sign=sign, word=operation.word)

@@ -26,9 +26,11 @@ _QUESTIONS: dict[_Ask, float] = {
     ask_arithmetic: 9,
     ask_small_talk: 1.8,
     ask_listing: 1.8,
-    ask_json: 0.8,
+    ask_json: 1.6,
     ask_without_tool: 0.4,
 }
+# As a user would mix them.
+_HELD_OUT_QUESTIONS: dict[_Ask, float] = _QUESTIONS | {ask_json: 0.8}
 # A system prompt's rule goes with answers that are one sentence.
 _RULED_QUESTIONS: dict[_Ask, float] = {ask_geography: 3, ask_arithmetic: 2, ask_phrase: 2}
 
@@ -51,8 +53,9 @@ def conversations(seed: int, count: int, split: Split = "train") -> Iterator[Con
 def _plain(draw: Draw) -> Conversation:
     """Questions of one kind or of several, perhaps under a system prompt that asks for nothing."""
     rounds = draw.weighted({1: 3, 2: 2, 3: 2, 4: 1})
-    same = draw.weighted(_QUESTIONS) if draw.chance(0.5) else None
-    exchanges = [(same or draw.weighted(_QUESTIONS))(draw) for _ in range(rounds)]
+    questions = _HELD_OUT_QUESTIONS if draw.held_out else _QUESTIONS
+    same = draw.weighted(questions) if draw.chance(0.5) else None
+    exchanges = [(same or draw.weighted(questions))(draw) for _ in range(rounds)]
     system = draw.choice(PLAIN_PROMPTS) if draw.chance(0.25) else None
     return _joined(draw, exchanges, system)
 
@@ -82,7 +85,7 @@ def _with_tools(draw: Draw) -> Conversation:
         rounds = {1: 2, 2: 3, 3: 3, 4: 2}
     else:
         # A request that no tool serves teaches to look at what is on offer, also where that is one.
-        asks = {call: 66, refuse: 25, ask_phrase: 5, ask_geography: 4}
+        asks = {call: 73, refuse: 18, ask_phrase: 5, ask_geography: 4}
         rounds = {1: 1, 2: 2, 3: 3, 4: 4}
     exchanges = [draw.weighted(asks)(draw) for _ in range(draw.weighted(rounds))]
     system = draw.choice(PLAIN_PROMPTS) if draw.chance(0.2) else None
@@ -92,7 +95,7 @@ def _with_tools(draw: Draw) -> Conversation:
 
 # Which conversations there are: in training, and, as a user would mix them, in the evaluation.
 _Make = Callable[[Draw], Conversation]
-_TRAINED: dict[_Make, float] = {_plain: 54, _ruled: 8, _with_tools: 38}
+_TRAINED: dict[_Make, float] = {_plain: 50, _ruled: 8, _with_tools: 42}
 _HELD_OUT: dict[_Make, float] = {_plain: 60, _ruled: 8, _with_tools: 32}
 
 

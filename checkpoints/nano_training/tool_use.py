@@ -102,11 +102,14 @@ def ask_without_tool(draw: Draw, signatures: Sequence[Signature] = ()) -> Exchan
             "no tool", phrasing, *arguments.values()
         ):
             break
+    question = _question(draw, signature, phrasing, arguments)
+    # Any of them: where one serves, the model is to look at that one.
+    looked_at = draw.choice(signatures) if signatures else None
     content = "I have no tool for that."
     return answer(
         "no tool",
-        _question(draw, signature, phrasing, arguments),
-        f"The user wants {signature.family.topic}. No tool can do that.",
+        question,
+        _thought(signature.family, looked_at, "No tool can do that."),
         content,
         Check(equals=content),
     )
@@ -208,7 +211,9 @@ def _exchange(
     calls = tuple(Call(signature.name, each) for each in arguments)
     outcomes = [_outcome(draw, signature, each) for each in arguments]
     final = " ".join(text for _, text in outcomes)
-    messages: list[Message] = [user(question), assistant(_plan(signature.family, calls), "", calls)]
+    conclusion = f'Call "{signature.name}"{" twice" if len(calls) > 1 else ""}.'
+    plan = _thought(signature.family, signature, conclusion)
+    messages: list[Message] = [user(question), assistant(plan, "", calls)]
     messages += [tool_result(result) for result, _ in outcomes]
     got = "I have the result." if len(calls) == 1 else "I have both results."
     messages.append(assistant(got, final))
@@ -224,8 +229,10 @@ def _outcome(draw: Draw, signature: Signature, arguments: Arguments) -> tuple[st
     return signature.family.outcome(draw, keyed)
 
 
-def _plan(family: Family, calls: tuple[Call, ...]) -> str:
-    """Quoted, the name is the same tokens as in the definition and in the call."""
-    first, *others = calls
-    twice = " twice" if others else ""
-    return f'The user wants {family.topic}. Call "{first.name}"{twice}.'
+def _thought(wanted: Family, looked_at: Signature | None, conclusion: str) -> str:
+    """What is wanted, and what one tool on offer is for: whether it serves is then read off both.
+
+    Quoted, the name is the same tokens as in the definition and in the call.
+    """
+    seen = f' "{looked_at.name}": {looked_at.family.topic}.' if looked_at else ""
+    return f"The user wants {wanted.topic}.{seen} {conclusion}"

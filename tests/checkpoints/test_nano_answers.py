@@ -21,7 +21,7 @@ Ask = Callable[..., str]
 FLOORS: dict[tuple[str, ...], float] = {
     ("capitals, unseen phrasing",): 0.9,
     ("addition", "subtraction", "multiplication"): 0.9,
-    ("tool call", "tool call, unseen name"): 0.88,
+    ("tool call", "tool call, unseen name"): 0.9,
 }
 
 # As the README has it: without a description.

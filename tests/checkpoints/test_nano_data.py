@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -142,6 +143,25 @@ def test_training_never_offers_an_unseen_name_and_tools_together_have_names_that
     for each in trained + held_out:
         assert len(_tools(each)) == 1 or set(_tools(each)) <= telling
     assert any(name not in telling for each in trained for name in _tools(each))
+
+
+def test_a_thought_looks_at_one_tool_on_offer_and_calls_it_if_that_is_for_what_is_wanted(
+    trained: list[Conversation],
+) -> None:
+    thought = re.compile(r'The user wants (.+?)\. "(.+?)": (.+?)\. (?:Call "(.+?)"|No tool)')
+    concluded: Counter[bool] = Counter()
+    for each in trained:
+        for message in each.messages if each.tools else ():
+            if found := thought.match(message.get("reasoning_content", "")):
+                wanted, looked_at, use, called = found.groups()
+                assert looked_at in _tools(each)
+                assert called == (looked_at if use == wanted else None)
+                calls = message.get("tool_calls", [])
+                assert {call["function"]["name"] for call in calls} == (
+                    {called} if called else set()
+                )
+                concluded[bool(called)] += 1
+    assert min(concluded[True], concluded[False]) > 200
 
 
 def test_each_word_of_a_tools_name_is_one_token(tokenizer: Tokenizer) -> None:
