@@ -129,6 +129,6 @@ def _tell(asked: jax.Array, told: Any) -> jax.Array:
 
 def _inline(function: Any) -> Any:
     types = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+    result = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT)
     inline: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)
     return inline(function)
