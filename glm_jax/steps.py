@@ -41,6 +41,8 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_command_buffer_unroll_loops": True,
     # A piece too small for a graph would split the rest.
     "xla_gpu_graph_min_graph_size": 1,
+    # One row's pages are a slice that XLA would have its own kind of fusion hand to our kernels.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
     # The output head is the product that cuBLAS chooses untuned. Tuning would choose anew at every
     # start, and with it the bits; Triton's tiles, untuned, take 14 to 40 times as long (64 and 256
     # rows on an H200; docs/kernel-log.md).
