@@ -78,6 +78,8 @@ def test_a_step_is_reported_whole_and_again_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glm_jax.aot.topology.stay_off_devices", lambda: None)
+    # Three layers of experts are fewer than a turn of the loop has.
+    monkeypatch.setattr("glm_jax.model._AT_A_TIME", 1)
     # As deployed, a kv head a device: then sums are in bfloat16.
     config = config_json(num_hidden_layers=4, num_key_value_heads=2, num_attention_heads=4)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -91,6 +93,7 @@ def test_a_step_is_reported_whole_and_again_the_same(
     assert sum(each["executions"] for each in sums) == 2 * 4 + 1
     assert {each["dtype"] for each in sums} == {"bf16"}
     assert found["kernels_per_step"] > 3 * len(found["turn_kernels"]) > 10
+    assert found["layers_a_turn"] == 1
     assert found["command_buffers"] > 0 and found["temporary_bytes"] > 0
     changed = json.loads(record.read_text())
     changed["decode-2"]["command_buffers"] += 1
