@@ -24,7 +24,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from glm_jax.pallas import dealing
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.tiling import LINE, TuningConfig
 
@@ -65,7 +64,6 @@ class Streams:
       fetch_scales: copies the scales of a place to a slot, on barrier.
       finish: what becomes of (slot, row, first, products), float32[rows, count] of products that holds
         the same for each half, for the rows from row on of a stage and the tokens from first on of a tile.
-      counter: of grid.make_counter, where config.is_dealt and nothing is interpreted.
       send: stores what was staged of (place, warpgroup, first, staged), from a tile's first token on.
     """
 
@@ -78,7 +76,6 @@ class Streams:
     fetch_scales: Callable[[Any, jax.Array, Any], None]
     finish: Callable[[jax.Array, jax.Array | int, int, list[jax.Array]], jax.Array]
     send: Callable[[Any, jax.Array, int, Any], None]
-    counter: Any = None
 
 
 def scratch_types(
@@ -121,8 +118,6 @@ def scratch_types(
         "scales_full": plgpu.Barrier(num_arrivals=num_scale_copies, num_barriers=SCALE_SLOTS),
         "scales_empty": plgpu.Barrier(num_arrivals=readers, num_barriers=SCALE_SLOTS),
     }
-    if config.is_dealt:
-        types |= dealing.scratch_types(SCALE_SLOTS)
     if is_sm100:
         accumulator = plgpu.TMEM((config.rows, config.tokens), jnp.float32)
         types["accumulators"] = [accumulator] * (_ACC_SLOTS * warpgroups * halves)
@@ -248,11 +243,9 @@ class _Loop:
         def feed_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
             slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
 
-            if not self.config.is_dealt:
-
-                @pl.when(number >= SCALE_SLOTS)
-                def _():
-                    plgpu.barrier_wait(scales_empty.at[slot])
+            @pl.when(number >= SCALE_SLOTS)
+            def _():
+                plgpu.barrier_wait(scales_empty.at[slot])
 
             def feed_step(index: jax.Array, _: None) -> None:
                 step = first_step + index
@@ -275,10 +268,7 @@ class _Loop:
 
             lax.fori_loop(0, self.streams.num_steps(place), feed_step, None)
 
-        if self.config.is_dealt:
-            dealing.feed_tiles(self.streams, self.num_ctas, self.scratch, feed_tile)
-        else:
-            self.over_tiles(feed_tile)
+        self.over_tiles(feed_tile)
 
     def finish(
         self, number: jax.Array, place: Any, warpgroup: jax.Array, products: _Products
@@ -382,10 +372,7 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
             def _():
                 multiply_tile(number, place, first_step)
 
-        if config.is_dealt:
-            dealing.read_tiles(loop.streams, scratch, multiply_tile)
-        else:
-            loop.over_tiles(multiply_mine if config.takes_turns else multiply_tile)
+        loop.over_tiles(multiply_mine if config.takes_turns else multiply_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -71,7 +71,6 @@ def product(
     config: TuningConfig,
     shift: int,
     counter: Any = None,
-    dealer: Any = None,
     interpret: bool,
 ) -> tuple[Any, Any]:
     """Each row times its expert's weights, scaled; each token times the shared expert's.
@@ -83,7 +82,6 @@ def product(
       rows: in the order of dispatch.
       shared: every token, and weights as of a single expert; or None.
       layer, shift: their sum is the place in the stacks.
-      dealer: of grid.make_counter, where config.is_dealt and nothing is interpreted.
       combine_halves: makes one float32[rows, tokens] of the scaled products of each half.
 
     Raises:
@@ -112,10 +110,6 @@ def product(
     ]
 
     counters = [] if counter is None else [counter]
-    dealers = [dealer] if config.is_dealt and not interpret else []
-    is_asked = dealer is not None or interpret
-    if config.is_dealt and (chip.architecture == "sm100" or not is_asked):
-        raise ValueError(f"{config.is_dealt=} needs a counter, and sm90")
     out_types = [
         jax.ShapeDtypeStruct(
             (tokens.values.shape[0] + (-tokens.values.shape[0] % GROUP if counters else 0),
@@ -123,12 +117,11 @@ def product(
         )
         for tokens, side in sides
     ]  # fmt: skip
-    num_operands = 3 + len(counters) + len(dealers) + 4 * len(sides)
+    num_operands = 3 + len(counters) + 4 * len(sides)
 
     def body(*refs: Any, **scratch: Any) -> None:
         layer_ref, tile_experts_ref, num_tiles_ref, *inputs = refs[:num_operands]
         counter_refs, inputs = inputs[: len(counters)], inputs[len(counters) :]
-        dealer_refs, inputs = inputs[: len(dealers)], inputs[len(dealers) :]
         outs, quantized = refs[num_operands:][: len(sides)], refs[num_operands:][len(sides) :]
         side_refs = [
             _Side(*cast(_Inputs, inputs[4 * index : 4 * index + 4]), out, side.values.shape[1])
@@ -165,7 +158,6 @@ def product(
             fetch_scales=loads.fetch_scales,
             finish=finish,
             send=send,
-            counter=dealer_refs[0] if dealers else None,
         )
         fp8_product.stream(chip, config, num_ctas, streams, scratch)
         if counters:
@@ -200,7 +192,7 @@ def product(
         interpret=interpret,
     )
     plan = dispatch.tile_experts, dispatch.num_tiles
-    outs = kernel(layer.reshape(1), *plan, *counters, *dealers, *operands)
+    outs = kernel(layer.reshape(1), *plan, *counters, *operands)
     if not counters:
         return outs[0], outs[1][:num_tokens] if shared else None
     # Rows that only fill a group stay: to cut them off would be a launch each.
@@ -217,11 +209,7 @@ def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
 
 
 class _Walk:
-    """Tile numbers to places: row tiles vary fastest, so that CTAs side by side share their tokens.
-
-    Tiles that are dealt have the shared expert's, which are short, among the others: so many at once
-    would leave the memory idle.
-    """
+    """Tile numbers to places: row tiles vary fastest, so that CTAs side by side share their tokens."""
 
     def __init__(
         self,
@@ -240,27 +228,14 @@ class _Walk:
     def num_tiles(self) -> jax.Array:
         return self.num_tiles_ref[0] * self.row_tiles[0] + self.num_shared
 
-    def kind(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Whether a tile is the shared expert's, and its number among those of its kind."""
-        if not self.config.is_dealt or not self.num_shared:
-            is_shared = tile < self.num_shared
-            return is_shared, jnp.where(is_shared, tile, tile - self.num_shared)
-        between = lax.div(self.num_tiles_ref[0] * self.row_tiles[0], jnp.int32(self.num_shared))
-        group = lax.div(tile, between + 1)
-        place = tile - group * (between + 1)
-        is_early = group < self.num_shared
-        is_shared = is_early & (place == between)
-        routed = jnp.where(is_early, group * between + place, tile - self.num_shared)
-        return is_shared, jnp.where(is_shared, group, routed)
-
     def expert(self, tile: jax.Array) -> jax.Array:
         """The expert of a routed tile; of any other anything."""
-        number = jnp.maximum(self.kind(tile)[1], 0)
-        token_tile = lax.div(number, jnp.int32(self.row_tiles[0]))
+        token_tile = lax.div(jnp.maximum(tile - self.num_shared, 0), jnp.int32(self.row_tiles[0]))
         return self.tile_experts_ref[jnp.minimum(token_tile, self.tile_experts_ref.shape[0] - 1)]
 
     def locate(self, tile: jax.Array, expert: jax.Array) -> _Place:
-        is_shared, number = self.kind(tile)
+        is_shared = tile < self.num_shared
+        number = jnp.where(is_shared, tile, tile - self.num_shared)
         row_tiles = jnp.where(is_shared, self.row_tiles[-1], self.row_tiles[0])
         token_tile = lax.div(number, row_tiles)
         return _Place(

@@ -4,8 +4,6 @@ Knows neither routing nor activations. Routing weights are applied by combine, i
 already rounded to bfloat16.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
@@ -54,7 +52,6 @@ def grouped_down(
     chip: Chip,
     config: TuningConfig | None = None,
     shift: int = 0,
-    dealer: Any = None,
     interpret: bool = False,
 ) -> tuple[BFloat16[Array, "R D"], BFloat16[Array, "T D"] | None]:
     """hidden @ down.T for each row of dispatch, and for each token where shared.
@@ -84,7 +81,6 @@ def grouped_down(
         chip=chip,
         config=config,
         shift=shift,
-        dealer=dealer,
         interpret=interpret,
     )
 

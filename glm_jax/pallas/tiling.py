@@ -35,8 +35,6 @@ class TuningConfig:
       is_fed_by_warp: whether one warp feeds the ring, which arrives 64 times a copy and waits for no
         other, or a warpgroup, which arrives 128 times and meets before each. Only for sm90: on sm100 it
         is always one.
-      is_dealt: whether CTAs come for their tiles one by one, or each has every num_ctas-th. Only on sm90,
-        for a whole warpgroup that feeds others without turns.
       ctas_per_sm: how many CTAs, each with so much less room, share an SM.
     """
 
@@ -50,7 +48,6 @@ class TuningConfig:
     store: int | None = None
     is_fed_by_warp: bool = False
     ctas_per_sm: int = 1
-    is_dealt: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens not in (8, 16, 32, 64, 128, 256):
@@ -69,8 +66,6 @@ class TuningConfig:
             raise ValueError(f"fill={self.fill} is for one warpgroup alone")
         if self.step % LINE or not LINE <= self.step <= 8 * LINE:
             raise ValueError(f"step={self.step} is no multiple of {LINE} up to {8 * LINE}")
-        if self.is_dealt and (self.is_fed_by_warp or self.takes_turns):
-            raise ValueError("is_dealt is for a warpgroup that feeds, and for no turns")
         if self.takes_turns and self.warpgroups != 2:
             raise ValueError("takes_turns is for two warpgroups")
 

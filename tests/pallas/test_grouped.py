@@ -1,6 +1,5 @@
 """The experts' products as kernels, interpreted on a CPU, against plain products of the same rows."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -180,29 +179,6 @@ def test_ways_to_cut_the_work_make_the_same_bits() -> None:
         for config in (wide, by_warp, turns):
             for out, want in zip(run_of(config), expected, strict=True):
                 np.testing.assert_array_equal(out, want)
-
-
-@pytest.mark.parametrize("num_experts", [1, 4])
-def test_tiles_that_are_come_for_make_the_same_bits(num_experts: int) -> None:
-    x, x_scale = random_tokens(0, 11, 128)
-    weights = random_weights(1, (1, num_experts), 128, 384)
-    shared = random_weights(2, (1,), 128, 384)
-    picks = jax.random.randint(jax.random.key(3), (11, 1), 0, num_experts)
-    plan = dispatch(picks, jnp.int32(0), num_experts, tile=8)
-    rows = random_tokens(4, plan.tokens.shape[0], 384)
-
-    def answers(config: TuningConfig) -> list[np.ndarray]:
-        outs = grouped_down(
-            *rows, plan, weights.down, weights.down_scale, jnp.int32(0),
-            shared_hidden=x, shared_hidden_scale=x_scale,
-            shared_values=shared.down[..., :128], shared_scale=shared.down_scale,
-            chip=Chip("sm90", 3), config=config, interpret=True,
-        )  # fmt: skip
-        return [np.asarray(outs[0])[: int(plan.num_tiles[0]) * 8], np.asarray(outs[1])]
-
-    config = TuningConfig(tokens=8, rows=64, fill=32, stages=2)
-    for out, want in zip(answers(replace(config, is_dealt=True)), answers(config), strict=True):
-        np.testing.assert_array_equal(out, want)
 
 
 def test_no_local_expert_is_picked() -> None:
