@@ -171,21 +171,17 @@ def test_a_loop_that_the_host_turns_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_a_sum_in_float32_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_float32(partials: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return all_reduce(partials.sum(0)).astype(dtype)
+    def in_float32(x: jax.Array) -> jax.Array:
+        return all_reduce(x.astype(jnp.float32)).astype(x.dtype)
 
-    monkeypatch.setattr(sharding, "sum_partials", in_float32)
+    monkeypatch.setattr(sharding, "sum_in_order", in_float32)
     assert gates.BF16_SUMS in tiny_gates()
 
 
 @pytest.mark.slow
 def test_a_third_sum_in_a_layer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = sharding.sum_partials
-
-    def twice(partials: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return all_reduce(jnp.tanh(once(partials, dtype)))
-
-    monkeypatch.setattr(sharding, "sum_partials", twice)
+    once = sharding.sum_in_order
+    monkeypatch.setattr(sharding, "sum_in_order", lambda x: all_reduce(jnp.tanh(once(x))))
     assert gates.TWO_SUMS in tiny_gates()
 
 
