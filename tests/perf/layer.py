@@ -2,10 +2,8 @@
 
     python tests/perf/layer.py [--devices N] [--layers N,…] [--rows N,…] [--context N] [--json FILE]
 
-Each device has what it has in the deployment: one KV head with its 12 query heads, 20 experts (24
-where there is one device: a router wants a multiple of 8), an eighth of the vocabulary. Only the router
-differs: it picks 4 of the mesh's experts a token, and the shared expert is whole on one device. Knows
-no kernel.
+Each device has what it has in the deployment (eighths.py): one KV head with its 12 query heads, 20 of the
+160 experts that the router knows, an eighth of the shared expert and of the vocabulary. Knows no kernel.
 """
 
 import argparse
@@ -16,6 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +27,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from checkpoints.dummy import dummy_weights
 from glm_jax import shapes as columns
-from glm_jax.aot.presets import PRESETS
 from glm_jax.cache import KVCache
-from glm_jax.config import ModelConfig
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh, partition_spec, sharding_for
 from glm_jax.steps import Slots, StepOptions, lower, step_specs
-from tests.perf.measure import measure_card
+from tests.perf.eighths import eighths, held_parts
+from tests.perf.measure import Card, measure_card
 from tests.perf.measure import profile as kernel_times
 
 _DTYPE = np.dtype(jnp.bfloat16)
@@ -54,23 +52,8 @@ class Decoding:
     """Decode steps of a model of random weights, every row at the same context."""
 
     def __init__(self, mesh: Mesh, num_layers: int, rows: int, context: int) -> None:
-        devices = mesh.devices.size
-        full = PRESETS["glm-4.7"]
-        self.config = ModelConfig.from_dict(
-            full
-            | {
-                "num_hidden_layers": num_layers,
-                "first_k_dense_replace": 0,
-                "num_nextn_predict_layers": 0,
-                "vocab_size": full["vocab_size"] // 8 * devices,
-                "num_attention_heads": full["num_attention_heads"] // 8 * devices,
-                "num_key_value_heads": devices,
-                "n_routed_experts": (full["n_routed_experts"] // 8 * devices + 7) // 8 * 8,
-                "num_experts_per_tok": 4,
-                "eos_token_id": [1],
-                "pad_token_id": 1,
-            }
-        )
+        # All of them with experts.
+        self.config = replace(eighths(mesh.devices.size, num_layers), first_k_dense_replace=0)
         self.mesh, self.rows, self.context = mesh, rows, context
         pages = -(-context // 64)
         self.shapes = StepShapes(
@@ -79,6 +62,11 @@ class Decoding:
         )  # fmt: skip
         self.specs = step_specs(self.config, self.shapes, _DTYPE, _OPTIONS)
         self.weights = dummy_weights(self.specs.weights, mesh, 0)
+        # A trained bias evens out the experts' loads; a random one would leave many without tokens.
+        bias = "layers.moe.gate.e_score_correction_bias"
+        self.weights[bias] = jax.device_put(
+            np.zeros(self.specs.weights[bias].shape, np.float32), self.weights[bias].sharding
+        )
         replicated = NamedSharding(mesh, PartitionSpec())
         batch = np.zeros((rows, self.shapes.columns("decode")), np.int32)
         batch[:, columns.SLOT] = np.arange(rows)
@@ -195,6 +183,12 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     mesh, card = make_mesh(options.devices), measure_card()
     print(f"{options.devices} x {card.name}, jax {jax.__version__}, {card.copy / 1e12:.2f} TB/s")
+    with held_parts(options.devices):
+        measure(mesh, card, options)
+
+
+def measure(mesh: Mesh, card: Card, options: argparse.Namespace) -> None:
+    """Every number of rows with every number of layers."""
     results = []
     counts = [int(count) for count in options.layers.split(",")]
     for rows in map(int, options.rows.split(",")):
