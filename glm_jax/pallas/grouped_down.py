@@ -93,7 +93,8 @@ def combine(
 ) -> Float32[Array, "T D"]:
     """Each token's rows, weighed and added in the order of its choices, and its shared row last.
 
-    Choices whose expert lives elsewhere add nothing, whatever their rows would hold.
+    The reference of all_reduce.add_up, which steps use. Choices whose expert lives elsewhere add
+    nothing, whatever their rows would hold.
 
     Args:
       shared: a row for each token, first of all.

@@ -44,7 +44,7 @@ from glm_jax.shapes import Phase, StepShapes
 from glm_jax.sharding import make_mesh, sharding_for
 from glm_jax.steps import StepOptions, lower, step_specs
 from tests.perf import step_profile
-from tests.perf.eighths import Eighths, eighths, held_parts
+from tests.perf.eighths import Eighths, eighths, even_loads, held_parts
 
 DTYPE = np.dtype(jnp.bfloat16)
 PAGES = np.dtype(jnp.float8_e4m3fn)
@@ -213,11 +213,7 @@ class Bench:
         specs = step_specs(self.config, self.shapes, DTYPE, self.how)
         with report.part("weights"):
             self.weights = dummy_weights(specs.weights, self.mesh, 0)
-            # A trained bias evens out the experts' loads; a random one would leave many without tokens.
-            bias = "layers.moe.gate.e_score_correction_bias"
-            self.weights[bias] = jax.device_put(
-                np.zeros(specs.weights[bias].shape, np.float32), self.weights[bias].sharding
-            )
+            even_loads(self.weights)
             jax.block_until_ready(self.weights)
         num_bytes = sum(weight.nbytes for weight in self.weights.values())
         report.tell("weights", f"{num_bytes / 1e9:.2f} GB")

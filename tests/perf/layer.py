@@ -31,7 +31,7 @@ from glm_jax.cache import KVCache
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh, partition_spec, sharding_for
 from glm_jax.steps import Slots, StepOptions, lower, step_specs
-from tests.perf.eighths import eighths, held_parts
+from tests.perf.eighths import eighths, even_loads, held_parts
 from tests.perf.measure import Card, measure_card
 from tests.perf.measure import profile as kernel_times
 
@@ -62,11 +62,7 @@ class Decoding:
         )  # fmt: skip
         self.specs = step_specs(self.config, self.shapes, _DTYPE, _OPTIONS)
         self.weights = dummy_weights(self.specs.weights, mesh, 0)
-        # A trained bias evens out the experts' loads; a random one would leave many without tokens.
-        bias = "layers.moe.gate.e_score_correction_bias"
-        self.weights[bias] = jax.device_put(
-            np.zeros(self.specs.weights[bias].shape, np.float32), self.weights[bias].sharding
-        )
+        even_loads(self.weights)
         replicated = NamedSharding(mesh, PartitionSpec())
         batch = np.zeros((rows, self.shapes.columns("decode")), np.int32)
         batch[:, columns.SLOT] = np.arange(rows)
