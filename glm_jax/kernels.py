@@ -3,6 +3,7 @@
 Knows no layer and no model. The choice is bound when a step is made, and travels with the model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from glm_jax.operands import (
 )
 from glm_jax.ops import HeadNorms, NormedRows, Rows
 from glm_jax.pallas import (
+    ahead,
     all_reduce,
     decode_attention,
     dense_matmul,
@@ -40,6 +42,9 @@ from glm_jax.pallas import (
 )
 from glm_jax.pallas.chip import Chip
 from glm_jax.selection import Selection
+
+# What a kernel asks device memory for while it has other work.
+Asked = tuple[ahead.Later, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,16 @@ class Kernels(Selection):
         is_shared = self._fuses_sums(num_rows) and sharding.num_devices() > 1
         semaphores = all_reduce.make_semaphores(num_rows) if is_shared else None
         return Workspace(grid.make_counter(), grid.make_counter(), semaphores, first)
+
+    def later(self, stacks: Sequence[Array], num_rows: int, *, shift: int = 0) -> Asked:
+        """What kernels of so many rows are to ask for ahead: stacked weights that later ones read.
+
+        Args:
+          shift: from the asking kernel's place in its stack to the place in these.
+        """
+        if self._interprets or self._chip() is None or num_rows > route_stage.MAX_TOKENS:
+            return ()
+        return tuple(ahead.later_of(stack, shift) for stack in stacks)
 
     def add_norm(
         self,
@@ -104,6 +119,7 @@ class Kernels(Selection):
         eps: float,
         is_fp8: bool,
         workspace: Workspace | None = None,
+        later: Asked = (),
     ) -> tuple[NormedRows, ops.Layer]:
         """add_norm of what is pending on all devices, summed; and the place that layer names, as one number."""
 

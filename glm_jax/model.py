@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from glm_jax.attention import Attend, Attention
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
-from glm_jax.kernels import PLAIN_KERNELS, Kernels
+from glm_jax.kernels import PLAIN_KERNELS, Asked, Kernels
 from glm_jax.layers import NormStack, RMSNorm, VocabTable
 from glm_jax.moe import MLP, MoE, Routing
 from glm_jax.operands import Pending, Shifted, Workspace
@@ -93,9 +93,10 @@ class DecoderLayers(nnx.Module):
         norm: RMSNorm,
         layer: Layer,
         workspace: Workspace | None = None,
+        later: Asked = (),
     ) -> NormedRows:
         """residual + what is pending on all devices, normed for the sub-layer that follows."""
-        return self._add(pending, residual, norm, layer, workspace)[0]
+        return self._add(pending, residual, norm, layer, workspace, later)[0]
 
     def follow(
         self,
@@ -107,7 +108,8 @@ class DecoderLayers(nnx.Module):
     ) -> tuple[NormedRows, Layer]:
         """The same at the end of a layer: what the layer after it takes, and which one that is."""
         following = self.kernels.shifted(layer, 1)
-        return self._add(pending, residual, norms, following, workspace)
+        later = self.kernels.later(self.self_attn.reads_first(), len(residual))
+        return self._add(pending, residual, norms, following, workspace, later)
 
     def _add(
         self,
@@ -116,10 +118,11 @@ class DecoderLayers(nnx.Module):
         norm: RMSNorm | NormStack,
         layer: Layer | Shifted,
         workspace: Workspace | None,
+        later: Asked,
     ) -> tuple[NormedRows, Layer]:
         return self.kernels.sum_add_norm(
             pending, residual, norm.stacked(), layer, eps=norm.eps, is_fp8=self.is_fp8,
-            workspace=workspace,
+            workspace=workspace, later=later,
         )  # fmt: skip
 
     def norms_between(self, last: RMSNorm) -> NormStack:
@@ -135,11 +138,16 @@ class DecoderLayers(nnx.Module):
         cache: KVCache | None,
         attend: Attend,
         workspace: Workspace | None = None,
+        later: Asked = (),
     ) -> tuple[NormedRows, KVCache | None]:
-        """The residual stream with attention added, normed for the MLP."""
+        """The residual stream with attention added, normed for the MLP, which reads `later`."""
         partials, cache = self.self_attn(normed.rows, positions, layer, cache, attend)
         norm = self.post_attention_layernorm
-        return self.add(partials, normed.residual, norm, layer, workspace), cache
+        return self.add(partials, normed.residual, norm, layer, workspace, later), cache
+
+    def later_of_experts(self, num_rows: int) -> Asked:
+        """What a layer's experts read first, as attention_block is to ask for it."""
+        return self.kernels.later(self.moe.reads_first(), num_rows, shift=-self.num_dense)
 
     def mlp_block(
         self,
@@ -199,8 +207,9 @@ class Glm4Moe(nnx.Module):
 
         def run(is_dense: bool, carry: Carry, _: None) -> tuple[Carry, Layerwise | None]:
             layer, normed, cache = carry
+            later = () if is_dense else layers.later_of_experts(tokens.size)
             normed, cache = layers.attention_block(
-                normed, positions, layer, cache, attend, workspace
+                normed, positions, layer, cache, attend, workspace, later
             )
             pending, routing = layers.mlp_block(normed, layer, is_dense, workspace)
             normed, layer = layers.follow(pending, normed.residual, norms, layer, workspace)

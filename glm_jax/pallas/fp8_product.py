@@ -65,6 +65,7 @@ class Streams:
       finish: what becomes of (slot, row, first, products), float32[rows, count] of products that holds
         the same for each half, for the rows from row on of a stage and the tokens from first on of a tile.
       send: stores what was staged of (place, warpgroup, first, staged), from a tile's first token on.
+      after_feed: what the threads that feed do when every copy is under way, told whether they are a warp.
     """
 
     num_tiles: jax.Array | int
@@ -76,6 +77,7 @@ class Streams:
     fetch_scales: Callable[[Any, jax.Array, Any], None]
     finish: Callable[[jax.Array, jax.Array | int, int, list[jax.Array]], jax.Array]
     send: Callable[[Any, jax.Array, int, Any], None]
+    after_feed: Callable[[bool], None] = lambda is_warp: None
 
 
 def scratch_types(
@@ -199,6 +201,7 @@ class _Loop:
     ) -> None:
         self.config = config
         is_sm90 = chip.architecture == "sm90"
+        self.is_fed_by_warp = config.is_fed_by_warp or not is_sm90
         self.block_rows = _WGMMA_ROWS if is_sm90 else config.rows
         # Products come out of tensor memory in pieces that fit registers.
         self.block_tokens = config.store_tokens if is_sm90 else min(config.store_tokens, 64)
@@ -269,6 +272,7 @@ class _Loop:
             lax.fori_loop(0, self.streams.num_steps(place), feed_step, None)
 
         self.over_tiles(feed_tile)
+        self.streams.after_feed(self.is_fed_by_warp)
 
     def finish(
         self, number: jax.Array, place: Any, warpgroup: jax.Array, products: _Products

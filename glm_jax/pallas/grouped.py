@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import fp8_product, grid
+from glm_jax.pallas import ahead, fp8_product, grid
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
 from glm_jax.pallas.fp8_product import SCALE_SLOTS
@@ -28,6 +28,24 @@ class Weights(NamedTuple):
 
     values: Float8e4m3fn[Array, "L E H N K"]
     scale: Float32[Array, "L E H N"]
+
+
+class LaterTiles(NamedTuple):
+    """What a product of experts that comes later reads first: columns of its first tiles.
+
+    Attributes:
+      values: the experts' weights, all places and experts on one axis.
+      num_experts: of each place.
+      num_tiles: tiles of tokens that its CTAs begin with.
+      columns: of a piece, which has all rows of an expert.
+      num_pieces: how many are worth asking for.
+    """
+
+    values: Float8e4m3fn[Array, "LE N K"]
+    num_experts: int
+    num_tiles: int
+    columns: int
+    num_pieces: int
 
 
 class Tokens(NamedTuple):
@@ -198,6 +216,46 @@ def product(
     # Rows that only fill a group stay: to cut them off would be a launch each.
     pairs = [(values, scale[:, None]) for values, scale in batched(outs[len(sides) :], 2)]
     return pairs[0], pairs[1] if shared else None
+
+
+def ask_tiles(
+    ref: Any,
+    later: LaterTiles,
+    place: jax.Array,
+    expert_of: Callable[[jax.Array], jax.Array],
+    num_tiles: jax.Array,
+    share: jax.Array,
+    num_shares: int,
+    sink_ref: Any,
+    *,
+    is_warp: bool = False,
+) -> None:
+    """Asks for one of num_shares shares of what a later product reads first.
+
+    For all threads of a warpgroup, or of a warp inside warp_map.
+
+    Args:
+      ref: of later.values.
+      place: in the stacks of weights.
+      expert_of: the expert of a tile of tokens, of the first num_tiles.
+      num_tiles: tiles of tokens in use.
+      sink_ref: as ahead.ask takes it.
+    """
+    _, num_rows, width = ref.shape
+    # Every thread has a row to ask for.
+    rows = min(num_rows, pl.cdiv(num_rows, num_shares))
+    first = jnp.minimum(share * rows, num_rows - rows)
+    begun = jnp.minimum(num_tiles, later.num_tiles)
+
+    def ask(number: jax.Array, _: None) -> None:
+        # The first columns of all tiles, then the next ones.
+        expert = expert_of(lax.rem(number, begun))
+        columns = pl.ds(lax.div(number, begun) * later.columns, later.columns)
+        at = place * later.num_experts + expert
+        ahead.fetch(ref.at[at, pl.ds(first, rows), columns], sink_ref, is_warp=is_warp)
+
+    count = jnp.minimum(begun * (width // later.columns), later.num_pieces)
+    lax.fori_loop(0, count, ask, None)
 
 
 def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
