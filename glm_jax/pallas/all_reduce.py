@@ -1,10 +1,11 @@
 """The sum over devices fused with what follows it: residual add, RMSNorm, quantization.
 
-Knows no layer. Each device copies its peers' rows from where they lie, over NVLink, and sums them
-itself: one exchange instead of two, right while rows are few. No multicast takes part. What experts
-made is first added up here, row by row, before the peers may have it.
+Knows no layer. Each device gets its peers' rows over NVLink and sums them itself: one exchange instead
+of two, right while rows are few. No multicast takes part. What experts made is first added up here, row
+by row, before the peers may have it.
 
-A row is one CTA's, the same on every device, and has two counters there, which start and end at zero:
+With an inbox, each device writes its rows into its peers' memory; see there. Without one, it copies
+theirs from where they lie. There a row is one CTA's, the same on every device, and has two counters there, which start and end at zero:
 
   ready: the peer's CTA has begun, and has added up its row if there was something to add;
   done: every peer has copied this device's row. Only then may this kernel end, since XLA may give
@@ -16,7 +17,7 @@ barrier between the devices before a kernel that reaches into peers is launched.
 they start, calls can share them, and XLA need not clear them for each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
+from glm_jax.pallas import ahead
 from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.inbox import Inbox, receive, send
 from glm_jax.pallas.norm import (
     NormedRows,
     check_width,
@@ -40,6 +43,7 @@ from glm_jax.pallas.norm import (
 # 256 rows of 5120 the one step moves 18 MB into each of eight devices.
 MAX_ROWS = 256
 _WARPS = 4
+_LEAST_ASKING = 64
 _SHARED_MEMORY = 220 * 1024
 
 
@@ -81,7 +85,9 @@ def all_reduce_add_norm(
     chip: Chip,
     shift: int = 0,
     semaphores: jax.Ref | None = None,
+    inbox: Inbox | None = None,
     tells_place: bool = False,
+    later: Sequence[ahead.Later] = (),
     interpret: bool = False,
 ) -> NormedRows:
     """residual + the sum of all devices' partial, its RMSNorm, and the quantized form of that.
@@ -96,8 +102,10 @@ def all_reduce_add_norm(
     Args:
       layer, shift: their sum is the norm's place among the weights.
       semaphores: as make_semaphores makes them, for at least T rows.
+      inbox: as make_inbox makes it, for at least T rows of D; semaphores have no use then.
       tells_place: whether the answer has that sum too, as the kernels of the layer that begins there
         take it: an addition by XLA would be one more launch.
+      later: asked for on the way; its shifts are from the norm's place.
 
     Raises:
       NotImplementedError: T is over 256 or over what the device holds at once, or D no multiple of
@@ -111,6 +119,8 @@ def all_reduce_add_norm(
         raise NotImplementedError(f"{residual.shape=}: one exchange is for up to {limit} rows")
     is_exchanged = num_devices > 1 and not interpret
     is_gathered = num_devices > 1 and interpret
+    is_sent = is_exchanged and inbox is not None
+    is_copied = is_exchanged and inbox is None
     if is_gathered:
         if isinstance(partial, Summands):
             partial = add_up(partial, interpret=interpret)
@@ -118,54 +128,75 @@ def all_reduce_add_norm(
     has_summands = isinstance(partial, Summands)
     operands = [*partial] if isinstance(partial, Summands) else [partial]
     outputs = [jax.ShapeDtypeStruct(residual.shape, residual.dtype), *normed_types(num_rows, width)]
-    if has_summands and is_exchanged:
+    if has_summands and is_copied:
         outputs.append(jax.ShapeDtypeStruct(residual.shape, residual.dtype))
     if tells_place:
         outputs.append(jax.ShapeDtypeStruct((1,), jnp.int32))
-    shared = [semaphores] if is_exchanged and semaphores is not None else []
+    shared = [*inbox] if inbox is not None and is_sent else []
+    if is_copied and semaphores is not None:
+        shared = [semaphores]
+    asked = [each.weights for each in later]
+    # Few rows' CTAs alone could not ask for much.
+    num_ctas = max(num_rows, _LEAST_ASKING) if later else num_rows
 
     def all_reduce_add_norm_kernel(*refs: Any, **scratch: Any) -> None:
         own, others = refs[: len(operands)], refs[len(operands) :]
-        residual_ref, weight_ref, layer_ref, *outs = others
-        row = lax.axis_index("row")
-        if shared:
-            counters, *outs = outs
-            scratch |= {
-                name: counters.at[index, row] for index, name in enumerate(("ready", "done"))
-            }
+        asked_refs, others = others[: len(asked)], others[len(asked) :]
+        residual_ref, weight_ref, layer_ref, *rest = others
+        shared_refs, outs = rest[: len(shared)], rest[len(shared) :]
         place_refs = [outs.pop()] if tells_place else []
         (total_ref, normed_ref, values_ref, scale_ref), mine_ref = outs[:4], outs[4:]
-        summed = load_summed(own, row) if has_summands else None
-        if is_exchanged:
-            if summed is not None:
-                scratch["mine"][...] = summed
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(scratch["mine"], mine_ref[0].at[row])
-                plgpu.wait_smem_to_gmem(0)
-                own = mine_ref
-            _copy_from_peers(own[0], row, scratch, axis_name, num_devices)
-            addends = [load_row(scratch["addends"], device) for device in range(num_devices)]
-        elif is_gathered:
-            addends = [load_row(own[0].at[device], row) for device in range(num_devices)]
+        row, place = lax.axis_index("row"), layer_ref[0] + shift
+
+        def ask() -> None:
+            if later:
+                ahead.ask(asked_refs, later, place, row, num_ctas, scratch["sink"])
+
+        def reduce_row() -> None:
+            summed = load_summed(own, row) if has_summands else None
+            before, weight_row = load_row(residual_ref, row), load_row(weight_ref, place)
+            if is_sent:
+                mine = load_row(own[0], row) if summed is None else summed
+                mail_at = len(operands) + len(asked) + 3
+                addends = _exchange(mine, shared_refs, mail_at, row, axis_name, num_devices, ask)
+            elif is_copied:
+                if shared:
+                    names = enumerate(("ready", "done"))
+                    scratch.update({name: shared_refs[0].at[at, row] for at, name in names})
+                copied = own[0]
+                if summed is not None:
+                    copied = mine_ref[0]
+                    scratch["mine"][...] = summed
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(scratch["mine"], copied.at[row])
+                    plgpu.wait_smem_to_gmem(0)
+                _copy_from_peers(copied, row, scratch, axis_name, num_devices)
+                ask()
+                addends = [load_row(scratch["addends"], device) for device in range(num_devices)]
+            elif is_gathered:
+                addends = [load_row(own[0].at[device], row) for device in range(num_devices)]
+            else:
+                addends = [load_row(own[0], row) if summed is None else summed]
+                ask()
+            total = before + _sum(addends)
+            total_ref[row] = total
+            store_normed(total, weight_row, eps, row, normed_ref, values_ref, scale_ref)
+            if is_copied:
+                pl.semaphore_wait(scratch["done"], num_devices - 1)
+
+        if num_ctas == num_rows:
+            reduce_row()
         else:
-            addends = [load_row(own[0], row) if summed is None else summed]
-        total = load_row(residual_ref, row) + _sum(addends)
-        total_ref[row] = total
-        place = layer_ref[0] + shift
-        store_normed(
-            total, load_row(weight_ref, place), eps, row, normed_ref, values_ref, scale_ref
-        )
+            pl.when(row < num_rows)(reduce_row)
+            pl.when(row >= num_rows)(ask)
         for place_ref in place_refs:
 
             @pl.when(row == 0)
             def _tell(place_ref: Any = place_ref) -> None:
                 place_ref[0] = place
 
-        if is_exchanged:
-            pl.semaphore_wait(scratch["done"], num_devices - 1)
-
-    scratch = {}
-    if is_exchanged:
+    scratch = {"sink": ahead.sink()} if later else {}
+    if is_copied:
         scratch["addends"] = plgpu.SMEM((num_devices, width), residual.dtype)
         scratch["arrived"] = plgpu.Barrier(num_arrivals=num_devices)
         if has_summands:
@@ -176,13 +207,37 @@ def all_reduce_add_norm(
         all_reduce_add_norm_kernel,
         out_type=outputs,
         scratch_types=scratch,
-        grid=(num_rows,),
+        grid=(num_ctas,),
         grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(skip_device_barrier=is_sent),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="all_reduce_add_norm",
-    )(*operands, residual, weight, layer.reshape(1), *shared)
+    )(*operands, *asked, residual, weight, layer.reshape(1), *shared)
     normed = NormedRows(*found[:4])
     return normed._replace(place=found[-1].reshape(())) if tells_place else normed
+
+
+def _exchange(
+    own: BFloat16[Array, " D"],
+    mail: Sequence[Any],
+    operand: int,
+    row: Array,
+    axis_name: str,
+    num_devices: int,
+    meanwhile: Callable[[], None],
+) -> list[Array]:
+    """A row of every device, device 0's first."""
+    rows_ref, turns_ref = mail
+    mine, slot = lax.axis_index(axis_name), turns_ref[row]
+    # Of two addends the order does not matter; of more, this device's own takes its place among them.
+    is_pair = num_devices == 2
+    distances = range(1, num_devices + (not is_pair))
+    slot_ref = rows_ref.at[slot, mine, row]
+    send(own, slot_ref, operand=operand, distances=distances, num_devices=num_devices)
+    meanwhile()
+    senders = [1 - mine] if is_pair else [jnp.int32(sender) for sender in range(num_devices)]
+    received = receive(mail, slot, senders, row)
+    return [own, *received] if is_pair else received
 
 
 def _sum(addends: Sequence[Array]) -> BFloat16[Array, " D"]:
