@@ -79,7 +79,7 @@ def decode_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
                 is_timed_alone=True,
                 operations=4 * rows * length * sizes.query_groups * _HEAD,
                 alternatives={"XLA": _attention_reference},
-                peers=peers.attention(rows, 1, length, sizes.query_groups, sizes.heavy_layers),
+                peers=peers.attention(rows, 1, length, sizes.query_groups),
             )
 
 
@@ -111,7 +111,7 @@ def prefill_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
         bytes=tokens * (2 * _HEAD + 4 * sizes.query_groups * _HEAD),
         operations=2 * tokens * tokens * sizes.query_groups * _HEAD,
         alternatives={"XLA": _attention_reference},
-        peers=peers.attention(1, tokens, tokens, sizes.query_groups, sizes.heavy_layers),
+        peers=peers.attention(1, tokens, tokens, sizes.query_groups),
     )
 
 

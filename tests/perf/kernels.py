@@ -23,7 +23,8 @@ import jax
 
 from glm_jax.pallas.chip import Chip
 from tests.perf import attention_cases, product_cases, small_cases
-from tests.perf.measure import Card, Case, check_interpreted
+from tests.perf.card import Card
+from tests.perf.measure import Case, check_interpreted
 from tests.perf.sizes import GLM_4_7, REHEARSAL, Sizes
 from tests.perf.turns import default_processes, over_cases
 
@@ -39,8 +40,8 @@ _SUITES = (
 # So slow that a case is called once.
 _NO_CARD = Card("no card", Chip("sm90", 4), 1.0, {"fp8": 1.0, "bf16": 1.0})
 _HEADER = (
-    "| kernel | shape | error | us | floor, us | of floor | best other, us |\n"
-    "|---|---|---|---|---|---|---|"
+    "| kernel | shape | error | us | floor, us | of floor | copy of as much, us | best other, us |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -61,7 +62,7 @@ def row(result: dict[str, Any]) -> str:
     """A result as a line of a Markdown table."""
     name = f"| {result['kernel']} | {result['shape']} | "
     if "failed" in result:
-        return name + f"{result['failed'][:200]} | | | | |"
+        return name + f"{result['failed'][:200]} | | | | | |"
     others = {other: times["us"] for other, times in result["alternatives"].items()}
     others |= result["peers_us"]
     best = min(others, key=lambda other: others[other], default=None)
@@ -70,7 +71,7 @@ def row(result: dict[str, Any]) -> str:
     share = 100 * result["floor_us"] / result["us"]
     return (
         f"{name}{result['error']:.1e}{wrong} | {result['us']:.1f} | {result['floor_us']:.1f} | "
-        f"{share:.0f} % | {compared} |"
+        f"{share:.0f} % | {result['small_floor_us']:.1f} | {compared} |"
     )
 
 
@@ -110,6 +111,8 @@ def run(
     assert isinstance(card, Card)
     rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in card.rates.items())
     print(f"{card.name}, jax {jax.__version__}: copy {card.copy / 1e12:.2f} TB/s, {rates}")
+    copies = ", ".join(f"{size >> 10} KiB {us * 1e6:.2f}" for size, us in card.copies)
+    print(f"us of an empty kernel: {card.empty * 1e6:.2f}; of copies: {copies}")
     print(_HEADER, flush=True)
     results: dict[int, dict[str, Any]] = {}
     all_cases = make_cases(card.chip)
@@ -122,6 +125,8 @@ def run(
         "jax": jax.__version__,
         "copy_bytes_per_second": card.copy,
         "operations_per_second": card.rates,
+        "copies_us": {str(size): seconds * 1e6 for size, seconds in card.copies},
+        "empty_kernel_us": card.empty * 1e6,
     }
     for outcome in outcomes:
         assert not isinstance(outcome, Card)
@@ -131,6 +136,7 @@ def run(
             "shape": case.shape,
             **_with_others_that_ran(outcome.result),
             "floor_us": card.floor(case) * 1e6,
+            "small_floor_us": card.small_floor(case) * 1e6,
             "bytes": case.bytes,
             "operations": case.operations,
         }
@@ -146,8 +152,8 @@ def _with_others_that_ran(result: dict[str, Any]) -> dict[str, Any]:
     if "failed" in result:
         return result
     ran = {name: times for name, times in result["alternatives"].items() if "us" in times}
-    peers = {name: us for name, us in result["peers_us"].items() if isinstance(us, float)}
-    failed = {**result["alternatives"], **result["peers_us"]}
+    peers = {name: times["us"] for name, times in result["peers"].items() if "us" in times}
+    failed = {**result["alternatives"], **result["peers"]}
     others = {name: said for name, said in failed.items() if name not in ran | peers}
     return {**result, "alternatives": ran, "peers_us": peers, "others_failed": others}
 

@@ -31,8 +31,8 @@ from glm_jax.cache import KVCache
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh, partition_spec, sharding_for
 from glm_jax.steps import Slots, StepOptions, lower, step_specs
+from tests.perf.card import Card, measure_card
 from tests.perf.eighths import eighths, even_loads, held_parts
-from tests.perf.measure import Card, measure_card
 from tests.perf.measure import profile as kernel_times
 
 _DTYPE = np.dtype(jnp.bfloat16)

@@ -9,15 +9,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 from glm_jax.pallas.chip import Chip
+from tests.perf.peers import Peer
 
 # A step takes the case's operands and a layer, and returns arrays.
 Step = Callable[[Any, jax.Array], Any]
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _REPEATS = 5
 _OURS = "mosaic_gpu_kernel"
+# In the names of XLA's kernels of an exclusive or.
+_FLUSH = "xor"
 # XLA may leave out roundings to bfloat16 that the kernels and the layers make.
 _ROUNDED = {"xla_allow_excess_precision": False}
 rounded = partial(jax.jit, compiler_options=_ROUNDED)
@@ -55,7 +57,7 @@ class Case:
         Of FP8, only that form adds in float32: cuBLAS adds as our kernels' instructions do.
       is_timed_alone: leaves XLA's own kernels around ours out of the time, where a real step has none.
       alternatives: other ways to the same end in JAX, by name.
-      peers: the same of other libraries, which time themselves and return microseconds.
+      peers: the same of other libraries, by name; see peers.py.
     """
 
     kernel: str
@@ -72,28 +74,7 @@ class Case:
     is_float32: bool = False
     is_timed_alone: bool = False
     alternatives: dict[str, Step] = field(default_factory=dict)
-    peers: dict[str, Callable[[], float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Card:
-    """What this GPU reaches, measured here.
-
-    Attributes:
-      name: of the device, as its driver says.
-      chip: what kernels are cut for.
-      copy: bytes per second of a large copy, read and written together.
-      rates: operations per second of a large product, by "fp8" and "bf16".
-    """
-
-    name: str
-    chip: Chip
-    copy: float
-    rates: dict[str, float]
-
-    def floor(self, case: Case) -> float:
-        """Seconds that no version of the case runs much below."""
-        return max(case.bytes / self.copy, case.operations / self.rates[case.unit])
+    peers: dict[str, Peer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,7 +187,8 @@ def time_program(program: Callable[..., Any], operands: Any, num_layers: int) ->
     """Microseconds of a call of program(operands, layer), the median of rounds over several layers.
 
     A call is a program of its own: within one, XLA leaves out what nobody asks for and merges what is
-    equal, whatever barriers stand between.
+    equal, whatever barriers stand between. In what CUPTI counts, each round begins with an empty L2
+    cache and takes no layer twice, as a step finds its weights.
 
     Returns:
       "us": the GPU's time in kernels, as CUPTI counts it, or us_wall where it does not;
@@ -232,7 +214,15 @@ def time_program(program: Callable[..., Any], operands: Any, num_layers: int) ->
         call_all(num_calls)
         walls.append((time.perf_counter() - start) / num_calls * 1e6)
     times: dict[str, Any] = {"us_wall": statistics.median(walls), "kernels_us": {}}
-    kernels = profile(lambda: [call_all(num_calls) for _ in range(_REPEATS)])
+    num_calls = min(num_calls, num_layers) if num_layers > 1 else num_calls
+    flush = _flush()
+
+    def cold_rounds() -> None:
+        for _ in range(_REPEATS):
+            flush()
+            call_all(num_calls)
+
+    kernels = [kernel for kernel in profile(cold_rounds) if _FLUSH not in kernel[0]]
     if len(kernels) < _REPEATS:
         return {"us": times["us_wall"], **times}
     per_round = len(kernels) // _REPEATS
@@ -267,31 +257,18 @@ def profile(run: Callable[[], Any]) -> list[tuple[str, float]]:
     return timings
 
 
-def measure_card() -> Card:
-    """Copies and multiplies large arrays."""
-    device = jax.devices()[0]
-    source = jax.random.normal(jax.random.key(0), (1 << 28,), jnp.float32)
-    # XLA leaves out what adds 0, and the copy with it.
-    copied = _seconds(lambda operands, layer: operands + (layer + 1).astype(jnp.float32), source)
-    rates = {}
-    size = 8192
-    for name, dtype in (("bf16", jnp.bfloat16), ("fp8", jnp.float8_e4m3fn)):
-        square = jax.random.normal(jax.random.key(1), (size, size), jnp.float32).astype(dtype)
-        rates[name] = 2 * size**3 / _seconds(_square, square)
-    return Card(device.device_kind, chip_of(device), 2 * source.nbytes / copied, rates)
+@cache
+def _flush() -> Callable[[], None]:
+    """A function that writes more than the L2 cache holds, by a kernel with _FLUSH in its name."""
+    if jax.default_backend() != "gpu":
+        return lambda: None
+    program = jax.jit(lambda x: x ^ 1, donate_argnums=0)
+    buffer = [program(jnp.zeros((1 << 26,), jnp.int32))]
 
+    def flush() -> None:
+        buffer[0] = program(buffer[0])
 
-def _square(operands: jax.Array, layer: jax.Array) -> jax.Array:
-    del layer
-    contract_columns = (((1,), (1,)), ((), ()))
-    return lax.dot_general(
-        operands, operands, contract_columns, preferred_element_type=jnp.bfloat16
-    )
-
-
-def _seconds(step: Step, operands: Any) -> float:
-    program = jax.jit(step).lower(operands, jax.ShapeDtypeStruct((), jnp.int32)).compile()
-    return time_program(program, operands, 1)["us"] * 1e-6
+    return flush
 
 
 def _poison(num_bytes: int) -> None:

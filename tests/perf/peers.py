@@ -1,66 +1,122 @@
-"""What PyTorch, where it is installed beside JAX, makes of the same operations.
+"""What PyTorch and Triton, where they are installed beside JAX, make of the same operations.
 
-Knows no kernel of ours.
+Knows no kernel of ours. A peer is a function from a number of layers to its operands' ways: those are
+tried one after the other, and the fastest is timed by the same clock as ours, CUPTI's.
 """
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-_REPEATS = 50
+_REPEATS, _CALLS = 5, 16
+_EPS = 1e-5
+_FLUSH = "bitwise_not"
+# Tokens of a decode step; more are no concern of the peers written here.
+_MOST = 256
 
 
-def scaled_mm(tokens: int, rows: int, width: int, layers: int) -> dict[str, Callable[[], float]]:
-    """torch._scaled_mm with a scale per token and per channel; it takes tokens by the sixteen."""
+@dataclass(frozen=True)
+class Made:
+    """A peer's operands, on the GPU.
+
+    Attributes:
+      ways: calls with a layer, by what distinguishes them.
+      error: of what a call with layer 0 returns, against float32; None where the library is trusted.
+    """
+
+    ways: dict[str, Callable[[int], Any]]
+    error: Callable[[Any], float] | None = None
+
+
+Peer = Callable[[int], Made]
+
+
+def dense(tokens: int, rows: int, width: int) -> dict[str, Peer]:
+    """An FP8 product with a scale per token and per channel."""
+    in_triton = partial(_of_module, "triton_peers", "dense", tokens, rows, width)
+    return _there(
+        {"torch._scaled_mm": partial(_scaled_mm, tokens, rows, width)},
+        {"Triton": in_triton} if tokens <= _MOST else {},
+    )
+
+
+def experts(tokens: int) -> dict[str, Peer]:
+    """A device's experts, from picks to sum."""
+    if tokens > _MOST:
+        return {}
+    return _there(
+        {"torch._scaled_grouped_mm": partial(_of_module, "expert_peers", "grouped_mm", tokens)},
+        {"Triton": partial(_of_module, "expert_peers", "in_triton", tokens)},
+    )
+
+
+def attention(rows: int, tokens: int, length: int, heads: int) -> dict[str, Peer]:
+    """Attention: PyTorch's over bfloat16 keys that lie in one piece, Triton's over FP8 pages."""
+    in_triton = partial(_of_module, "triton_peers", "attention", rows, length, heads)
+    return _there(
+        {"torch sdpa": partial(_sdpa, rows, tokens, length, heads)},
+        {"Triton": in_triton} if tokens == 1 else {},
+    )
+
+
+def norm(tokens: int, width: int) -> dict[str, Peer]:
+    """Residual add, norm and quantization, compiled."""
+    return _there({"torch.compile": partial(_norm, tokens, width)}, {})
+
+
+def router(tokens: int, width: int, experts: int, picks: int, scaling: float) -> dict[str, Peer]:
+    """A router whose product is of bfloat16, compiled."""
+    return _there({"torch.compile": partial(_router, tokens, width, experts, picks, scaling)}, {})
+
+
+def prepare(peer: Peer) -> None:
+    """Compiles a peer's ways into the caches on disk, where a later process finds them."""
+    for call in peer(1).ways.values():
+        try:
+            call(0)
+        except Exception:  # measure says of it what is to be said
+            continue
+    _torch().cuda.synchronize()
+
+
+def measure(peer: Peer, layers: int) -> dict[str, Any]:
+    """Times a peer's fastest way.
+
+    Returns:
+      "us": microseconds of a call in kernels, the median; "kernels_us", the same by kernel;
+      "us_graph": with the gaps between kernels of a CUDA graph; "way"; "error"; "tried": us_graph of
+      every way, or why there is none.
+    """
+    made = peer(layers)
+    tried: dict[str, Any] = {}
+    for name, call in made.ways.items():
+        try:
+            tried[name] = _in_graph(call, layers)
+        except Exception as error:  # too much shared memory, say
+            tried[name] = f"{type(error).__name__}: {error}"[:120]
+    ran = {name: us for name, us in tried.items() if isinstance(us, float)}
+    if not ran:
+        raise RuntimeError(f"none of its ways ran: {tried}")
+    way = min(ran, key=lambda name: ran[name])
+    call = made.ways[way]
+    error = None if made.error is None else made.error(call(0))
+    kernels = _in_kernels(call, layers)
+    us = sum(kernels.values()) or ran[way]
+    return {
+        "us": us, "us_graph": ran[way], "kernels_us": kernels, "way": way, "error": error,
+        "tried": tried,
+    }  # fmt: skip
+
+
+def _there(of_torch: dict[str, Peer], of_triton: dict[str, Peer]) -> dict[str, Peer]:
     if not find_spec("torch"):
         return {}
-
-    def microseconds() -> float:
-        torch = _torch()
-
-        padded = -(-tokens // 16) * 16
-        x = torch.randn(padded, width, device="cuda").to(torch.float8_e4m3fn)
-        weights = [
-            torch.randn(rows, width, device="cuda").to(torch.float8_e4m3fn) for _ in range(layers)
-        ]
-        x_scale = torch.rand(padded, 1, device="cuda")
-        scale = torch.rand(1, rows, device="cuda")
-
-        def call(layer: int) -> Any:
-            return torch._scaled_mm(
-                x, weights[layer].t(), x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True
-            )
-
-        return _microseconds(call, layers)
-
-    return {"torch._scaled_mm": microseconds}
-
-
-def attention(
-    rows: int, tokens: int, length: int, heads: int, layers: int
-) -> dict[str, Callable[[], float]]:
-    """scaled_dot_product_attention over bfloat16 keys that lie in one piece: no pages to follow."""
-    if not find_spec("torch"):
-        return {}
-
-    def microseconds() -> float:
-        torch = _torch()
-        attend = torch.nn.functional.scaled_dot_product_attention
-
-        def draw(heads: int, tokens: int) -> Any:
-            return torch.randn(rows, heads, tokens, 128, device="cuda", dtype=torch.bfloat16)
-
-        q = draw(heads, tokens)
-        caches = [(draw(1, length), draw(1, length)) for _ in range(layers)]
-
-        def call(layer: int) -> Any:
-            return attend(q, *caches[layer], is_causal=tokens > 1, enable_gqa=True)
-
-        return _microseconds(call, layers)
-
-    return {"torch sdpa": microseconds}
+    return of_torch | (of_triton if find_spec("triton") else {})
 
 
 def _torch() -> Any:
@@ -68,20 +124,139 @@ def _torch() -> Any:
     return import_module("torch")
 
 
-def _microseconds(call: Callable[[int], Any], layers: int) -> float:
+def _of_module(module: str, name: str, *arguments: Any) -> Made:
+    """A peer of a module that is imported only now; the last argument is the number of layers."""
+    return getattr(import_module(f"tests.perf.{module}"), name)(*arguments)
+
+
+def _scaled_mm(tokens: int, rows: int, width: int, layers: int) -> Made:
+    torch = _torch()
+    # It takes tokens by the sixteen.
+    padded = -(-tokens // 16) * 16
+    x = torch.randn(padded, width, device="cuda").to(torch.float8_e4m3fn)
+    weights = [
+        torch.randn(rows, width, device="cuda").to(torch.float8_e4m3fn) for _ in range(layers)
+    ]
+    x_scale = torch.rand(padded, 1, device="cuda")
+    scale = torch.rand(1, rows, device="cuda")
+
+    def call(layer: int) -> Any:
+        return torch._scaled_mm(
+            x, weights[layer].t(), x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    return Made({"": call})
+
+
+def _sdpa(rows: int, tokens: int, length: int, heads: int, layers: int) -> Made:
+    torch = _torch()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def draw(heads: int, tokens: int) -> Any:
+        return torch.randn(rows, heads, tokens, 128, device="cuda", dtype=torch.bfloat16)
+
+    q = draw(heads, tokens)
+    caches = [(draw(1, length), draw(1, length)) for _ in range(layers)]
+
+    def call(layer: int) -> Any:
+        return attend(q, *caches[layer], is_causal=tokens > 1, enable_gqa=True)
+
+    return Made({"": call})
+
+
+def _norm(tokens: int, width: int, layers: int) -> Made:
     torch = _torch()
 
+    def add_norm_quantize(x: Any, added: Any, weight: Any) -> Any:
+        residual = x + added
+        wide = residual.float()
+        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + _EPS)
+        normed = wide.bfloat16() * weight
+        scale = normed.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448.0
+        values = (normed.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+        return residual, normed, values, scale
+
+    compiled = torch.compile(add_norm_quantize, dynamic=False)
+    x, added = (torch.randn(tokens, width, device="cuda").bfloat16() for _ in range(2))
+    weights = torch.randn(layers, width, device="cuda").bfloat16()
+    return Made({"": lambda layer: compiled(x, added, weights[layer])})
+
+
+def _router(tokens: int, width: int, experts: int, picks: int, scaling: float, layers: int) -> Made:
+    torch = _torch()
+
+    def route(x: Any, weight: Any, bias: Any) -> Any:
+        scores = torch.sigmoid((x @ weight.t()).float())
+        chosen = (scores + bias).topk(picks, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * scaling
+
+    compiled = torch.compile(route, dynamic=False)
+    x = torch.randn(tokens, width, device="cuda").bfloat16()
+    weights = (torch.randn(layers, experts, width, device="cuda") * width**-0.5).bfloat16()
+    bias = torch.randn(layers, experts, device="cuda") / 8
+    return Made({"": lambda layer: compiled(x, weights[layer], bias[layer])})
+
+
+def _in_graph(call: Callable[[int], Any], layers: int) -> float:
+    """Microseconds of a call among one for each layer, in a graph that begins with an empty L2 cache.
+
+    The least of a few, less what emptying the cache takes alone.
+    """
+    torch = _torch()
     for layer in range(layers):
         call(layer)
-    times = []
-    for repeat in range(_REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(num_calls: int) -> float:
+        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        # The card is given work, so that the host is ahead of it when the call comes.
-        torch.cuda._sleep(200_000)
-        start.record()
-        call(repeat % layers)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+        with torch.cuda.graph(graph):
+            _flush()
+            for layer in range(num_calls):
+                call(layer)
+        graph.replay()
+        times = []
+        for _ in range(_REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return min(times)
+
+    return (seconds(layers) - seconds(0)) * 1e3 / layers
+
+
+def _in_kernels(call: Callable[[int], Any], layers: int) -> dict[str, float]:
+    """Microseconds of a call in each kernel, medians, as CUPTI counts them; empty where it does not.
+
+    Each round begins with an empty L2 cache and takes no layer twice, as ours do.
+    """
+    torch = _torch()
+    profiler = torch.profiler
+    rounds = max(_REPEATS, 2 * _CALLS // layers)
+    with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(rounds):
+            _flush()
+            for layer in range(layers):
+                call(layer)
+        torch.cuda.synchronize()
+    durations: dict[str, list[float]] = defaultdict(list)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and _FLUSH not in event.name:
+            durations[event.name[:80]].append(event.time_range.elapsed_us())
+    return {
+        name: statistics.median(times) * len(times) / (rounds * layers)
+        for name, times in durations.items()
+    }
+
+
+@cache
+def _large() -> Any:
+    return _torch().zeros(1 << 26, device="cuda", dtype=_torch().int32)
+
+
+def _flush() -> None:
+    """Writes more than the L2 cache holds, by a kernel with _FLUSH in its name."""
+    _large().bitwise_not_()

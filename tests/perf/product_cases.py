@@ -78,7 +78,7 @@ def dense_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
                 operations=2 * tokens * rows * width,
                 unit="fp8",
                 alternatives={"XLA": reference},
-                peers=peers.scaled_mm(tokens, rows, width, layers),
+                peers=peers.dense(tokens, rows, width),
             )
 
 
@@ -159,4 +159,5 @@ def expert_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             operations=2 * 3 * width * (rows * inner + tokens * shared),
             unit="fp8",
             alternatives={"XLA, every expert": reference} if tokens <= 64 else {},
+            peers=peers.experts(tokens),
         )

@@ -15,6 +15,7 @@ from glm_jax import ops
 from glm_jax.fp8 import quantize_rows
 from glm_jax.pallas import norm, router
 from glm_jax.pallas.chip import Chip
+from tests.perf import peers
 from tests.perf.measure import Case, mismatches, relative_error
 from tests.perf.sizes import Sizes
 
@@ -67,6 +68,7 @@ def norm_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             tolerance=1e-3,
             bytes=num_rows * width * (2 + 2 + 2 + 2 + 1) + 2 * width,
             alternatives={"XLA": reference},
+            peers=peers.norm(num_rows, width),
         )
 
 
@@ -141,4 +143,5 @@ def router_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             operations=2 * num_rows * width * experts,
             is_float32=True,
             alternatives={"XLA": in_bfloat16},
+            peers=peers.router(num_rows, width, experts, sizes.picks, _SCALING),
         )

@@ -19,10 +19,11 @@ def test_a_result_is_a_row_that_names_the_best_alternative() -> None:
         "is_right": True,
         "us": 4.0,
         "floor_us": 1.0,
+        "small_floor_us": 2.5,
         "alternatives": {"XLA": {"us": 9.0}},
         "peers_us": {"torch": 6.0},
     }
-    assert kernels.row(result) == "| norm | T=64 | 1.0e-04 | 4.0 | 1.0 | 25 % | 6.0 (torch) |"
+    assert kernels.row(result) == "| norm | T=64 | 1.0e-04 | 4.0 | 1.0 | 25 % | 2.5 | 6.0 (torch) |"
     assert "**wrong**" in kernels.row({**result, "is_right": False})
     assert "no such shape" in kernels.row({**result, "failed": "no such shape"})
 

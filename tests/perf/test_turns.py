@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from glm_jax.pallas.chip import Chip
-from tests.perf.measure import Card, Case, Step, relative_error
+from tests.perf.card import Card
+from tests.perf.measure import Case, Step, relative_error
 from tests.perf.turns import Outcome, over_cases
 
 # So slow that a case is called once.

@@ -28,7 +28,8 @@ from glm_jax.pallas import (
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.tiling import TuningConfig, fitting_stages
 from tests.perf import attention_cases, product_cases
-from tests.perf.measure import Card, Case, Step
+from tests.perf.card import Card
+from tests.perf.measure import Case, Step
 from tests.perf.sizes import GLM_4_7, Sizes
 from tests.perf.turns import default_processes, over_cases
 

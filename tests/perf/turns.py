@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.pallas.chip import Chip
+from tests.perf import peers
+from tests.perf.card import Card, measure_card
 from tests.perf.measure import (
-    Card,
     Case,
     Programs,
     check,
@@ -28,7 +29,6 @@ from tests.perf.measure import (
     compile_case,
     measure,
     measure_alternatives,
-    measure_card,
 )
 
 # The same list in every process.
@@ -41,9 +41,12 @@ _COMPILING = 0.6
 # Seconds after which a case that does not answer is taken for hung.
 _LONGEST = 60.0
 _THREADS = 2
+# Processes in which peers are compiled.
+_PEERS = 4
 # A process takes memory as it needs it, so that all find some.
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
-_WITHOUT_GPU = {"JAX_PLATFORMS": "cpu"}
+# Peers are compiled in processes of ours, not in ones of their own.
+_WITHOUT_GPU = {"JAX_PLATFORMS": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 class Outcome(NamedTuple):
@@ -64,7 +67,7 @@ def over_cases(
     """Yields the card, then what became of each case, as many as the time allows.
 
     A result has "error" and "is_right"; "bits", a digest of the first output; what time_program says;
-    "alternatives", the same of each; "peers_us". Otherwise it has "failed".
+    "alternatives", the same of each; "peers", as peers.measure says. Otherwise it has "failed".
 
     Args:
       make_cases: at the top level of its module, or a partial of what is.
@@ -73,7 +76,7 @@ def over_cases(
     """
     end = time.monotonic() + seconds
     crew = [_Member(_serve_kernels, make_cases, _ENVIRONMENT) for _ in range(num_processes)]
-    torch = _Member(_serve_peers, make_cases, _WITHOUT_GPU)
+    torch = _Member(_serve_peers, make_cases, _WITHOUT_GPU, has_processes=True)
     try:
         card = card or crew[0].ask(("card", None), 2 * _LONGEST)
         assert card is not None
@@ -81,12 +84,13 @@ def over_cases(
         cases = make_cases(card.chip)
         for number, member in enumerate(crew):
             member.start(card, list(range(number, len(cases), num_processes)), end)
-        torch.start(card, [index for index, case in enumerate(cases) if case.peers], end)
+        with_peers = [index for index, case in enumerate(cases) if case.peers]
+        torch.start(card, with_peers, end)
         for member in [*crew, torch]:
             member.wait_until_ready(end)
-        peers = {outcome.place: outcome.result for outcome in _turns([torch], end)}
+        of_peers = {outcome.place: outcome.result for outcome in _turns([torch], end)}
         for outcome in _turns(crew, end):
-            outcome.result["peers_us"] = peers.get(outcome.place, {})
+            outcome.result["peers"] = of_peers.get(outcome.place, {})
             yield outcome
     finally:
         for member in [*crew, torch]:
@@ -122,13 +126,18 @@ class _Member:
         serve: Callable[..., None],
         make_cases: MakeCases,
         environment: dict[str, str],
+        *,
+        has_processes: bool = False,
     ) -> None:
         self._made_of = (serve, make_cases, environment)
         self.share: list[int] = []
         self.card: Card | None = None
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, make_cases), daemon=True)
+        # A daemon may have no processes of its own.
+        self._process = context.Process(
+            target=serve, args=(theirs, make_cases), daemon=not has_processes
+        )
         before = dict(os.environ)
         os.environ.update(environment)
         self._process.start()
@@ -165,7 +174,7 @@ class _Member:
 
     def successor(self, end: float) -> "_Member":
         """A new process for what is left of the share, compiled anew."""
-        other = _Member(*self._made_of)
+        other = _Member(*self._made_of, has_processes=not self._process.daemon)
         assert self.card is not None
         other.start(self.card, self.share, end)
         other.wait_until_ready(end)
@@ -210,16 +219,45 @@ def _serve_peers(connection: Connection, make_cases: MakeCases) -> None:
     while True:
         verb, argument = connection.recv()
         if verb == "start":
-            cases = make_cases(argument[0].chip)
+            card, share, seconds = argument
+            cases = make_cases(card.chip)
+            _prepare_peers(make_cases, card.chip, share, seconds)
             connection.send("ready")
         else:
             times: dict[str, Any] = {}
-            for name, microseconds in cases[argument].peers.items():
+            case = cases[argument]
+            for name, peer in case.peers.items():
                 try:
-                    times[name] = microseconds()
+                    times[name] = peers.measure(peer, case.num_layers)
                 except Exception as error:  # the other shapes may do
-                    times[name] = f"{type(error).__name__}: {error}"[:200]
+                    times[name] = {"failed": _said(error)}
             connection.send(times)
+
+
+def _prepare_peers(make_cases: MakeCases, chip: Chip, share: list[int], seconds: float) -> None:
+    """Lets a few processes fill the caches on disk with what the peers' libraries compile."""
+    number = min(_PEERS, len(share))
+    context = multiprocessing.get_context("spawn")
+    others = [
+        context.Process(target=_prepare_share, args=(make_cases, chip, share[first::number]))
+        for first in range(number)
+    ]
+    for process in others:
+        process.start()
+    end = time.monotonic() + seconds
+    for process in others:
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
+
+
+def _prepare_share(make_cases: MakeCases, chip: Chip, share: list[int]) -> None:
+    cases = make_cases(chip)
+    for index in share:
+        for peer in cases[index].peers.values():
+            try:
+                peers.prepare(peer)
+            except Exception as error:  # measuring it says so again
+                print(f"{cases[index].kernel} {cases[index].shape}: {_said(error)}", flush=True)
 
 
 def _run(case: Case, base: Future[Programs], others: Future[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,183 @@
+"""A device's experts and its part of the shared one, from the tokens' picks to their sum: in Triton, and
+with PyTorch's grouped product.
+
+Knows no kernel of ours.
+"""
+
+# Not among our dependencies: this is imported only where they are installed.
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+import math
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from tests.perf import triton_kernels as kernels
+from tests.perf.peers import Made
+from tests.perf.triton_peers import fp8, relative, scales, ways
+
+_LARGEST = 448.0
+
+
+class Operands:
+    """Random weights of so many layers, tokens and their picks; the first experts live here."""
+
+    def __init__(
+        self, tokens: int, layers: int, num_local: int = 20, inner: int = 1536, shared: int = 192,
+        width: int = 5120, num_experts: int = 160, num_picks: int = 8, device: str = "cuda",
+    ) -> None:  # fmt: skip
+        self.tokens, self.num_local, self.inner, self.shared = tokens, num_local, inner, shared
+        self.width, self.num_picks, self.device = width, num_picks, device
+        self.x, self.x_scale = fp8(device, tokens, width), scales(device, width, tokens)
+        found = torch.rand(tokens, num_experts, device=device).topk(num_picks)
+        self.picks, self.weights = found.indices.to(torch.int32), found.values / num_picks
+        self.up = fp8(device, layers, num_local, 2 * inner, width)
+        self.up_scale = scales(device, width, layers, num_local, 2 * inner)
+        self.down = fp8(device, layers, num_local, width, inner)
+        self.down_scale = scales(device, inner, layers, num_local, width)
+        self.shared_up = fp8(device, layers, 2 * shared, width)
+        self.shared_up_scale = scales(device, width, layers, 2 * shared)
+        self.shared_down = fp8(device, layers, width, shared)
+        self.shared_down_scale = scales(device, shared, layers, width)
+
+    def error(self, got: Any) -> float:
+        """Of the first layer's sum, against float32."""
+        wide = self.x.float() * self.x_scale[:, None]
+        want = _mlp(
+            wide, self.shared_up[0], self.shared_up_scale[0], self.shared_down[0],
+            self.shared_down_scale[0],
+        )  # fmt: skip
+        for expert in range(self.num_local):
+            theirs = (self.picks == expert).nonzero()
+            if len(theirs):
+                parts = (self.up, self.up_scale, self.down, self.down_scale)
+                mine = _mlp(wide[theirs[:, 0]], *(part[0, expert] for part in parts))
+                want[theirs[:, 0]] += self.weights[theirs[:, 0], theirs[:, 1], None] * mine
+        return relative(got, want)
+
+
+def in_triton(tokens: int, layers: int, **sizes: Any) -> Made:
+    """Five kernels: lists of each expert's tokens, gate and up, quantization, down, sums."""
+    on = Operands(tokens, layers, **sizes)
+    empty = partial(torch.empty, device=on.device)
+    slots, counts = (empty(on.num_local * n, dtype=torch.int32) for n in (tokens, 1))
+    hidden = empty(on.num_local * tokens * on.inner, dtype=torch.bfloat16)
+    shared_hidden = empty(tokens * on.shared, dtype=torch.bfloat16)
+    narrow, shared_narrow = (
+        empty(wide.shape, dtype=torch.float8_e4m3fn) for wide in (hidden, shared_hidden)
+    )
+    narrow_scale, shared_narrow_scale = empty(on.num_local * tokens), empty(tokens)
+    rows = empty(tokens * on.num_picks, on.width, dtype=torch.bfloat16)
+    shared_rows, out = (empty(tokens, on.width, dtype=torch.bfloat16) for _ in range(2))
+    at_once, columns = min(tokens, 16), math.gcd(on.width, 1024)
+    num_picks = tokens * on.num_picks
+
+    def run(cut: tuple[int, ...], layer: int) -> Any:
+        bt, bn, bk, swap, stages, warps, bn2, bk2, swap2, stages2, warps2 = cut
+        grid_y = on.num_local + -(-tokens // bt)
+        kernels.align[(on.num_local,)](
+            on.picks, slots, counts, num_picks, tokens, BLOCK=1 << (num_picks - 1).bit_length()
+        )
+        kernels.gate_up[on.inner // bn, grid_y](
+            on.x, on.x_scale, slots, counts, on.up[layer], on.up_scale[layer], on.shared_up[layer],
+            on.shared_up_scale[layer], hidden, shared_hidden, tokens, E=on.num_local, N=on.inner,
+            SHARED=on.shared, K=on.width, PICKS=on.num_picks, BT=bt, BN=bn, BK=bk, SWAP=bool(swap),
+            STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+        kernels.quantize[on.num_local + -(-tokens // at_once), at_once](
+            hidden, counts, narrow, narrow_scale, shared_hidden, shared_narrow, shared_narrow_scale,
+            tokens, E=on.num_local, N=on.inner, SHARED=on.shared, ROWS=at_once,
+            BLOCK=1 << (on.inner - 1).bit_length(), SHARED_BLOCK=1 << (on.shared - 1).bit_length(),
+            num_warps=4,
+        )  # fmt: skip
+        kernels.down[on.width // bn2, grid_y](
+            narrow, narrow_scale, slots, counts, on.down[layer], on.down_scale[layer], shared_narrow,
+            shared_narrow_scale, on.shared_down[layer], on.shared_down_scale[layer], rows,
+            shared_rows, tokens, E=on.num_local, N=on.width, K=on.inner, SHARED=on.shared, BT=bt,
+            BN=bn2, BK=bk2, SWAP=bool(swap2), STAGES=stages2, num_warps=warps2,
+        )  # fmt: skip
+        kernels.combine[tokens, on.width // columns](
+            rows, shared_rows, on.picks, on.weights, out, E=on.num_local, N=on.width,
+            PICKS=on.num_picks, BLOCK=columns,
+        )  # fmt: skip
+        return out
+
+    return Made(ways(run, cuts(tokens, on)), on.error)
+
+
+def cuts(tokens: int, on: Operands) -> list[tuple[int, ...]]:
+    """BT; then (BN, BK, swap, stages, warps) of gate and up, and the same of down."""
+    ups = (
+        (64, 128, 1, 4, 4), (64, 128, 1, 6, 4), (64, 256, 1, 3, 4), (32, 256, 0, 4, 4),
+        (32, 128, 0, 6, 4),
+    )  # fmt: skip
+    downs = (
+        (128, 128, 1, 5, 4), (64, 256, 1, 4, 4), (128, 256, 1, 3, 8), (64, 128, 0, 6, 4),
+        (32, 256, 0, 4, 4),
+    )  # fmt: skip
+    return [
+        (bt, *up, *down)
+        for bt, up, down in product((16,) if tokens < 256 else (16, 32), ups, downs)
+        if on.inner % up[0] == on.shared % up[0] == on.width % up[1] == 0
+        and on.inner % down[1] == on.width % down[0] == 0
+    ]
+
+
+def grouped_mm(tokens: int, layers: int, **sizes: Any) -> Made:
+    """torch._scaled_grouped_mm over tokens sorted by expert, and what torch.compile makes of the rest."""
+    on = Operands(tokens, layers, **sizes)
+    padded = -(-tokens // 16) * 16
+    experts = torch.arange(on.num_local, device=on.device)
+
+    def sort(x: Any, x_scale: Any, picks: Any) -> Any:
+        flat = torch.where(picks < on.num_local, picks, on.num_local).flatten()
+        order = flat.argsort(stable=True)
+        ends = (flat[:, None] == experts).sum(0).cumsum(0).to(torch.int32)
+        token = order // on.num_picks
+        x = x.view(torch.uint8)
+        of_shared = torch.nn.functional.pad(x, (0, 0, 0, padded - tokens))
+        return order, ends, x[token], x_scale[token], of_shared
+
+    def gate(product: Any) -> Any:
+        linear, up = product.float().chunk(2, dim=-1)
+        hidden = (torch.nn.functional.silu(linear) * up).bfloat16().float()
+        scale = hidden.abs().amax(-1, keepdim=True).clamp_min(1e-12) / _LARGEST
+        return (hidden / scale).to(torch.float8_e4m3fn), scale
+
+    def add(rows: Any, order: Any, picks: Any, weights: Any, shared: Any) -> Any:
+        back = rows[order.argsort()].reshape(tokens, on.num_picks, -1).float()
+        back = torch.where((picks < on.num_local)[..., None], back * weights[..., None], 0.0)
+        return (back.sum(1) + shared[:tokens].float()).bfloat16()
+
+    sort, gate, add = (torch.compile(part, dynamic=False) for part in (sort, gate, add))
+    shared_x_scale = torch.nn.functional.pad(on.x_scale, (0, padded - tokens))[:, None]
+    plain = partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
+    grouped = partial(torch._scaled_grouped_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    def call(layer: int) -> Any:
+        order, ends, x, x_scale, of_shared = sort(on.x, on.x_scale, on.picks)
+        x, of_shared = (rows.view(torch.float8_e4m3fn) for rows in (x, of_shared))
+        product = grouped(x, on.up[layer].transpose(-1, -2), x_scale, on.up_scale[layer], offs=ends)
+        hidden, scale = gate(product)
+        rows = grouped(
+            hidden, on.down[layer].transpose(-1, -2), scale[:, 0], on.down_scale[layer], offs=ends
+        )
+        product = plain(
+            of_shared, on.shared_up[layer].t(), shared_x_scale, on.shared_up_scale[layer][None]
+        )
+        hidden, scale = gate(product)
+        shared = plain(hidden, on.shared_down[layer].t(), scale, on.shared_down_scale[layer][None])
+        return add(rows, order, on.picks, on.weights, shared)
+
+    return Made({"": call}, on.error)
+
+
+def _mlp(x: Any, up: Any, up_scale: Any, down: Any, down_scale: Any) -> Any:
+    """A gated MLP in float32, its hidden rows rounded to bfloat16 and FP8 as the kernels do."""
+    gate, linear = (x @ up.float().T * up_scale).chunk(2, dim=-1)
+    hidden = (torch.nn.functional.silu(gate) * linear).bfloat16().float()
+    scale = hidden.abs().amax(-1, keepdim=True).clamp_min(1e-12) / _LARGEST
+    hidden = (hidden / scale).to(torch.float8_e4m3fn).float() * scale
+    return hidden @ down.float().T * down_scale

@@ -1,0 +1,153 @@
+"""FP8 products and decode attention in Triton, in the cuts that are tried for each shape.
+
+Knows no kernel of ours. Each function makes the operands of so many layers on the GPU, and the ways to
+run one of them.
+"""
+
+# Not among our dependencies: this is imported only where they are installed.
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from tests.perf import triton_kernels as kernels
+from tests.perf.peers import Made
+
+_PAGE, _HEAD = 64, 128
+
+
+def dense(tokens: int, rows: int, width: int, layers: int, device: str = "cuda") -> Made:
+    """An FP8 product: swapped or not, its columns split or not."""
+    x, x_scale = fp8(device, tokens, width), scales(device, width, tokens)
+    weights = [fp8(device, rows, width) for _ in range(layers)]
+    scale = scales(device, width, layers, rows)
+    bias = torch.randn(rows, device=device, dtype=torch.bfloat16)
+    out = torch.empty(tokens, rows, device=device, dtype=torch.bfloat16)
+    partials = torch.empty(8, tokens, rows, device=device)
+    arrived = torch.zeros(4096, device=device, dtype=torch.int32)
+
+    def run(cut: tuple[int, ...], layer: int) -> Any:
+        bt, bn, bk, split, swap, stages, warps = cut
+        grid = (rows // bn, split, -(-tokens // bt))
+        kernels.dense[grid](
+            x, x_scale, weights[layer], scale[layer], bias, out, partials, arrived, tokens,
+            N=rows, K=width, BT=bt, BN=bn, BK=bk, SPLIT=split, SWAP=bool(swap), STAGES=stages,
+            num_warps=warps,
+        )  # fmt: skip
+        return out
+
+    def error(got: Any) -> float:
+        want = x.float() @ weights[0].float().T * x_scale[:, None] * scale[0] + bias.float()
+        return relative(got, want)
+
+    return Made(ways(run, dense_cuts(tokens, rows, width)), error)
+
+
+def dense_cuts(tokens: int, rows: int, width: int) -> list[tuple[int, ...]]:
+    """(BT, BN, BK, split, swap, stages, warps) of those that fill the SMs."""
+    if tokens <= 64:
+        bt = 16 if tokens <= 16 else 64
+        cuts = [
+            (bt, bn, bk, split, swap, stages, 4)
+            for bn, bk, swap, stages in (
+                (64, 256, 1, 4), (64, 128, 1, 6), (128, 128, 1, 5), (16, 512, 0, 4), (32, 256, 0, 5),
+                (64, 256, 0, 3),
+            )
+            for split in (1, 2, 4)
+        ]  # fmt: skip
+    else:
+        cuts = [
+            (bt, bn, bk, split, swap, stages, warps)
+            for bt, bn, bk, swap, stages, warps in (
+                (64, 64, 128, 1, 5, 4), (128, 64, 128, 0, 5, 4), (64, 64, 256, 1, 3, 4),
+                (128, 128, 128, 0, 4, 8),
+            )
+            for split in (1, 2, 4)
+        ]  # fmt: skip
+
+    def fits(cut: tuple[int, ...]) -> bool:
+        bt, bn, bk, split, _, stages, _ = cut
+        num_tiles = rows // bn * split * -(-tokens // bt)
+        return (
+            rows % bn == 0
+            and width % (split * bk) == 0
+            and 64 <= num_tiles <= 512
+            and (bt + bn) * bk * stages < 220_000
+        )
+
+    return [cut for cut in cuts if fits(cut)]
+
+
+def attention(rows: int, length: int, heads: int, layers: int, device: str = "cuda") -> Made:
+    """One token of each row over FP8 pages that lie scattered."""
+    pages_per_row = length // _PAGE
+    num_pages = rows * pages_per_row
+    pools = [
+        [torch.randn(num_pages, _PAGE, _HEAD, device=device, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+         for _ in range(2)]
+        for _ in range(layers)
+    ]  # fmt: skip
+    q = torch.randn(rows, heads, _HEAD, device=device, dtype=torch.bfloat16)
+    table = torch.randperm(num_pages, device=device).to(torch.int32).reshape(rows, pages_per_row)
+    lengths = torch.full((rows,), length, device=device, dtype=torch.int32)
+    out = torch.empty_like(q)
+    part = torch.empty(rows * 64 * 16 * _HEAD, device=device)
+    part_max, part_sum = (torch.empty(rows * 64 * 16, device=device) for _ in range(2))
+    arrived = torch.zeros(rows, device=device, dtype=torch.int32)
+
+    def run(cut: tuple[int, ...], layer: int) -> Any:
+        block, splits, stages, warps = cut
+        kernels.decode_attention[rows, splits](
+            q, *pools[layer], table, lengths, out, part, part_max, part_sum, arrived, pages_per_row,
+            H=heads, D=_HEAD, PAGE=_PAGE, BLOCK=block, SPLITS=splits, STAGES=stages,
+            num_warps=warps,
+        )  # fmt: skip
+        return out
+
+    def error(got: Any) -> float:
+        keys, values = (pool[table.long()].reshape(rows, length, _HEAD) for pool in pools[0])
+        worst = 0.0
+        for row in range(0, rows, max(1, rows // 4)):
+            scores = q[row].float() @ keys[row].float().T / _HEAD**0.5
+            want = scores.softmax(-1) @ values[row].float()
+            worst = max(worst, relative(got[row], want))
+        return worst
+
+    return Made(ways(run, attention_cuts(rows, length)), error)
+
+
+def attention_cuts(rows: int, length: int) -> list[tuple[int, ...]]:
+    """(BLOCK, splits, stages, warps) of those that give each SM one to eight programs."""
+    most = max(1, min(64, length // 64))
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= most and 128 <= n * rows <= 1100]
+    return [
+        (block, splits, stages, warps)
+        for splits in counts or [most]
+        for block, stages, warps in ((64, 3, 4), (128, 3, 4), (128, 2, 8), (64, 4, 2))
+    ]
+
+
+def ways(
+    run: Callable[[tuple[int, ...], int], Any], cuts: list[tuple[int, ...]]
+) -> dict[str, Callable[[int], Any]]:
+    """A call for each cut, by its numbers."""
+    return {" ".join(map(str, cut)): partial(run, cut) for cut in cuts}
+
+
+def fp8(device: str, *shape: int) -> Any:
+    """FP8 values below 2 of every magnitude, none of them NaN."""
+    bits = torch.randint(0, 256, shape, device=device, dtype=torch.uint8) & 0xBF
+    return bits.view(torch.float8_e4m3fn)
+
+
+def scales(device: str, width: int, *shape: int) -> Any:
+    """Scales of products of so many columns."""
+    return (torch.rand(shape, device=device) + 0.5) * width**-0.5
+
+
+def relative(got: Any, want: Any) -> float:
+    """Norm of the difference over the norm of what is wanted."""
+    return float((got.float() - want).norm() / want.norm())
