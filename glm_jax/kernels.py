@@ -34,6 +34,7 @@ from glm_jax.pallas import (
     decode_attention,
     dense_matmul,
     grid,
+    inbox,
     kv_write,
     norm,
     prefill_attention,
@@ -65,14 +66,21 @@ class Kernels(Selection):
         is_alone = jax.process_count() == 1
         return self.fused_all_reduce and is_alone and num_rows <= all_reduce.MAX_ROWS
 
-    def workspace(self, num_rows: int, num_local: int) -> Workspace | None:
+    def workspace(self, num_rows: int, width: int, num_local: int) -> Workspace | None:
         """What kernels of so many rows and experts of this device share; None where each does without."""
         if self._interprets or self._chip() is None or num_rows > route_stage.MAX_TOKENS:
             return None
         first = sharding.device_index() * num_local
         is_shared = self._fuses_sums(num_rows) and sharding.num_devices() > 1
-        semaphores = all_reduce.make_semaphores(num_rows) if is_shared else None
-        return Workspace(grid.make_counter(), grid.make_counter(), semaphores, first)
+        semaphores = box = None
+        if is_shared and self.sends_sums:
+            devices = sharding.num_devices()
+            box = inbox.make_inbox(
+                num_rows, width, axis_name=sharding.MESH_AXIS, num_devices=devices
+            )
+        elif is_shared:
+            semaphores = all_reduce.make_semaphores(num_rows)
+        return Workspace(grid.make_counter(), grid.make_counter(), semaphores, box, first)
 
     def later(self, stacks: Sequence[Array], num_rows: int, *, shift: int = 0) -> Asked:
         """What kernels of so many rows are to ask for ahead: stacked weights that later ones read.
@@ -143,6 +151,7 @@ class Kernels(Selection):
                 residual, weight, at, eps=eps, axis_name=sharding.MESH_AXIS,
                 num_devices=sharding.num_devices(), chip=chip, shift=shift,
                 semaphores=None if workspace is None else workspace.semaphores,
+                inbox=None if workspace is None else workspace.inbox,
                 tells_place=shift != 0, interpret=self._interprets,
             )  # fmt: skip
             return _as_ours(normed, is_fp8), at if normed.place is None else normed.place

@@ -203,7 +203,9 @@ class Glm4Moe(nnx.Module):
         layers = self.layers
         attend = layers.self_attn.prepare(attend, positions)
         norms = layers.norms_between(self.norm)
-        workspace = layers.kernels.workspace(tokens.size, layers.moe.experts.num_local)
+        workspace = layers.kernels.workspace(
+            tokens.size, norms.weight.shape[-1], layers.moe.experts.num_local
+        )
 
         def run(is_dense: bool, carry: Carry, _: None) -> tuple[Carry, Layerwise | None]:
             layer, normed, cache = carry

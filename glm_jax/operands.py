@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from glm_jax import ops
 from glm_jax.ops import Rows
 from glm_jax.pallas.dispatch import Dispatch
+from glm_jax.pallas.inbox import Inbox
 
 # A stacked weight: its values, and their scale where they are FP8.
 Weight = tuple[Array, Array | None]
@@ -59,12 +60,14 @@ class Workspace(NamedTuple):
     Attributes:
       routing, gate_up: counters of these kernels, whose CTAs wait for each other.
       semaphores: for a kernel that devices run together; None where each call has its own.
+      inbox: where devices write rows for each other; None where they fetch them.
       first_expert: of this device.
     """
 
     routing: jax.Ref
     gate_up: jax.Ref
     semaphores: jax.Ref | None
+    inbox: Inbox | None
     first_expert: Int32[Array, ""]
 
 

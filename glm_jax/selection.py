@@ -25,12 +25,15 @@ class Selection:
         weights and is many times slower; otherwise it is an error.
       fused_all_reduce: sums over devices, the addition and the norm in one kernel of ours, which reads
         the other devices' memory, up to 256 rows and within one process; otherwise the sum is XLA's.
+      sends_sums: in that kernel devices write their rows into the others' memory, and wait for nobody's
+        leave; otherwise each fetches the others' rows.
       interpreted: kernels of this chip, interpreted on a CPU: for tests.
       native: a CPU may run C, which has no derivatives.
     """
 
     allow_reference: bool = False
     fused_all_reduce: bool = True
+    sends_sums: bool = False
     interpreted: Chip | None = None
     native: bool = True
 
