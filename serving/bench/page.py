@@ -223,14 +223,17 @@ def _medians(
 
 
 def _kernels(result: Result, path: Path) -> Iterator[str]:
-    head = ("kernel", "shape", "error", "µs", "of the floor", "best alternative, µs")
+    head = (
+        "kernel", "shape", "error", "µs", "of the floor", "copy of as much, µs",
+        "best alternative, µs",
+    )  # fmt: skip
     yield from _table(head, map(_kernel_cells, result["results"]))
 
 
 def _kernel_cells(found: Result) -> Sequence[str]:
     cells = (found["kernel"], found["shape"])
     if "failed" in found:
-        return (*cells, found["failed"][:100].replace("|", "/").replace("\n", " "), "", "", "")
+        return (*cells, found["failed"][:100].replace("|", "/").replace("\n", " "), "", "", "", "")
     others = {name: times["us"] for name, times in found["alternatives"].items()}
     best = min((others | found["peers_us"]).items(), key=lambda item: item[1], default=None)
     wrong = "" if found["is_right"] else " **wrong**"
@@ -239,8 +242,38 @@ def _kernel_cells(found: Result) -> Sequence[str]:
         f"{found['error']:.1e}{wrong}",
         f"{found['us']:.1f}",
         f"{found['floor_us'] / found['us']:.0%}",
+        # Measured since 2026-11-29.
+        f"{found['small_floor_us']:.1f}" if "small_floor_us" in found else "-",
         "-" if best is None else f"{best[1]:.1f} ({best[0]})",
     )
+
+
+def _layer(result: Result, path: Path) -> Iterator[str]:
+    head = ("rows", "of a layer", "launches", "µs", "floor, µs", "of the floor")
+    yield from _table(head, (cells for found in result["results"] for cells in _layer_cells(found)))
+
+
+def _layer_cells(found: Result) -> Iterator[Sequence[str]]:
+    rows = str(found["rows"])
+    for part in found["kernels"]:
+        share = f"{part['floor_us'] / part['us']:.0%}" if part["floor_us"] and part["us"] else "-"
+        yield (
+            rows, part["kernel"], f"{part['runs']:.1f}", f"{part['us']:.1f}",
+            f"{part['floor_us']:.1f}", share,
+        )  # fmt: skip
+    yield (rows, "gaps", "", f"{found['gaps_us']:.1f}", "", "")
+    yield (
+        rows, "**all**", f"{found['launches']:.1f}", f"{found['layer_us']:.1f}",
+        f"{found['floor_us']:.1f}", f"{found['floor_us'] / found['layer_us']:.0%}",
+    )  # fmt: skip
+
+
+def _layer_conditions(result: Result, path: Path) -> Iterator[str]:
+    yield f"Measured {result['date']} at commit {result['commit']} on {result['device']},"
+    yield f"jax {result['jax']}, from steps of one layer and of five as XLA captures them: a layer is a"
+    yield "quarter of the difference, gaps are what its kernels do not fill. A floor is what this card's"
+    yield f"large copy ({result['copy_bytes_per_second'] / 1e12:.2f} TB/s) would take for the bytes."
+    yield f"Command: `{result['command']}`. File: `results/{path.name}`."
 
 
 def _card_conditions(result: Result, path: Path) -> Iterator[str]:
@@ -249,6 +282,9 @@ def _card_conditions(result: Result, path: Path) -> Iterator[str]:
     yield f"jax {result['jax']}. A floor is what this card's own copies (read and written together"
     yield f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s) and products (TFLOP/s: "
     yield f"{', '.join(rates)}) would take for the bytes and operations of the kernel."
+    if "empty_kernel_us" in result:
+        yield "A copy of as much moves as many bytes by itself, from a cold L2 cache, or is an empty"
+        yield f"kernel ({result['empty_kernel_us']:.1f} µs) where that takes longer."
     yield f"Command: `{result['command']}`. File: `results/{path.name}`."
 
 
@@ -262,4 +298,5 @@ _BODIES: dict[str, tuple[str, _Lines, _Lines]] = {
     "frontend-peers": ("The front end beside others", _frontend_peers, _conditions),
     "peers": ("The engine beside others on the CPU", _peers, _conditions),
     "kernels": ("Kernels", _kernels, _card_conditions),
+    "layer": ("A layer of a decode step", _layer, _layer_conditions),
 }

@@ -1,8 +1,11 @@
 """Times decode steps of a few layers at the shapes of one of eight devices, against what the card can do.
 
     python tests/perf/layer.py [--devices N] [--layers N,…] [--rows N,…] [--context N] [--json FILE]
+    python tests/perf/layer.py --build DIR [--target h200] …    # compiles for GPUs that are not there
+    python tests/perf/layer.py --programs DIR …                 # and takes what was compiled so
 
-Each device has what it has in the deployment (eighths.py): one KV head with its 12 query heads, 20 of the
+A layer's time is the difference of steps of few and of many layers, as XLA captures them; what its kernels
+take is counted by CUPTI, and the rest is launches and gaps. Each device has what it has in the deployment (eighths.py): one KV head with its 12 query heads, 20 of the
 160 experts that the router knows, an eighth of the shared expert and of the vocabulary. Knows no kernel.
 """
 
@@ -23,14 +26,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from checkpoints.dummy import dummy_weights
 from glm_jax import shapes as columns
+from glm_jax.aot.topology import mesh_of, stay_off_devices
 from glm_jax.cache import KVCache
+from glm_jax.config import ModelConfig
 from glm_jax.shapes import StepShapes
-from glm_jax.sharding import make_mesh, partition_spec, sharding_for
+from glm_jax.sharding import make_mesh, sharding_for
 from glm_jax.steps import Slots, StepOptions, lower, step_specs
+from glm_jax.targets.target import parse_target
+from tests.perf import layer_floors
 from tests.perf.card import Card, measure_card
 from tests.perf.eighths import eighths, even_loads, held_parts
 from tests.perf.measure import profile as kernel_times
@@ -38,7 +46,7 @@ from tests.perf.measure import profile as kernel_times
 _DTYPE = np.dtype(jnp.bfloat16)
 _OPTIONS = StepOptions(kv_dtype=np.dtype(jnp.float8_e4m3fn))
 _STEPS, _ROUNDS, _MARGIN = 10, 5, 192
-_OUT_OF_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
+_OURS = "_mosaic_gpu_kernel"
 
 
 class State(NamedTuple):
@@ -51,15 +59,12 @@ class State(NamedTuple):
 class Decoding:
     """Decode steps of a model of random weights, every row at the same context."""
 
-    def __init__(self, mesh: Mesh, num_layers: int, rows: int, context: int) -> None:
-        # All of them with experts.
-        self.config = replace(eighths(mesh.devices.size, num_layers), first_k_dense_replace=0)
+    def __init__(
+        self, mesh: Mesh, num_layers: int, rows: int, context: int, programs: Path | None = None
+    ) -> None:
         self.mesh, self.rows, self.context = mesh, rows, context
-        pages = -(-context // 64)
-        self.shapes = StepShapes(
-            num_slots=rows, num_pages=rows * pages, page_size=64, max_seq_len=pages * 64,
-            prefill_tile=64, prefill_buckets=(1,), decode_buckets=(rows,),
-        )  # fmt: skip
+        self.config, self.shapes = model_of(mesh, num_layers, rows, context)
+        pages = self.shapes.max_seq_len // self.shapes.page_size
         self.specs = step_specs(self.config, self.shapes, _DTYPE, _OPTIONS)
         self.weights = dummy_weights(self.specs.weights, mesh, 0)
         even_loads(self.weights)
@@ -71,12 +76,22 @@ class Decoding:
         batch[:, columns.NUM_FIELDS : columns.NUM_FIELDS + pages] = table
         controls = np.zeros((rows, self.shapes.control_columns), np.int32)
         self.inputs = [jax.device_put(array, replicated) for array in (controls, batch)]
-        self.program = self.compile()
+        self.program = self.load(programs) if programs else self.compile()
 
     def compile(self, options: dict[str, Any] | None = None) -> Callable[..., Any]:
         """The step, compiled with the options a deployment has but for these."""
         lowered = lower(self.config, self.shapes, self.mesh, _DTYPE, "decode", self.rows, _OPTIONS)
         return lowered.compile(compiler_options=options)
+
+    def load(self, programs: Path) -> Callable[..., Any]:
+        """The step that build compiled."""
+        cache = KVCache(0, 0)  # type: ignore[arg-type]
+        return serialize_executable.deserialize_and_load(
+            (programs / file_of(self.config.num_hidden_layers, self.rows)).read_bytes(),
+            jax.tree.structure(((self.specs.weights, cache, self.specs.slots, 0, 0), {})),
+            jax.tree.structure((cache, self.specs.slots, 0)),
+            execution_devices=list(self.mesh.devices.flat),
+        )
 
     def start(self) -> State:
         """Random pages and tokens, and room for as many steps as are timed."""
@@ -107,19 +122,35 @@ class Decoding:
             outputs.append(output)
         return state, outputs
 
-    def floor_bytes(self) -> float:
-        """What a device reads at least in a layer of one step: weights in use, keys and values."""
-        config, devices = self.config, self.mesh.devices.size
-        share = config.num_experts_per_tok / config.n_routed_experts
-        in_use = 1 - (1 - share) ** self.rows
-        total = 0.0
-        for path, spec in self.specs.weights.items():
-            if path.startswith("layers."):
-                is_shared_out = any(axis is not None for axis in partition_spec(spec.axes))
-                size = np.prod(spec.shape) * spec.dtype.itemsize / (devices if is_shared_out else 1)
-                total += size * (in_use if ".experts." in path else 1)
-        positions = self.rows * (self.context - _MARGIN)
-        return total / config.num_hidden_layers + 2 * positions * config.head_dim
+
+def model_of(
+    mesh: Mesh, num_layers: int, rows: int, context: int
+) -> tuple[ModelConfig, StepShapes]:
+    """So many layers, all of them with experts, and steps of so many rows at a context."""
+    pages = -(-context // 64)
+    shapes = StepShapes(
+        num_slots=rows, num_pages=rows * pages, page_size=64, max_seq_len=pages * 64,
+        prefill_tile=64, prefill_buckets=(1,), decode_buckets=(rows,),
+    )  # fmt: skip
+    return replace(eighths(mesh.devices.size, num_layers), first_k_dense_replace=0), shapes
+
+
+def file_of(num_layers: int, rows: int) -> str:
+    return f"layers-{num_layers}-rows-{rows}"
+
+
+def build(directory: Path, mesh: Mesh, counts: list[int], rows: list[int], context: int) -> None:
+    """Compiles every step for devices that are only described."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with held_parts(mesh.devices.size):
+        for num_rows, num_layers in itertools.product(rows, counts):
+            begin = time.perf_counter()
+            config, shapes = model_of(mesh, num_layers, num_rows, context)
+            step = lower(config, shapes, mesh, _DTYPE, "decode", num_rows, _OPTIONS).compile()
+            blob, _, _ = serialize_executable.serialize(step)
+            (directory / file_of(num_layers, num_rows)).write_bytes(blob)
+            seconds = time.perf_counter() - begin
+            print(f"{num_rows} rows, {num_layers} layers: {seconds:.0f} s", flush=True)
 
 
 def time_steps(decoding: Decoding) -> float:
@@ -135,35 +166,30 @@ def time_steps(decoding: Decoding) -> float:
     return statistics.median(times)
 
 
-def profile(decoding: Decoding) -> list[tuple[str, int, float]]:
-    """Each kernel of a step on all devices: its name, how often it runs, its microseconds."""
+def profile(decoding: Decoding) -> dict[str, tuple[float, float]]:
+    """Each kernel of a step on all devices, by name: how often it runs, its microseconds in all."""
     state, outputs = decoding.run(decoding.start(), 2)
     jax.block_until_ready(outputs)
     timings = kernel_times(lambda: jax.block_until_ready(decoding.run(state, _ROUNDS)[1]))
-    counts: dict[str, int] = defaultdict(int)
-    sums: dict[str, float] = defaultdict(float)
+    durations: dict[str, list[float]] = defaultdict(list)
     for name, milliseconds in timings:
-        counts[name] += 1
-        sums[name] += milliseconds * 1e3
-    devices = decoding.mesh.devices.size
-    rows = [
-        (name, counts[name] // (_ROUNDS * devices), sums[name] / (_ROUNDS * devices))
-        for name in counts
-    ]
-    return sorted(rows, key=lambda row: -row[2])
+        durations[name.removesuffix(_OURS)].append(milliseconds * 1e3)
+    steps = _ROUNDS * decoding.mesh.devices.size
+    return {
+        name: (len(times) / steps, statistics.median(times) * len(times) / steps)
+        for name, times in durations.items()
+    }
 
 
 def compare(decoding: Decoding) -> dict[str, bool]:
-    """Whether several steps have the same bits when they are run again, and outside of graphs."""
+    """Whether several steps have the same bits when they are run again."""
 
-    def outputs(program: Callable[..., Any] | None = None) -> np.ndarray:
-        return np.stack([np.asarray(x) for x in decoding.run(decoding.start(), 4, program)[1]])
+    def outputs() -> np.ndarray:
+        return np.stack([np.asarray(x) for x in decoding.run(decoding.start(), 4)[1]])
 
     first = outputs()
-    uncaptured = outputs(decoding.compile(_OUT_OF_GRAPHS))
     return {
         "again": bool((first == outputs()).all()),
-        "uncaptured": bool((first == uncaptured).all()),
         "distinct": len(np.unique(first[:, columns.OUTPUT_TOKENS])) > 1 or decoding.rows == 1,
     }
 
@@ -175,42 +201,62 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--layers", default="1,5", help="numbers of layers")
     parser.add_argument("--rows", default="64,1,8,256", help="numbers of rows")
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--build", type=Path, help="compile into this directory, and end")
+    parser.add_argument("--target", default="h200", help="to compile for, as glm_jax.aot takes it")
+    parser.add_argument("--programs", type=Path, help="a directory of what was compiled before")
+    parser.add_argument("--commit", default="", help="what this is a copy of")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args(arguments)
+    counts, rows = ([int(n) for n in text.split(",")] for text in (options.layers, options.rows))
+    if options.build:
+        stay_off_devices()
+        mesh = mesh_of(parse_target(options.target))
+        return build(options.build, mesh, counts, rows, options.context)
     mesh, card = make_mesh(options.devices), measure_card()
     print(f"{options.devices} x {card.name}, jax {jax.__version__}, {card.copy / 1e12:.2f} TB/s")
+    report = {
+        "kind": "layer",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": options.commit,
+        "command": f"python tests/perf/layer.py {' '.join(arguments)}",
+        "device": f"{options.devices} x {card.name}",
+        "jax": jax.__version__,
+        "copy_bytes_per_second": card.copy,
+        "empty_kernel_us": card.empty * 1e6,
+        "results": [],
+    }
     with held_parts(options.devices):
-        measure(mesh, card, options)
+        for number in rows:
+            report["results"].append(measure(mesh, card, number, counts, options))
+            if options.json:
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return None
 
 
-def measure(mesh: Mesh, card: Card, options: argparse.Namespace) -> None:
-    """Every number of rows with every number of layers."""
-    results = []
-    counts = [int(count) for count in options.layers.split(",")]
-    for rows in map(int, options.rows.split(",")):
-        timed: dict[int, float] = {}
-        for num_layers in counts:
-            decoding = Decoding(mesh, num_layers, rows, options.context)
-            timed[num_layers] = time_steps(decoding)
-            floor = decoding.floor_bytes() / card.copy * 1e6
-            print(
-                f"{rows} rows, {num_layers} layers: {timed[num_layers]:.3f} ms a step; "
-                f"floor of a layer {floor:.1f} us",
-                flush=True,
-            )
-            entry = {"rows": rows, "layers": num_layers, "ms": timed[num_layers], "floor_us": floor}
-            results.append(entry)
-            if num_layers == counts[-1]:
-                entry |= {"bits": compare(decoding), "kernels": profile(decoding)}
-                print("same bits:", entry["bits"])
-                for name, count, microseconds in entry["kernels"][:24]:
-                    print(f"  {microseconds:9.1f} us in {count:3d} of {name[:90]}", flush=True)
-            del decoding
-        for few, many in itertools.pairwise(counts):
-            each = (timed[many] - timed[few]) / (many - few) * 1e3
-            print(f"{rows} rows: {each:.1f} us for each layer of the last {many - few}", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps({"card": card.name, "results": results}, indent=1))
+def measure(
+    mesh: Mesh, card: Card, rows: int, counts: list[int], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Steps of so many rows, with few layers and with many; see layer_floors.compare."""
+    steps: dict[int, float] = {}
+    kernels: dict[int, dict[str, tuple[float, float]]] = {}
+    bits: dict[str, bool] = {}
+    floors: dict[str, layer_floors.Floor] = {}
+    for num_layers in counts:
+        decoding = Decoding(mesh, num_layers, rows, options.context, options.programs)
+        steps[num_layers] = time_steps(decoding) * 1e3
+        print(f"{rows} rows, {num_layers} layers: {steps[num_layers]:.1f} us a step", flush=True)
+        kernels[num_layers] = profile(decoding)
+        if num_layers == counts[-1]:
+            bits = compare(decoding)
+            floors = layer_floors.floors_of(
+                decoding.config, decoding.specs.weights, mesh.devices.size, rows,
+                options.context - _MARGIN, card,
+            )  # fmt: skip
+        del decoding
+    few, many = counts[0], counts[-1]
+    found = layer_floors.compare(steps, kernels, few, many, floors)
+    print(layer_floors.text(found), flush=True)
+    return {"rows": rows, "context": options.context, "bits": bits, "steps_us": steps, **found}
 
 
 if __name__ == "__main__":

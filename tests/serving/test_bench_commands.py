@@ -142,10 +142,30 @@ def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_d
                     "is_right": True,
                     "us": 2.0,
                     "floor_us": 1.0,
+                    "small_floor_us": 1.5,
                     "alternatives": {"XLA": {"us": 4.0}},
                     "peers_us": {"torch": 3.0},
                 },
                 {"kernel": "route", "shape": "T=1", "failed": "ValueError: a | b"},
+            ],
+        },
+        "layer": {
+            "kind": "layer",
+            "device": "A card",
+            "jax": "0.12",
+            "date": "today",
+            "commit": "abc",
+            "command": "measure it",
+            "copy_bytes_per_second": 3e12,
+            "results": [
+                {
+                    "rows": 64,
+                    "layer_us": 90.0,
+                    "floor_us": 60.0,
+                    "gaps_us": 10.0,
+                    "launches": 1.0,
+                    "kernels": [{"kernel": "gate_up", "runs": 1.0, "us": 80.0, "floor_us": 60.0}],
+                }
             ],
         },
     }
@@ -159,7 +179,9 @@ def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_d
     assert f"{got['runs'][0]['output_throughput']:,.0f}" in page
     assert "| 8 | them | 2.00 | 1.00 … 3.00 | 5.00 | 4.00 … 6.00 |" in page
     assert "| 8 | them | 2.0 | 5.0 |" in page and "others was left out: it ended" in page
-    assert "| norm | T=1 | 1.0e-03 | 2.0 | 50% | 3.0 (torch) |" in page
+    assert "| norm | T=1 | 1.0e-03 | 2.0 | 50% | 1.5 | 3.0 (torch) |" in page
+    assert "| 64 | gate_up | 1.0 | 80.0 | 60.0 | 75% |" in page
+    assert "| 64 | **all** | 1.0 | 90.0 | 60.0 | 67% |" in page
     assert "| route | T=1 | ValueError: a / b |" in page and "Command: `measure it`" in page
     assert "<svg" in (tmp_path / "results" / "load.svg").read_text()
 
