@@ -80,7 +80,8 @@ class Kernels(Selection):
             )
         elif is_shared:
             semaphores = all_reduce.make_semaphores(num_rows)
-        return Workspace(grid.make_counter(), grid.make_counter(), semaphores, box, first)
+        routing = route_stage.make_words(num_rows, num_local)
+        return Workspace(routing, grid.make_counter(), semaphores, box, first)
 
     def later(self, stacks: Sequence[Array], num_rows: int, *, shift: int = 0) -> Asked:
         """What kernels of so many rows are to ask for ahead: stacked weights that later ones read.

@@ -58,7 +58,7 @@ class Workspace(NamedTuple):
     """Memory that the kernels of a step share, made once, outside of its layers.
 
     Attributes:
-      routing, gate_up: counters of these kernels, whose CTAs wait for each other.
+      routing, gate_up: words and a counter of these kernels, whose CTAs wait for each other.
       semaphores: for a kernel that devices run together; None where each call has its own.
       inbox: where devices write rows for each other; None where they fetch them.
       first_expert: of this device.

@@ -1,24 +1,30 @@
 """Picks and what they ask for in one kernel: each token's experts, then the tokens sorted by expert.
 
-Knows neither the experts' weights nor other devices. First every CTA picks for its share of the tokens;
-when all have, each finds and copies the tokens of its own tiles. The interpreter has no barrier for
-that: the same two bodies run there as router.route and dispatch.stage.
+Knows neither the experts' weights nor other devices. Each token's CTA picks for it, learns from all
+others what they picked, and brings its token to its places. The interpreter has none of that: there,
+router.route and dispatch.stage do the same.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import dispatch, grid, router
+from glm_jax.pallas import places, router
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch, Sizes, default_tile, max_tiles
+from glm_jax.pallas.places import MAX_PICKS, Inputs, Outputs, make_words
 from glm_jax.pallas.router import Choice
+
+__all__ = ["MAX_TOKENS", "Local", "make_words", "route_and_stage"]
 
 # The most tokens that are counted by every CTA for itself.
 MAX_TOKENS = 256
+# A token's CTA waits for those of all others: so many are surely running on an SM at once.
+_CTAS_PER_SM = 2
 _LANES = 128
 
 
@@ -37,78 +43,93 @@ def route_and_stage(
     layer: Int32[Array, ""],
     choice: Choice,
     local: Local,
-    counter: Any,
+    words: Any,
     *,
     chip: Chip,
     shift: int = 0,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"], Dispatch]:
     """What router.route and then dispatch.stage return, to the bit.
 
+    But for rows that only fill a tile: nothing is written to them.
+
     Args:
       quantized: the tokens' values and scales, to be copied.
       layer, shift: their sum is the place in the stacks.
-      counter: of grid.make_counter.
+      words: of make_words, for as many tokens and local experts.
 
     Raises:
-      NotImplementedError: more tokens than MAX_TOKENS, or shapes that router.route or dispatch.stage
-        refuses.
+      NotImplementedError: more tokens than MAX_TOKENS or than the chip takes at once, more picks than
+        MAX_PICKS, or shapes that router.route or dispatch.stage refuses.
+      ValueError: the words are for other numbers.
     """
     num_tokens, width = x.shape
     values, scale = quantized
-    if num_tokens > MAX_TOKENS or width % _LANES:
+    limit = min(MAX_TOKENS, _CTAS_PER_SM * chip.num_cores)
+    if num_tokens > limit or width % _LANES or choice.num_picks > MAX_PICKS:
         raise NotImplementedError(
-            f"{x.shape=}: up to {MAX_TOKENS} tokens whose width is a multiple of {_LANES}"
+            f"{x.shape=}, {choice.num_picks} picks: up to {limit} tokens whose width is a multiple of "
+            f"{_LANES}, {MAX_PICKS} picks"
         )
+    if words.shape != (places.num_words(num_tokens, local.number),):
+        raise ValueError(f"{words.shape=}: of {num_tokens} tokens, {local.number} local experts?")
     products = router.multiply(x, weight, layer, choice, chip=chip, shift=shift)
     tile = default_tile(num_tokens, chip)
     tiles = max_tiles(num_tokens, choice.num_picks, local.number, tile)
     sizes = Sizes(
         num_tokens, choice.num_picks, choice.padded_picks, local.number, tile, tiles, width
     )
-    num_ctas = min(max(tiles, num_tokens), chip.num_cores)
 
     def body(*refs: Any, **scratch: Any) -> None:
-        products_ref, bias_ref, layer_ref, first_ref, counter_ref, *others = refs
-        x_ref, x_scale_ref, experts, weights, picks_ref, *outs = others
-        rows_ref = outs[3]
-        cta = lax.axis_index("cta")
-        router.fetch_biases(bias_ref.at[layer_ref[0] + shift], choice, scratch)
-
-        def pick(number: jax.Array, _: None) -> None:
-            token = cta + number * num_ctas
-            router.pick(products_ref, token, choice, scratch, experts, weights)
-            # Whoever sorts a tile writes the rows of local choices, and no one else does.
-            for index in range(choice.num_picks):
-                picks_ref[index, token] = scratch["picked"][index]
-                rows_ref[token, index] = tiles * tile
-
-        mine = lax.div(num_tokens - cta + num_ctas - 1, num_ctas)
-        lax.fori_loop(0, mine, pick, None)
-        grid.wait_for_all(counter_ref, num_ctas)
-        dispatch.sort_and_copy(
-            sizes, (x_ref, x_scale_ref), picks_ref, first_ref, outs, num_ctas, scratch
+        products_ref, bias_ref, layer_ref, first_ref, words_ref, x_ref, x_scale_ref, *outs = refs
+        experts, weights, copied, copied_scale, tokens, rows, tile_experts, num_tiles = outs
+        token = lax.axis_index("token")
+        arrived = scratch.pop("arrived")
+        place = layer_ref[0] + shift
+        plgpu.copy_gmem_to_smem(
+            x_ref.at[token],
+            scratch["staged"],
+            arrived,
+            # What is known to lie within is copied in bulk, without a descriptor.
+            oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
         )
+        pieces = _pieces(choice)
+        products = [router.load_products(products_ref, token, piece) for piece in pieces]
+        inputs = Inputs(bias_ref.at[place], first_ref, words_ref, x_scale_ref)
+        places.ask(inputs, scratch, choice.num_experts)
+        for piece, parts in zip(pieces, products, strict=True):
+            scratch["scores"][piece] = router.score(parts)
+        plgpu.barrier_wait(arrived)
+        outputs = Outputs(
+            experts.at[token], weights.at[token], rows.at[token],
+            copied, copied_scale, tokens, tile_experts, num_tiles,
+        )  # fmt: skip
+        places.place(inputs, outputs, scratch, sizes, choice)
 
-    out_types = [*router.pick_types(num_tokens, choice), sizes.picks_type()]
-    experts, weights, _, copied, copied_scale, *fields = plgpu.kernel(
+    rows, rows_scale = sizes.row_types()
+    out_types = [
+        *router.pick_types(num_tokens, choice),
+        jax.ShapeDtypeStruct((rows.shape[0], width), values.dtype),
+        rows_scale,
+        *sizes.plan_types(),
+    ]
+    experts, weights, copied, copied_scale, *fields = plgpu.kernel(
         body,
-        out_type=out_types + sizes.row_types() + sizes.plan_types(),
-        scratch_types=router.pick_scratch(choice) | sizes.scratch(is_sorting=True),
-        grid=(num_ctas,),
-        grid_names=("cta",),
+        out_type=out_types,
+        scratch_types=places.scratch(sizes, choice) | {"arrived": plgpu.Barrier()},
+        grid=(num_tokens,),
+        grid_names=("token",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="router_picks_dispatch",
-    )(
-        products,
-        bias,
-        layer.reshape(1),
-        local.first.reshape(1),
-        counter,
-        *sizes.tokens(values, scale),
-    )
+    )(products, bias, layer.reshape(1), local.first.reshape(1), words, values, scale.reshape(-1))
+    plan = Dispatch(*fields)._replace(values=copied, scale=copied_scale[:, None])
     asked = slice(None, choice.num_picks)
-    plan = Dispatch(*fields)._replace(values=copied.reshape(-1, width), scale=copied_scale[:, None])
     if choice.num_picks < choice.padded_picks:
         plan = plan._replace(rows=plan.rows[:, asked])
         experts, weights = experts[:, asked], weights[:, asked]
     return experts, weights, plan
+
+
+def _pieces(choice: Choice) -> list[Any]:
+    """A row of products in pieces of a number a thread, which overlap where it is no multiple of them."""
+    last = max(choice.num_experts - _LANES, 0)
+    return [pl.ds(min(first, last), _LANES) for first in range(0, choice.num_experts, _LANES)]

@@ -5,6 +5,8 @@ experts, cut along D in chunks of a fixed size; and, per token, their sum in ord
 sigmoid, and the ranking. So a token's bits depend on the token alone.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -321,12 +323,9 @@ def pick(
     num_experts, padded_picks = choice.num_experts, choice.padded_picks
     num_rows = -(-num_experts // _ROW_TILE) * _ROW_TILE
     strided = plgpu.Layout.WG_STRIDED((choice.padded_experts,), vec_size=1)
-    logits = plgpu.layout_cast(products_ref[0, token], strided)
-    for part in range(1, products_ref.shape[0]):
-        logits = logits + plgpu.layout_cast(products_ref[part, token], strided)
-    score = 1 / (1 + jnp.exp(-logits))
-    scores[...] = score
-    keys[...] = score + plgpu.layout_cast(biases[...], strided)
+    whole = score(load_products(products_ref, token, pl.ds(0, choice.padded_experts)))
+    scores[...] = whole
+    keys[...] = whole + plgpu.layout_cast(biases[...], strided)
     plgpu.commit_smem()
 
     # Many tokens wait for the SM's arithmetic, of which lower tiles take less; few for the longest chain.
@@ -340,10 +339,10 @@ def pick(
         rank = lax.broadcast_in_dim(_ranks(keys, first, height, num_experts), shape, (0,))
         expert = first + lax.broadcasted_iota(jnp.int32, shape, 0)
         is_pick = (rank == column) & (expert < num_experts)
-        score = plgpu.layout_cast(scores[pl.ds(first, height)], rows)
+        each = plgpu.layout_cast(scores[pl.ds(first, height)], rows)
         # Two experts have one rank only where keys are no numbers; else each of these has one addend.
         chosen = jnp.maximum(chosen, jnp.where(is_pick, expert, 0))
-        chosen_scores += jnp.where(is_pick, lax.broadcast_in_dim(score, shape, (0,)), 0.0)
+        chosen_scores += jnp.where(is_pick, lax.broadcast_in_dim(each, shape, (0,)), 0.0)
     picked[...] = jnp.max(chosen, axis=0)
     weights = jnp.sum(chosen_scores, axis=0)
     if choice.norm_topk_prob:
@@ -354,6 +353,19 @@ def pick(
     plgpu.copy_smem_to_gmem(picked, experts_ref.at[token])
     plgpu.copy_smem_to_gmem(shares, weights_ref.at[token])
     plgpu.wait_smem_to_gmem(0)
+
+
+def load_products(products_ref: Any, token: jax.Array, piece: Any) -> list[jax.Array]:
+    """Each chunk's products of a token and a piece of the experts, a multiple of 128."""
+    strided = plgpu.Layout.WG_STRIDED((piece.size,), vec_size=1)
+    chunks = range(products_ref.shape[0])
+    return [plgpu.layout_cast(products_ref[chunk, token, piece], strided) for chunk in chunks]
+
+
+def score(products: list[jax.Array]) -> jax.Array:
+    """The sigmoid of the sum of all chunks, in order."""
+    logits = functools.reduce(operator.add, products)
+    return 1 / (1 + jnp.exp(-logits))
 
 
 def _ranks(keys: Any, first_row: int, num_rows: int, num_experts: int) -> jax.Array:

@@ -130,9 +130,9 @@ def _route_and_stage(
 ) -> Array:
     choice = router.Choice(EXPERTS, PICKS, norm_topk_prob=True, routed_scaling_factor=2.5)
     local = route_stage.Local(jnp.int32(0), LOCAL_EXPERTS)
-    counter = grid.make_counter()
+    words = route_stage.make_words(STEPS["decode"], LOCAL_EXPERTS)
     _, weights, plan = route_stage.route_and_stage(
-        x, (values, scale), weight, bias, layer, choice, local, counter, chip=chip
+        x, (values, scale), weight, bias, layer, choice, local, words, chip=chip
     )
     return weights.sum() + plan.rows.sum().astype(F32)
 
@@ -281,9 +281,13 @@ class TestCompiled:
         kernels = kernels_for(target)
         # atom.inc starts from zero again by itself, once all have arrived.
         barrier = r"atom\.acq_rel\.gpu\.global\.inc\.u32 arrived, \[\S+\], \d+;"
-        merged = ("route and stage: router_picks_dispatch", "gate_up, quantized: grouped_gate_up")
-        for at in merged:
-            assert len(re.findall(barrier, kernels[at].ptx)) == 1, at
+        ptx = kernels["gate_up, quantized: grouped_gate_up"].ptx
+        assert len(re.findall(barrier, ptx)) == 1
+
+    def test_picks_are_told_and_awaited_by_words_that_are_whole(self, target: str) -> None:
+        ptx = kernels_for(target)["route and stage: router_picks_dispatch"].ptx
+        assert len(re.findall(r"st\.relaxed\.gpu\.global\.b64", ptx)) == 1
+        assert len(re.findall(r"ld\.relaxed\.gpu\.global\.b64", ptx)) == 1
 
     def test_what_experts_made_is_stored_before_peers_are_told(self, target: str) -> None:
         kernel = kernels_for(target)["all_reduce of experts: all_reduce_add_norm"]
