@@ -17,13 +17,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import decode_splits, last_arrival
+from glm_jax.pallas import decode_splits, decode_write, last_arrival
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.decode_combine import combine, result_scratch, result_types
-from glm_jax.pallas.decode_cut import FP8, HEAD_DIM, Cut, TuningConfig, memory_types
-from glm_jax.pallas.warp_products import ROWS, WARP_ROWS
+from glm_jax.pallas.decode_cut import HEAD_DIM, Cut, TuningConfig, cut_of, memory_types
+from glm_jax.pallas.token_heads import TokenHeads
 
-__all__ = ["HEAD_DIM", "TuningConfig", "attend", "attend_quantized", "make_counters"]
+__all__ = [
+    "HEAD_DIM",
+    "TuningConfig",
+    "attend",
+    "attend_quantized",
+    "make_counters",
+    "write_and_attend",
+]
 
 # Bits of powers depend on it, so it is the same for all. Barriers stand where threads read what others stored.
 _COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
@@ -86,6 +93,54 @@ def attend_quantized(
     del chip
     operands = q, k_pages, v_pages, layer, page_table, positions
     values, scale = _attend(operands, config, True, counters, interpret)
+    return _flat(values, scale)
+
+
+def write_and_attend(
+    qkv: BFloat16[Array, "B 1 K heads H"],
+    norms: tuple[BFloat16[Array, "L H"], ...],
+    angles: BFloat16[Array, "B 1 2 half"],
+    k_pages: jax.Ref,
+    v_pages: jax.Ref,
+    layer: Int32[Array, ""] | int,
+    page_table: Int32[Array, "B P"],
+    positions: Int32[Array, "B 1"],
+    *,
+    eps: float,
+    is_quantized: bool,
+    chip: Chip,
+    counters: Any = None,
+    config: TuningConfig | None = None,
+    interpret: bool = False,
+) -> Any:
+    """As kv_write.write, then `attend` or `attend_quantized`, with the same bits; of one token a row.
+
+    Args:
+      qkv: of each KV head the queries, then the key, then the value.
+      norms: of queries and of keys, or none.
+      angles: what kv_write.rotary_table makes, as wide as what is rotated.
+      k_pages, v_pages: written in place.
+
+    Raises:
+      NotImplementedError: as the other two, or a row has more tokens.
+    """
+    del chip
+    num_rows, num_tokens, kv_heads, num_heads, head_dim = qkv.shape
+    rotary_dim = 2 * angles.shape[-1]
+    if num_tokens != 1 or rotary_dim % 64:
+        raise NotImplementedError(f"{num_tokens=}, {rotary_dim=}: one token, widths of 64 or 128")
+    cut = cut_of(
+        (num_rows, 1, kv_heads, num_heads - 2, head_dim), k_pages, page_table.shape[1], config
+    )
+    least = decode_splits.products_of(cut, interpret).query_rows
+    heads = TokenHeads(cut.query_groups, rotary_dim, eps, cut.cache_dtype, least)
+    new = decode_write.Kind(heads, has_norms=bool(norms))
+    operands = qkv, k_pages, v_pages, layer, page_table, positions, angles, *norms
+    results = _run(cut, operands, is_quantized, counters, interpret, new)
+    return _flat(*results) if is_quantized else results[0]
+
+
+def _flat(values: Array, scale: Array) -> tuple[Array, Array]:
     return values.reshape(*values.shape[:2], -1), scale
 
 
@@ -96,95 +151,92 @@ def _attend(
     counters: Any,
     interpret: bool,
 ) -> Any:
-    q, k_pages, v_pages, layer, page_table, positions = operands
-    cut = _cut_of(q, k_pages, page_table, config)
+    q, k_pages, _, _, page_table, _ = operands
+    cut = cut_of(q.shape, k_pages, page_table.shape[1], config)
+    return _run(cut, operands, is_quantized, counters, interpret)
+
+
+def _run(
+    cut: Cut,
+    operands: tuple[Any, ...],
+    is_quantized: bool,
+    counters: Any,
+    interpret: bool,
+    new: decode_write.Kind | None = None,
+) -> Any:
+    q, k_pages, v_pages, layer, page_table, positions, *more = operands
     layers = jnp.asarray(layer, jnp.int32).reshape(1)
-    arguments = (q, layers, page_table, positions, k_pages, v_pages)
+    arguments = (q, layers, page_table, positions, k_pages, v_pages, *more)
     if counters is not None:
-        results = _whole_kernel(cut, is_quantized)(*arguments, counters)
+        results = _whole_kernel(cut, is_quantized, new)(*arguments, counters)
         return results[: len(result_types(cut, is_quantized))]
-    partials = _parts_kernel(cut, interpret)(*arguments)
+    partials = _parts_kernel(cut, interpret, new)(*arguments)
     return _combine_kernel(cut, is_quantized, interpret)(positions, *partials)
-
-
-def _cut_of(q: Any, k_pages: Any, page_table: Any, config: TuningConfig | None) -> Cut:
-    num_rows, num_tokens, kv_heads, query_groups, head_dim = q.shape
-    page_size, cache_dtype = k_pages.shape[3], jnp.dtype(k_pages.dtype)
-    # Twice the bytes, or four times the scores, of what is best otherwise.
-    is_wide = cache_dtype != FP8 or num_tokens * query_groups > 2 * WARP_ROWS
-    config = config or (TuningConfig(tile_size=64) if is_wide else TuningConfig())
-    if head_dim != HEAD_DIM:
-        raise NotImplementedError(f"{head_dim=}: heads are {HEAD_DIM} wide")
-    if config.tile_size % page_size or page_size % 8:
-        raise NotImplementedError(f"{page_size=}: tiles of {config.tile_size=} are whole pages")
-    if num_tokens * query_groups > ROWS:
-        raise NotImplementedError(
-            f"{num_tokens=} of {query_groups=}: at most {ROWS} queries share a KV head"
-        )
-    if cache_dtype not in (jnp.bfloat16, FP8):
-        raise NotImplementedError(f"{cache_dtype=}: pages are bfloat16 or FP8")
-    return Cut(
-        num_rows, num_tokens, kv_heads, query_groups, page_size, page_table.shape[1], cache_dtype,
-        config,
-    )  # fmt: skip
 
 
 def _partial_types(cut: Cut) -> tuple[jax.ShapeDtypeStruct, ...]:
     return memory_types(cut.num_rows, cut.kv_heads, cut.num_parts, cut.stored_rows)
 
 
-def _parts_kernel(cut: Cut, interpret: bool) -> Any:
+def _parts_kernel(cut: Cut, interpret: bool, new: decode_write.Kind | None) -> Any:
     """(q, layer, page table, positions, pages …) -> partial answers."""
     products = decode_splits.products_of(cut, interpret)
     num_inputs = len(decode_splits.Inputs._fields)
+    num_more = new.num_operands if new else 0
 
     def body(*refs: Any) -> None:
-        inputs = decode_splits.Inputs(*refs[:num_inputs])
-        partials, scratch = refs[num_inputs : num_inputs + 2], refs[num_inputs + 2 :]
-        part = decode_splits.part_here(cut, inputs)
+        inputs, refs = decode_splits.Inputs(*refs[:num_inputs]), refs[num_inputs:]
+        more, refs = refs[:num_more], refs[num_more:]
+        partials, scratch = refs[:2], decode_splits.Scratch(*refs[2:])
+        part = decode_splits.part_here(cut, inputs, interpret)
+        token = new.here(inputs.q, more, scratch, interpret) if new else None
 
         @pl.when(part.number < cut.num_ctas(part.last))
         def _work() -> None:
-            of_cta = decode_splits.Scratch(*scratch)
-            decode_splits.attend_part(cut, products, inputs, of_cta, part, partials)
+            decode_splits.attend_part(cut, products, inputs, scratch, part, partials, token)
 
     return plgpu.kernel(
         body,
         out_type=_partial_types(cut),
-        scratch_types=tuple(decode_splits.scratch_types(cut, products)),
+        scratch_types=tuple(
+            decode_splits.scratch_types(cut, products, *(new.scratch_types() if new else ()))
+        ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="decode_attention_split",
         **_grid(cut),
     )
 
 
-def _whole_kernel(cut: Cut, is_quantized: bool) -> Any:
+def _whole_kernel(cut: Cut, is_quantized: bool, new: decode_write.Kind | None) -> Any:
     """(q, layer, page table, positions, pages …, counters) -> results, and partial answers."""
     products = decode_splits.products_of(cut, False)
     num_inputs = len(decode_splits.Inputs._fields)
+    num_more = new.num_operands if new else 0
     results = result_types(cut, is_quantized)
 
     def body(*refs: Any) -> None:
         inputs, refs = decode_splits.Inputs(*refs[:num_inputs]), refs[num_inputs:]
-        counters, refs = refs[0], refs[1:]
+        more, counters, refs = refs[:num_more], refs[num_more], refs[num_more + 1 :]
         results_gmem, refs = refs[: len(results)], refs[len(results) :]
         partials, words, scratch = refs[:2], refs[2], decode_splits.Scratch(*refs[3:])
-        part = decode_splits.part_here(cut, inputs)
+        part = decode_splits.part_here(cut, inputs, False)
         num_ctas = cut.num_ctas(part.last)
+        token = new.here(inputs.q, more, scratch, False) if new else None
 
         @pl.when(part.number < num_ctas)
         def _work() -> None:
-            decode_splits.attend_part(cut, products, inputs, scratch, part, partials)
+            decode_splits.attend_part(cut, products, inputs, scratch, part, partials, token)
             place = part.row * cut.kv_heads + part.kv_head
             is_last = last_arrival.is_last(counters, words, place, num_ctas)
-            _, (_, result_smem) = scratch.warps
+            _, (_, *_, result_smem) = scratch.warps
 
             @pl.when(is_last)
             def _combine() -> None:
                 at = (part.row, part.kv_head)
                 combine(cut, *at, part.last, partials, results_gmem, result_smem)
 
-    scratch = decode_splits.scratch_types(cut, products, result_scratch(cut, is_quantized))
+    over_warps = (*(new.scratch_types() if new else ()), result_scratch(cut, is_quantized))
+    scratch = decode_splits.scratch_types(cut, products, *over_warps)
     return plgpu.kernel(
         body,
         out_type=(*results, *_partial_types(cut)),

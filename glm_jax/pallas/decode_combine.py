@@ -21,6 +21,7 @@ from glm_jax.pallas.decode_cut import (
     fold,
     load,
     nothing_of_rows,
+    put,
     where_below,
 )
 
@@ -71,7 +72,8 @@ def combine(
         for token in range(cut.num_tokens):
             answers = _fold_parts(cut, (row, kv_head), token, last, partials, is_leaves)
             _write(cut, (row, kv_head), token, answers, results, smem)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if cut.token_rows != cut.query_groups:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     if not cut.takes_leaves:
         by(False)
@@ -120,23 +122,31 @@ def _write(
     groups, shape = cut.query_groups, out.shape
     out = out / lax.broadcast_in_dim(jnp.where(total > 0, total, 1.0), shape, [0])
     attended = out.astype(jnp.bfloat16)
-    if token:
-        # The token's before may still be on their way out of there.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    place = row * cut.num_tokens + token
     if len(results) == 1:
-        smem[...] = attended
-        plgpu.commit_smem()
         (attended_gmem,) = results
-        plgpu.copy_smem_to_gmem(smem.at[pl.ds(0, groups)], attended_gmem.at[row, token, kv_head])
+        _send(cut, attended, smem, attended_gmem, (row, token, kv_head), is_first=not token)
         return
     wide = attended.astype(jnp.float32)
     is_row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WHOLE_ROWS) < groups
     # First within rows: the compiler finds no layouts for both at once.
     largest = jnp.max(jnp.max(jnp.where(is_row, jnp.abs(wide), 0.0), axis=1))
     scale = jnp.where(largest > _FP8_MAX * _TINY, largest / _FP8_MAX, 1.0)
-    smem[...] = jnp.clip(wide / scale, -_FP8_MAX, _FP8_MAX).astype(FP8)
-    plgpu.commit_smem()
     values_gmem, scale_gmem = results
-    place = row * cut.num_tokens + token
-    plgpu.copy_smem_to_gmem(smem.at[pl.ds(0, groups)], values_gmem.at[place, kv_head])
+    values = jnp.clip(wide / scale, -_FP8_MAX, _FP8_MAX).astype(FP8)
+    _send(cut, values, smem, values_gmem, (place, kv_head), is_first=not token)
     scale_gmem[place, kv_head] = scale
+
+
+def _send(cut: Cut, rows: Array, smem: Any, gmem: Any, at: Any, *, is_first: bool) -> None:
+    """Stores a token's rows at gmem[at], of as many rows as there are queries."""
+    groups = cut.query_groups
+    if cut.token_rows == groups:
+        put(gmem, at, rows)
+        return
+    if not is_first:
+        # The token's before may still be on their way out of there.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    smem[...] = rows
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem.at[pl.ds(0, groups)], gmem.at[at])

@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from glm_jax.pallas.warp_products import ROWS, WARP_ROWS
+
 HEAD_DIM = 128
 FP8 = jnp.float8_e4m3fn
 # Scores are made powers of two.
@@ -139,6 +141,37 @@ class Cut:
         return jnp.maximum(self.choose(last, [(last + size) // size for size in self.spans]), 1)
 
 
+def cut_of(
+    q_shape: tuple[int, ...],
+    k_pages: Any,
+    pages_per_sequence: int,
+    config: TuningConfig | None = None,
+) -> Cut:
+    """How attention of queries [B, T, K, G, H] to such pages is cut.
+
+    Raises:
+      NotImplementedError: as decode_attention.attend.
+    """
+    num_rows, num_tokens, kv_heads, query_groups, head_dim = q_shape
+    page_size, cache_dtype = k_pages.shape[3], jnp.dtype(k_pages.dtype)
+    # Twice the bytes, or four times the scores, of what is best otherwise.
+    is_wide = cache_dtype != FP8 or num_tokens * query_groups > 2 * WARP_ROWS
+    config = config or (TuningConfig(tile_size=64) if is_wide else TuningConfig())
+    if head_dim != HEAD_DIM:
+        raise NotImplementedError(f"{head_dim=}: heads are {HEAD_DIM} wide")
+    if config.tile_size % page_size or page_size % 8:
+        raise NotImplementedError(f"{page_size=}: tiles of {config.tile_size=} are whole pages")
+    if num_tokens * query_groups > ROWS:
+        raise NotImplementedError(
+            f"{num_tokens=} of {query_groups=}: at most {ROWS} queries share a KV head"
+        )
+    if cache_dtype not in (jnp.bfloat16, FP8):
+        raise NotImplementedError(f"{cache_dtype=}: pages are bfloat16 or FP8")
+    return Cut(
+        num_rows, num_tokens, kv_heads, query_groups, page_size, pages_per_sequence, cache_dtype, config,
+    )  # fmt: skip
+
+
 def fold(carry: Answers, more: Answers) -> Answers:
     """Adds a softmax over some keys to that over the keys before them."""
     (largest, total, out), (more_largest, more_total, more_out) = carry, more
@@ -199,8 +232,13 @@ def store(refs: Any, answers: Answers, rows: Any, place: tuple[Any, ...] = ()) -
         (of_rows, (*place, 1, rows), total),
         (out, (*place, rows), attended),
     ):
-        if hasattr(plgpu, "store"):
-            plgpu.store(ref.at[at], values, optimized=False)
-        else:
-            # jax before 0.12 knows no such word, and stores as this says.
-            ref[at] = values
+        put(ref, at, values)
+
+
+def put(ref: Any, at: Any, values: Array) -> None:
+    """Stores values in any layout at a place in memory, from registers."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref.at[at], values, optimized=False)
+    else:
+        # jax before 0.12 knows no such word, and stores as this says.
+        ref[at] = values

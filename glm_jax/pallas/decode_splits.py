@@ -5,13 +5,16 @@ the warps share out a tile's keys, keep a softmax and a sum each (warp_products)
 order once a leaf. The same code serves sm90 and sm100.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as fragmented
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxtyping import Array, Int32
 
 from glm_jax.pallas.decode_cut import (
@@ -27,7 +30,12 @@ from glm_jax.pallas.decode_cut import (
     store,
     where_below,
 )
+from glm_jax.pallas.decode_write import NewToken
 from glm_jax.pallas.warp_products import ROWS, WarpProducts
+
+# Not put off, moved or left out.
+_LOAD = "ld.volatile.global.b32 $0, [$1];"
+_SCALAR = plgpu.Layout.WG_SPLAT
 
 
 class Inputs(NamedTuple):
@@ -66,13 +74,17 @@ class Part(NamedTuple):
 
     Attributes:
       number: of the row's parts.
-      last: the row's last position.
+      layer: whose pages are read.
+      positions: of the row's tokens.
+      last: the largest of them.
       ahead: the first tiles' pages for each of Cut.spans.
     """
 
     row: Array
     kv_head: Array
     number: Array
+    layer: Array
+    positions: list[Array]
     last: Array
     ahead: list[list[list[Array]]]
 
@@ -81,11 +93,11 @@ def products_of(cut: Cut, interpret: bool) -> WarpProducts:
     return WarpProducts(cut.queries, cut.config.tile_size, cut.cache_dtype, interpret)
 
 
-def scratch_types(cut: Cut, products: WarpProducts, over_warps: Any = None) -> Scratch:
+def scratch_types(cut: Cut, products: WarpProducts, *over_warps: Any) -> Scratch:
     """What a CTA needs.
 
     Args:
-      over_warps: what may lie where warps' answers were, once all is done.
+      over_warps: what may lie where warps' answers are, before or once all is done.
     """
 
     def memory(rows: int) -> list[Any]:
@@ -98,7 +110,7 @@ def scratch_types(cut: Cut, products: WarpProducts, over_warps: Any = None) -> S
     arrivals = config.tile_size // cut.page_size
     tiles = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
     rows, out = memory(ROWS)
-    out = plgpu.RefUnion(out, *([] if over_warps is None else [over_warps]))
+    out = plgpu.RefUnion(out, *over_warps)
     return Scratch(
         keys=pages,
         values=pages,
@@ -114,18 +126,52 @@ def scratch_types(cut: Cut, products: WarpProducts, over_warps: Any = None) -> S
     )
 
 
-def part_here(cut: Cut, inputs: Inputs) -> Part:
+def part_here(cut: Cut, inputs: Inputs, interpret: bool) -> Part:
     """This CTA's, of the axes row, kv_head and part."""
     row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
     number = lax.axis_index("part")
-    ahead = [
-        [
-            _pages_of_tile(cut, inputs, row, number * span + index * cut.config.tile_size)
-            for index in range(cut.config.stages)
-        ]
+    starts = [
+        number * span + index * cut.config.tile_size
         for span in cut.spans
+        for index in range(cut.config.stages)
     ]
-    return Part(row, kv_head, number, last_position(cut, inputs.positions, row), ahead)
+    places = [_places_of_tile(cut, start) for start in starts]
+    words = _words(
+        [
+            (inputs.layer, (0,)),
+            *((inputs.positions, (row, token)) for token in range(cut.num_tokens)),
+            *((inputs.page_table, (row, at)) for place in places for at in place),
+        ],
+        interpret,
+    )
+    layer, *words = words
+    positions, pages = words[: cut.num_tokens], iter(words[cut.num_tokens :])
+    tiles = iter([[_page(inputs, next(pages)) for _ in place] for place in places])
+    ahead = [[next(tiles) for _ in range(cut.config.stages)] for _ in cut.spans]
+    return Part(row, kv_head, number, layer, positions, reduce(jnp.maximum, positions), ahead)
+
+
+def _words(places: list[tuple[Any, tuple[Any, ...]]], interpret: bool) -> list[Array]:
+    """Words of device memory, ref[at] of each place, that are all on their way at once.
+
+    Where one of them decides whether a CTA has work, the compiler would ask for the others after that.
+    """
+    if interpret:
+        return [ref[at] for ref, at in places]
+
+    def load(_: Any, *refs: Any) -> tuple[Any, ...]:
+        i32 = ir.IntegerType.get_signless(32)
+        words = [
+            utils.inline_ptx(_LOAD, utils.memref_ptr(ref), result_types=i32, has_side_effects=True)
+            for ref in refs
+        ]
+        splat = fragmented.FragmentedArray.splat
+        return tuple(splat(word, (), is_signed=True) for word in words)
+
+    kinds = tuple(plgpu.RefType() for _ in places)
+    words = tuple(plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=_SCALAR) for _ in places)
+    inline: Any = plgpu.inline_mgpu(arg_types=kinds, return_type=words)
+    return list(inline(load)(*(ref.at[(*at[:-1], pl.ds(at[-1], 1))] for ref, at in places)))
 
 
 def last_position(cut: Cut, positions: Any, row: Array) -> Int32[Array, ""]:
@@ -136,15 +182,18 @@ def last_position(cut: Cut, positions: Any, row: Array) -> Int32[Array, ""]:
     return last
 
 
-def _pages_of_tile(cut: Cut, inputs: Inputs, row: Array, start: Array) -> list[Array]:
-    """Where a tile's pages lie; what a row does not own may be any number."""
+def _places_of_tile(cut: Cut, start: Array) -> list[Array]:
+    """Where a row of the page table has a tile's pages."""
     page = start // cut.page_size
-    places = [
+    return [
         jnp.minimum(page + i, cut.pages_per_sequence - 1)
         for i in range(cut.config.tile_size // cut.page_size)
     ]
-    num_pages = inputs.k_pages.shape[1]
-    return [jnp.clip(inputs.page_table[row, at], 0, num_pages - 1) for at in places]
+
+
+def _page(inputs: Inputs, word: Array) -> Array:
+    """A page as the table has it; what a row does not own may be any number."""
+    return jnp.clip(word, 0, inputs.k_pages.shape[1] - 1)
 
 
 def attend_part(
@@ -154,30 +203,33 @@ def attend_part(
     scratch: Scratch,
     part: Part,
     partials: tuple[Any, ...],
+    new: NewToken | None = None,
 ) -> None:
     """Stores the partial answers of a part that begins at or before the row's last position.
 
     Args:
       partials: refs of memory_types of [rows, kv_heads, num_parts, stored_rows].
+      new: the row's token at that position, if it is still to be written.
     """
     config, groups, tile = cut.config, cut.query_groups, cut.config.tile_size
     query_rows, warp_keys = products.query_rows, products.keys_per_warp
     tiles_per_leaf, stored = config.leaf_size // tile, pl.ds(0, cut.stored_rows)
     layout, row_layout = products.score_layout, products.score_layout.reduce(1)
     q_smem, kept_smem = scratch.queries
-    row, last = part.row, part.last
-    layer = inputs.layer[0]
-    row_positions = [inputs.positions[row, token] for token in range(cut.num_tokens)]
+    row, layer, row_positions, last = part.row, part.layer, part.positions, part.last
 
     span = cut.choose(last, [jnp.int32(size) for size in cut.spans])
     first = part.number * span
     num_tiles = jnp.minimum(span, last + 1 - first + tile - 1) // tile
-    for token in range(cut.num_tokens):
-        plgpu.copy_gmem_to_smem(
-            inputs.q.at[row, token, part.kv_head],
-            q_smem.at[pl.ds(token * groups, groups)],
-            scratch.query_barrier,
-        )
+    if new is None:
+        for token in range(cut.num_tokens):
+            plgpu.copy_gmem_to_smem(
+                inputs.q.at[row, token, part.kv_head],
+                q_smem.at[pl.ds(token * groups, groups)],
+                scratch.query_barrier,
+            )
+    else:
+        new.fetch(row, part.kv_head)
 
     def fetch(index: Array, pages: list[Array]) -> None:
         slot = lax.rem(index, config.stages)
@@ -191,13 +243,27 @@ def attend_part(
                     gmem.at[layer, page, part.kv_head], smem.at[slot, at], barrier.at[slot]
                 )
 
-    *before, pages = [
+    firsts = [
         [cut.choose(last, choice) for choice in zip(*page, strict=True)]
         for page in zip(*part.ahead, strict=True)
     ]
-    for index, some in enumerate(before):
-        pl.when(index < num_tiles)(lambda index=index, some=some: fetch(jnp.int32(index), some))
-    plgpu.barrier_wait(scratch.query_barrier)
+    # A tile that is still to be written comes last.
+    is_owner = (last >= 0) & (last < first + span)
+    num_ready = num_tiles if new is None else num_tiles - is_owner.astype(jnp.int32)
+    # Every place is filled before anything is waited for.
+    for index, some in enumerate(firsts):
+        pl.when(index < num_ready)(lambda index=index, some=some: fetch(jnp.int32(index), some))
+    if new is None:
+        plgpu.barrier_wait(scratch.query_barrier)
+    else:
+        q_smem = new.turn(row, layer).at[pl.ds(0, query_rows)]
+        word = inputs.page_table[row, jnp.maximum(last, 0) // cut.page_size]
+        place = pl.ds(jnp.maximum(last, 0) % cut.page_size, 1)
+        place = (layer, _page(inputs, word), part.kv_head, place)
+        new.store(is_owner, inputs.k_pages.at[place], inputs.v_pages.at[place])
+        for index, some in enumerate(firsts):
+            is_held = (index >= num_ready) & (index < num_tiles)
+            pl.when(is_held)(lambda index=index, some=some: fetch(jnp.int32(index), some))
     queries = plgpu.load(q_smem, layout=products.query_layout, optimized=False)
     products.keep(queries, kept_smem)
     row_of, column_of = (
@@ -231,9 +297,10 @@ def attend_part(
         ahead = index + config.stages - 1
         # Where the next copies go, the tile before may still be read.
         plgpu.commit_smem()
-        pl.when(ahead < num_tiles)(lambda: fetch(ahead, pages))
+        pl.when((index > 0) & (ahead < num_tiles))(lambda: fetch(ahead, pages))
         # For the next tile's turn to fetch, by when they are here.
-        pages = _pages_of_tile(cut, inputs, row, first + (ahead + 1) * tile)
+        places = _places_of_tile(cut, first + (ahead + 1) * tile)
+        pages = [_page(inputs, inputs.page_table[row, at]) for at in places]
         plgpu.barrier_wait(scratch.key_barrier.at[slot])
         scores = products.scores(kept_smem, scratch.keys.at[slot])
         if is_masked:
@@ -300,4 +367,4 @@ def attend_part(
         put(number, add_up(tuple(of_warps)))
         return pages
 
-    lax.fori_loop(0, num_leaves, sum_up, pages)
+    lax.fori_loop(0, num_leaves, sum_up, firsts[-1])
