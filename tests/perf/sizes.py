@@ -18,7 +18,8 @@ class Sizes:
       heavy_layers: of those whose weights are experts.
       experts: that the router knows; local_experts: that this device holds.
       picks: experts per token.
-      expert_width: of a routed expert; shared_width: this device's part of the shared expert.
+      expert_width: of a routed expert; split_width: the same where each device has a part of every one.
+      split_tokens: of steps with such experts; shared_width: this device's part of the shared expert.
       query_groups: query heads of the device's one KV head.
       prefill: tokens of a prefill step.
       page_size: positions of a page.
@@ -33,6 +34,8 @@ class Sizes:
     local_experts: int
     picks: int
     expert_width: int
+    split_width: int
+    split_tokens: tuple[int, ...]
     shared_width: int
     query_groups: int
     prefill: int
@@ -49,6 +52,8 @@ GLM_4_7 = Sizes(
     local_experts=20,
     picks=8,
     expert_width=1536,
+    split_width=192,
+    split_tokens=(1, 64, 256),
     shared_width=192,
     query_groups=12,
     prefill=8192,
@@ -65,6 +70,8 @@ REHEARSAL = Sizes(
     local_experts=4,
     picks=2,
     expert_width=128,
+    split_width=64,
+    split_tokens=(2,),
     shared_width=64,
     query_groups=12,
     prefill=64,

@@ -122,7 +122,9 @@ def expert_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
     def way(name: str, **configs: TuningConfig) -> Way:
         return Way(name, partial(product_cases.expert_step, chip=chip, **configs))
 
-    for case in product_cases.expert_cases(replace(sizes, tokens=_EXPERT_TOKENS), chip, False):
+    for case in product_cases.expert_cases(
+        replace(sizes, tokens=_EXPERT_TOKENS, split_tokens=()), chip, False
+    ):
         tokens = int(case.shape.removeprefix("T="))
         tile = dispatch.default_tile(tokens, chip)
         up = grouped_gate_up.default_config(chip, tile, sizes.expert_width, tokens)
