@@ -14,7 +14,7 @@ from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
 from glm_jax.pallas import fp8_product
 from glm_jax.pallas.chip import Chip
-from glm_jax.pallas.fp8_product import SCALE_SLOTS
+from glm_jax.pallas.product_loop import SCALE_SLOTS, Streams
 from glm_jax.pallas.tiling import LINE, TuningConfig, fitting_stages
 
 # Ways to cut a step of few tokens on sm90: tokens of a tile, and weight rows of one.
@@ -168,7 +168,7 @@ def matmul(
             row = place.row + config.first_row(warpgroup)
             fp8_product.send(config, staged, out_ref, place.token + first, row)
 
-        streams = fp8_product.Streams(
+        streams = Streams(
             num_tiles=num_tiles,
             look_up=lambda tile: (),
             locate=locate,

@@ -15,7 +15,6 @@ however wide a step is: the bits of a product depend on its own two rows.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,17 +24,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.product_loop import SCALE_SLOTS, WGMMA_ROWS, Loop, Streams
 from glm_jax.pallas.tiling import LINE, TuningConfig
 
 FP8 = jnp.float8_e4m3fn
-# What multiplies the rows that a warpgroup has of a tile: (block of them, first token, tokens) to the
-# products of each half.
-_Products = Callable[[int, int, int], list[jax.Array]]
-# Tiles whose scales may be under way: more than the ring's stages span where K is two steps short.
-SCALE_SLOTS = 4
 _ACC_SLOTS = 2
-# M of wgmma; a warpgroup with more rows multiplies them block by block.
-_WGMMA_ROWS = 64
 
 
 def _tiled(columns: int, dtype: Any) -> tuple[plgpu.Transform, ...]:
@@ -50,36 +43,6 @@ def padding(num_tokens: int) -> int:
     return -num_tokens % 8 if num_tokens > 8 else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Streams:
-    """What a caller says of its tiles; a place is whatever its own locate returns.
-
-    Attributes:
-      num_tiles: how many tiles there are, on the host or int32[].
-      look_up: what must be read from memory to locate a tile, of any index: it is asked for one tile ahead.
-      locate: the place of a tile, from its index and what look_up said of it.
-      num_steps: steps along K at a place.
-      fetch_weights: copies the weights of (place, step) to a weight ref, on barrier.
-      fetch_tokens: the same of tokens.
-      fetch_scales: copies the scales of a place to a slot, on barrier.
-      finish: what becomes of (slot, row, first, products), float32[rows, count] of products that holds
-        the same for each half, for the rows from row on of a stage and the tokens from first on of a tile.
-      send: stores what was staged of (place, warpgroup, first, staged), from a tile's first token on.
-      after_feed: what the threads that feed do when every copy is under way, told whether they are a warp.
-    """
-
-    num_tiles: jax.Array | int
-    look_up: Callable[[jax.Array], Any]
-    locate: Callable[[jax.Array, Any], Any]
-    num_steps: Callable[[Any], jax.Array | int]
-    fetch_weights: Callable[[Any, jax.Array, Any, Any], None]
-    fetch_tokens: Callable[[Any, jax.Array, Any, Any], None]
-    fetch_scales: Callable[[Any, jax.Array, Any], None]
-    finish: Callable[[jax.Array, jax.Array | int, int, list[jax.Array]], jax.Array]
-    send: Callable[[Any, jax.Array, int, Any], None]
-    after_feed: Callable[[bool], None] = lambda is_warp: None
-
-
 def scratch_types(
     chip: Chip,
     config: TuningConfig,
@@ -88,12 +51,14 @@ def scratch_types(
     halves: int,
     num_copies: int,
     num_scale_copies: int,
+    parts: int = 1,
 ) -> dict[str, Any]:
     """The main loop's own memory and barriers.
 
     Args:
       widths: every K that is walked.
       halves: 1, or 2 where gate rows and up rows are multiplied side by side.
+      parts: the most that a stage of any product has.
       num_copies: copies that fetch_weights and fetch_tokens issue.
       num_scale_copies: copies that fetch_scales issues.
     """
@@ -105,7 +70,7 @@ def scratch_types(
     transforms = _tiled(LINE if all(width % LINE == 0 for width in widths) else LINE // 2, FP8)
     types = {
         "weights": plgpu.SMEM((stages, halves, config.cta_rows, step), FP8, transforms=transforms),
-        "tokens": plgpu.SMEM((stages, config.tokens, step), FP8, transforms=transforms),
+        "tokens": plgpu.SMEM((stages, config.tokens, parts * step), FP8, transforms=transforms),
         "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=teams * stages),
         "empty": plgpu.Barrier(
             num_arrivals=1 if is_sm100 else readers,
@@ -181,123 +146,39 @@ def stream(
     """Runs the main loop inside a kernel body, over every tile of this CTA."""
     warpgroup = lax.axis_index("warpgroup")
     is_feeder = warpgroup == config.warpgroups
-    loop = _Loop(chip, config, num_ctas, streams, scratch)
+    loop = Loop(chip, config, num_ctas, streams, scratch)
     if chip.architecture == "sm90":
         _stream_sm90(loop, warpgroup, is_feeder)
     else:
         _stream_sm100(loop, warpgroup, is_feeder)
 
 
-class _Loop:
-    """The walk over tiles and steps that all roles of a CTA share."""
+def stream_two(
+    chip: Chip,
+    configs: tuple[TuningConfig, TuningConfig],
+    num_ctas: int,
+    streams: tuple[Streams, Streams],
+    scratch: Mapping[str, Any],
+    num_steps: int,
+    between: Callable[[], None],
+) -> None:
+    """Runs the main loop of two products through one ring, only on sm90.
 
-    def __init__(
-        self,
-        chip: Chip,
-        config: TuningConfig,
-        num_ctas: int,
-        streams: Streams,
-        scratch: Mapping[str, Any],
-    ) -> None:
-        self.config = config
-        is_sm90 = chip.architecture == "sm90"
-        self.is_fed_by_warp = config.is_fed_by_warp or not is_sm90
-        self.block_rows = _WGMMA_ROWS if is_sm90 else config.rows
-        # Products come out of tensor memory in pieces that fit registers.
-        self.block_tokens = config.store_tokens if is_sm90 else min(config.store_tokens, 64)
-        self.num_ctas = num_ctas
-        self.streams = streams
-        self.scratch = scratch
-        self.halves = scratch["weights"].shape[1]
+    Weights of the second fill the ring while `between` makes its tokens.
 
-    def over_tiles(self, visit: Callable[[jax.Array, Any, jax.Array], None]) -> None:
-        """Calls visit(number of the tile in this CTA, place, steps before it)."""
-        cta = lax.axis_index("cta")
-        num_tiles = jnp.int32(self.streams.num_tiles)
-        count = lax.div(num_tiles - cta + self.num_ctas - 1, jnp.int32(self.num_ctas))
-
-        def step(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-            first_step, known = carry
-            following = self.streams.look_up(cta + (number + 1) * self.num_ctas)
-            place = self.streams.locate(cta + number * self.num_ctas, known)
-            visit(number, place, first_step)
-            return first_step + self.streams.num_steps(place), following
-
-        lax.fori_loop(0, count, step, (jnp.int32(0), self.streams.look_up(cta)))
-
-    def stage(self, step: jax.Array) -> jax.Array:
-        return lax.rem(step, jnp.int32(self.config.stages))
-
-    def full(self, number: jax.Array, stage: jax.Array) -> Any:
-        """The barrier of those who read a stage of a tile."""
-        if self.config.takes_turns:
-            stage = stage + self.turn(number) * self.config.stages
-        return self.scratch["full"].at[stage]
-
-    def turn(self, number: jax.Array) -> jax.Array:
-        """The warpgroup whose turn a tile is, where they take turns."""
-        return lax.rem(number, jnp.int32(self.config.warpgroups))
-
-    def feed(self) -> None:
-        """Keeps every stage of the ring under way."""
-        empty = self.scratch["empty"]
-        scales_full, scales_empty = self.scratch["scales_full"], self.scratch["scales_empty"]
-
-        def feed_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
-            slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
-
-            @pl.when(number >= SCALE_SLOTS)
-            def _():
-                plgpu.barrier_wait(scales_empty.at[slot])
-
-            def feed_step(index: jax.Array, _: None) -> None:
-                step = first_step + index
-                stage = self.stage(step)
-
-                @pl.when(step >= self.config.stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[stage])
-
-                weights = self.scratch["weights"].at[stage]
-                tokens = self.scratch["tokens"].at[stage]
-                full = self.full(number, stage)
-                self.streams.fetch_weights(place, index, weights, full)
-                self.streams.fetch_tokens(place, index, tokens, full)
-
-                # Scales are wanted last, but must not wait for the ring to come round.
-                @pl.when(index == 0)
-                def _():
-                    self.streams.fetch_scales(place, slot, scales_full.at[slot])
-
-            lax.fori_loop(0, self.streams.num_steps(place), feed_step, None)
-
-        self.over_tiles(feed_tile)
-        self.streams.after_feed(self.is_fed_by_warp)
-
-    def finish(
-        self, number: jax.Array, place: Any, warpgroup: jax.Array, products: _Products
-    ) -> None:
-        """Rounds, stages and sends a tile's products."""
-        slot = lax.rem(number, jnp.int32(SCALE_SLOTS))
-        staged = self.scratch["staged"].at[warpgroup]
-        plgpu.barrier_wait(self.scratch["scales_full"].at[slot])
-        first_row, rows, count = (
-            self.config.first_row(warpgroup),
-            self.block_rows,
-            self.block_tokens,
-        )
-        for sent in range(0, self.config.tokens, self.config.store_tokens):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for block in range(self.config.rows // rows):
-                for first in range(0, self.config.store_tokens, count):
-                    row, token = first_row + block * rows, sent + first
-                    values = self.streams.finish(slot, row, token, products(block, token, count))
-                    part = staged.at[pl.ds(first, count), pl.ds(block * rows, rows)]
-                    part.transpose((1, 0))[...] = values.astype(jnp.bfloat16)
-            if sent + self.config.store_tokens == self.config.tokens:
-                plgpu.barrier_arrive(self.scratch["scales_empty"].at[slot])
-            plgpu.commit_smem()
-            self.streams.send(place, warpgroup, sent, staged)
+    Args:
+      configs: alike in all that memory is made of.
+      num_steps: of every tile of the first.
+      between: what all threads do when they have finished the first.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    is_feeder = warpgroup == configs[0].warpgroups
+    first = Loop(chip, configs[0], num_ctas, streams[0], scratch)
+    begin = first.num_mine(), first.num_mine() * num_steps
+    second = Loop(chip, configs[1], num_ctas, streams[1], scratch, begin, configs[1].stages)
+    _stream_sm90(first, warpgroup, is_feeder, second.feed_ahead)
+    between()
+    _stream_sm90(second, warpgroup, is_feeder)
 
 
 def _take_registers(config: TuningConfig, count: int) -> None:
@@ -306,14 +187,19 @@ def _take_registers(config: TuningConfig, count: int) -> None:
         plgpu.set_max_registers(count, action="decrease" if count < 168 else "increase")
 
 
-def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> None:
+def _stream_sm90(
+    loop: Loop,
+    warpgroup: jax.Array,
+    is_feeder: jax.Array,
+    after_feed: Callable[[], None] = lambda: None,
+) -> None:
     """wgmma: each warpgroup issues its own products and keeps them in registers."""
-    config, scratch = loop.config, loop.scratch
+    config, scratch, parts = loop.config, loop.scratch, loop.streams.parts
     weights, tokens = scratch["weights"], scratch["tokens"]
     empty = scratch["empty"]
     blocks = [
-        (half, pl.ds(config.first_row(warpgroup) + first, _WGMMA_ROWS))
-        for first in range(0, config.rows, _WGMMA_ROWS)
+        (half, pl.ds(config.first_row(warpgroup) + first, WGMMA_ROWS))
+        for first in range(0, config.rows, WGMMA_ROWS)
         for half in range(loop.halves)
     ]
 
@@ -322,6 +208,7 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
         _take_registers(config, 40)
         if not config.is_fed_by_warp:
             loop.feed()
+            after_feed()
             return
 
         @plgpu.warp_map
@@ -329,6 +216,7 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
             @pl.when(warp == 0)
             def _():
                 loop.feed()
+                after_feed()
 
     @pl.when(jnp.logical_not(is_feeder))
     def _():
@@ -342,13 +230,15 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
                     stage = loop.stage(first_step + index)
                     plgpu.barrier_wait(loop.full(number, stage))
                     for (half, rows), accumulator in zip(blocks, accumulators, strict=True):
-                        plgpu.wgmma(
-                            accumulator,
-                            weights.at[stage, half, rows],
-                            tokens.at[stage].transpose((1, 0)),
-                        )
+                        for part in range(parts):
+                            columns = pl.ds(part * config.step, config.step)
+                            plgpu.wgmma(
+                                accumulator,
+                                weights.at[stage, half * parts + part, rows],
+                                tokens.at[stage, :, columns].transpose((1, 0)),
+                            )
                     # All but this step's products are done: the stage before is free.
-                    plgpu.wgmma_wait(len(accumulators))
+                    plgpu.wgmma_wait(len(accumulators) * parts)
 
                     @pl.when(index > 0)
                     def _():
@@ -359,7 +249,7 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
                 plgpu.barrier_arrive(empty.at[loop.stage(first_step + num_steps - 1)])
                 return products
 
-            accumulator = plgpu.WGMMAAccumulatorRef((_WGMMA_ROWS, config.tokens), jnp.float32)
+            accumulator = plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, config.tokens), jnp.float32)
             products = pl.run_scoped(multiply, *[accumulator] * len(blocks))
 
             def of_block(block: int, first: int, count: int) -> list[jax.Array]:
@@ -380,7 +270,7 @@ def _stream_sm90(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _stream_sm100(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> None:
+def _stream_sm100(loop: Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> None:
     """tcgen05: one warp issues every product into tensor memory, the warpgroups only finish them."""
     config, scratch = loop.config, loop.scratch
     products_full, products_empty = scratch["products_full"], scratch["products_empty"]
@@ -443,7 +333,7 @@ def _stream_sm100(loop: _Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> No
 
 
 def _multiply_sm100(
-    loop: _Loop,
+    loop: Loop,
     accumulators: Callable[[int, int], list[Any]],
     slot: int,
     place: Any,

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 from glm_jax.pallas import ahead, fp8_product, grid
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
-from glm_jax.pallas.fp8_product import SCALE_SLOTS
+from glm_jax.pallas.product_loop import SCALE_SLOTS, Streams
 from glm_jax.pallas.quantize import GROUP, quantize_groups, quantized_types
 from glm_jax.pallas.tiling import TuningConfig
 
@@ -55,7 +55,7 @@ class Tokens(NamedTuple):
     scale: Float32[Array, "T 1"]
 
 
-_Inputs = tuple[Any, Any, Any, Any]
+Inputs = tuple[Any, Any, Any, Any]
 
 
 class _Place(NamedTuple):
@@ -65,7 +65,7 @@ class _Place(NamedTuple):
     token: jax.Array
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """The refs of one kind of tile, routed or shared."""
 
     tokens: Any
@@ -124,7 +124,7 @@ def product(
     operands = [
         operand
         for tokens, side in sides
-        for operand in (tokens.values, tokens.scale.reshape(-1), *_flat(side))
+        for operand in (tokens.values, tokens.scale.reshape(-1), *flat(side))
     ]
 
     counters = [] if counter is None else [counter]
@@ -142,41 +142,13 @@ def product(
         counter_refs, inputs = inputs[: len(counters)], inputs[len(counters) :]
         outs, quantized = refs[num_operands:][: len(sides)], refs[num_operands:][len(sides) :]
         side_refs = [
-            _Side(*cast(_Inputs, inputs[4 * index : 4 * index + 4]), out, side.values.shape[1])
+            Side(*cast(Inputs, inputs[4 * index : 4 * index + 4]), out, side.values.shape[1])
             for index, (out, (_, side)) in enumerate(zip(outs, sides, strict=True))
         ]
-        walk = _Walk(config, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
-        loads = _Loads(config, side_refs, layer_ref[0] + shift, scratch)
+        walk = Walk(config, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
+        loads = Loads(config, side_refs, layer_ref[0] + shift, scratch)
 
-        def finish(
-            slot: jax.Array, row: jax.Array | int, first: int, products: list[jax.Array]
-        ) -> jax.Array:
-            return combine_halves(_scaled(scratch, slot, row, first, products))
-
-        def send(place: _Place, warpgroup: jax.Array, first: int, staged: Any) -> None:
-            row = place.row + config.first_row(warpgroup)
-            for is_shared, side in enumerate(side_refs):
-
-                @pl.when(place.is_shared == bool(is_shared))
-                def _(side: _Side = side):
-                    fp8_product.send(config, staged, side.out, place.token + first, row)
-
-        num_steps = [pl.cdiv(side.values.shape[-1], config.step) for _, side in sides]
-        streams = fp8_product.Streams(
-            num_tiles=walk.num_tiles(),
-            look_up=walk.expert,
-            locate=walk.locate,
-            num_steps=lambda place: (
-                num_steps[0]
-                if num_steps[-1] == num_steps[0]
-                else jnp.where(place.is_shared, num_steps[1], num_steps[0])
-            ),
-            fetch_weights=loads.fetch_weights,
-            fetch_tokens=loads.fetch_tokens,
-            fetch_scales=loads.fetch_scales,
-            finish=finish,
-            send=send,
-        )
+        streams = streams_of(walk, loads, combine_halves)
         fp8_product.stream(chip, config, num_ctas, streams, scratch)
         if counters:
             plgpu.wait_smem_to_gmem(0)
@@ -258,7 +230,7 @@ def ask_tiles(
     lax.fori_loop(0, count, ask, None)
 
 
-def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
+def flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
     """Layers, experts and halves as one axis: a view, since TMA takes few dimensions."""
     return (
         weights.values.reshape(-1, *weights.values.shape[-2:]),
@@ -266,7 +238,7 @@ def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
     )
 
 
-class _Walk:
+class Walk:
     """Tile numbers to places: row tiles vary fastest, so that CTAs side by side share their tokens."""
 
     def __init__(
@@ -304,41 +276,60 @@ class _Walk:
         )
 
 
-class _Loads:
-    """The copies of a place, from the refs of its side."""
+class Loads:
+    """The copies of a place, from the refs of its side.
+
+    Args:
+      parts: as Streams has them.
+    """
 
     def __init__(
-        self, config: TuningConfig, sides: list[_Side], layer: jax.Array, scratch: dict[str, Any]
+        self,
+        config: TuningConfig,
+        sides: list[Side],
+        layer: jax.Array,
+        scratch: dict[str, Any],
+        parts: int = 1,
     ) -> None:
         self.config = config
         self.sides = sides
         self.layer = layer
         self.scratch = scratch
-        self.halves = scratch["weights"].shape[1]
+        self.parts = parts
+        self.halves = scratch["weights"].shape[1] // parts
 
-    def index(self, side: _Side, place: _Place, half: int) -> jax.Array:
+    @property
+    def columns(self) -> int:
+        """Of a step."""
+        return self.parts * self.config.step
+
+    def index(self, side: Side, place: _Place, half: int) -> jax.Array:
         return (self.layer * side.num_experts + place.expert) * self.halves + half
 
     def fetch_weights(self, place: _Place, step: jax.Array, weights: Any, barrier: Any) -> None:
-        columns = pl.ds(step * self.config.step, self.config.step)
+        width = self.config.step
         rows = pl.ds(place.row, self.config.tile_rows)
         for is_shared, side in enumerate(self.sides):
 
             @pl.when(place.is_shared == bool(is_shared))
-            def _(side: _Side = side):
-                for half in range(self.halves):
+            def _(side: Side = side):
+                for number in range(self.halves * self.parts):
+                    half, part = divmod(number, self.parts)
+                    columns = pl.ds(step * self.columns + part * width, width)
                     plgpu.copy_gmem_to_smem(
                         side.values.at[self.index(side, place, half), rows, columns],
-                        weights.at[half, pl.ds(0, self.config.tile_rows)],
+                        weights.at[number, pl.ds(0, self.config.tile_rows)],
                         barrier,
                     )
 
     def fetch_tokens(self, place: _Place, step: jax.Array, tokens: Any, barrier: Any) -> None:
-        columns = pl.ds(step * self.config.step, self.config.step)
+        columns = pl.ds(step * self.columns, self.columns)
+        if tokens.shape[1] > self.columns:
+            tokens = tokens.at[:, pl.ds(0, self.columns)]
         for is_shared, side in enumerate(self.sides):
 
             @pl.when(place.is_shared == bool(is_shared))
-            def _(side: _Side = side):
+            def _(side: Side = side):
                 plgpu.copy_gmem_to_smem(
                     side.tokens.at[pl.ds(place.token, self.config.tokens), columns],
                     tokens,
@@ -346,22 +337,64 @@ class _Loads:
                 )
 
     def fetch_scales(self, place: _Place, slot: jax.Array, barrier: Any) -> None:
-        rows = pl.ds(place.row, self.config.cta_rows)
+        # As many copies whatever a stage is filled with: barriers count them.
+        count = self.config.cta_rows // self.parts
         for is_shared, side in enumerate(self.sides):
 
             @pl.when(place.is_shared == bool(is_shared))
-            def _(side: _Side = side):
+            def _(side: Side = side):
                 plgpu.copy_gmem_to_smem(
                     side.token_scales.at[pl.ds(place.token, self.config.tokens)],
                     self.scratch["token_scales"].at[slot, pl.ds(0, self.config.tokens)],
                     barrier,
                 )
-                for half in range(self.halves):
+                for number in range(self.halves * self.parts):
+                    half, part = divmod(number, self.parts)
                     plgpu.copy_gmem_to_smem(
-                        side.scales.at[self.index(side, place, half), rows],
-                        self.scratch["row_scales"].at[slot, half],
+                        side.scales.at[
+                            self.index(side, place, half), pl.ds(place.row + part * count, count)
+                        ],
+                        self.scratch["row_scales"].at[slot, half, pl.ds(part * count, count)],
                         barrier,
                     )
+
+
+def streams_of(
+    walk: Walk, loads: Loads, combine_halves: Callable[[list[jax.Array]], jax.Array]
+) -> Streams:
+    """What the main loop is to know of a product's tiles."""
+    config, sides = loads.config, loads.sides
+
+    def finish(
+        slot: jax.Array, row: jax.Array | int, first: int, products: list[jax.Array]
+    ) -> jax.Array:
+        return combine_halves(_scaled(loads.scratch, slot, row, first, products))
+
+    def send(place: _Place, warpgroup: jax.Array, first: int, staged: Any) -> None:
+        row = place.row + config.first_row(warpgroup)
+        for is_shared, side in enumerate(sides):
+
+            @pl.when(place.is_shared == bool(is_shared))
+            def _(side: Side = side):
+                fp8_product.send(config, staged, side.out, place.token + first, row)
+
+    num_steps = [pl.cdiv(side.values.shape[-1], loads.columns) for side in sides]
+    return Streams(
+        num_tiles=walk.num_tiles(),
+        look_up=walk.expert,
+        locate=walk.locate,
+        num_steps=lambda place: (
+            num_steps[0]
+            if num_steps[-1] == num_steps[0]
+            else jnp.where(place.is_shared, num_steps[1], num_steps[0])
+        ),
+        fetch_weights=loads.fetch_weights,
+        fetch_tokens=loads.fetch_tokens,
+        fetch_scales=loads.fetch_scales,
+        finish=finish,
+        send=send,
+        parts=loads.parts,
+    )
 
 
 def _scaled(

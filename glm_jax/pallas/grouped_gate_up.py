@@ -96,7 +96,7 @@ def grouped_gate_up(
         shared,
         dispatch,
         layer,
-        _gated_silu,
+        gated_silu,
         chip=chip,
         config=config,
         shift=shift,
@@ -124,7 +124,7 @@ def quantizes(dispatch: Dispatch) -> bool:
     return dispatch.tile <= 32
 
 
-def _gated_silu(products: list[jax.Array]) -> jax.Array:
+def gated_silu(products: list[jax.Array]) -> jax.Array:
     gate, up = (_rounded(product) for product in products)
     return _rounded(gate / (1 + jnp.exp(-gate))) * up
 
