@@ -71,25 +71,23 @@ class Kernels(Selection):
         if self._interprets or self._chip() is None or num_rows > route_stage.MAX_TOKENS:
             return None
         first = sharding.device_index() * num_local
-        is_shared = self._fuses_sums(num_rows) and sharding.num_devices() > 1
-        semaphores = box = None
-        if is_shared and self.sends_sums:
-            devices = sharding.num_devices()
-            box = inbox.make_inbox(
-                num_rows, width, axis_name=sharding.MESH_AXIS, num_devices=devices
-            )
-        elif is_shared:
-            semaphores = all_reduce.make_semaphores(num_rows)
+        devices, box = sharding.num_devices(), None
+        if devices > 1 and self._fuses_sums(num_rows) and width % inbox.UNIT == 0:
+            on = {"axis_name": sharding.MESH_AXIS, "num_devices": devices}
+            box = inbox.make_inbox(num_rows, width, **on)
         routing = route_stage.make_words(num_rows, num_local)
-        return Workspace(routing, grid.make_counter(), semaphores, box, first)
+        return Workspace(routing, grid.make_counter(), box, first)
 
     def later(self, stacks: Sequence[Array], num_rows: int, *, shift: int = 0) -> Asked:
-        """What kernels of so many rows are to ask for ahead: stacked weights that later ones read.
+        """What sums of so many rows are to ask for ahead: stacked weights that later kernels read.
+
+        Nothing on a single device, where sums wait for no one.
 
         Args:
-          shift: from the asking kernel's place in its stack to the place in these.
+          shift: from the norm's place in its stack to the place in these.
         """
-        if self._interprets or self._chip() is None or num_rows > route_stage.MAX_TOKENS:
+        is_waiting = self._fuses_sums(num_rows) and sharding.num_devices() > 1
+        if self._interprets or self._chip() is None or not is_waiting:
             return ()
         return tuple(ahead.later_of(stack, shift) for stack in stacks)
 
@@ -151,14 +149,15 @@ class Kernels(Selection):
                 all_reduce.Summands(*pending) if is_rows else pending[0],
                 residual, weight, at, eps=eps, axis_name=sharding.MESH_AXIS,
                 num_devices=sharding.num_devices(), chip=chip, shift=shift,
-                semaphores=None if workspace is None else workspace.semaphores,
-                inbox=None if workspace is None else workspace.inbox,
-                tells_place=shift != 0, interpret=self._interprets,
+                inbox=box,
+                tells_place=shift != 0, later=later, interpret=self._interprets,
             )  # fmt: skip
             return _as_ours(normed, is_fp8), at if normed.place is None else normed.place
 
         is_whole = isinstance(pending, ExpertRows) or len(pending) == 1
-        fuses = is_whole and self._fuses_sums(residual.shape[0])
+        box = None if workspace is None else workspace.inbox
+        reaches = self._interprets or box is not None or sharding.num_devices() == 1
+        fuses = is_whole and reaches and self._fuses_sums(residual.shape[0])
         return self._run(together, apart) if fuses else apart()
 
     def product(

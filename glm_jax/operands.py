@@ -59,14 +59,12 @@ class Workspace(NamedTuple):
 
     Attributes:
       routing, gate_up: words and a counter of these kernels, whose CTAs wait for each other.
-      semaphores: for a kernel that devices run together; None where each call has its own.
-      inbox: where devices write rows for each other; None where they fetch them.
+      inbox: where devices write rows for each other; None on one, and where XLA sums.
       first_expert: of this device.
     """
 
     routing: jax.Ref
     gate_up: jax.Ref
-    semaphores: jax.Ref | None
     inbox: Inbox | None
     first_expert: Int32[Array, ""]
 

@@ -23,17 +23,14 @@ class Selection:
     Attributes:
       allow_reference: on a GPU, what has no kernel runs as XLA makes it of the reference, which copies
         weights and is many times slower; otherwise it is an error.
-      fused_all_reduce: sums over devices, the addition and the norm in one kernel of ours, which reads
-        the other devices' memory, up to 256 rows and within one process; otherwise the sum is XLA's.
-      sends_sums: in that kernel devices write their rows into the others' memory, and wait for nobody's
-        leave; otherwise each fetches the others' rows.
+      fused_all_reduce: sums over devices, the addition and the norm in one kernel of ours, which
+        writes into the other devices' memory, up to 256 rows and within one process; otherwise the sum is XLA's.
       interpreted: kernels of this chip, interpreted on a CPU: for tests.
       native: a CPU may run C, which has no derivatives.
     """
 
     allow_reference: bool = False
     fused_all_reduce: bool = True
-    sends_sums: bool = False
     interpreted: Chip | None = None
     native: bool = True
 

@@ -1,20 +1,9 @@
 """The sum over devices fused with what follows it: residual add, RMSNorm, quantization.
 
-Knows no layer. Each device gets its peers' rows over NVLink and sums them itself: one exchange instead
-of two, right while rows are few. No multicast takes part. What experts made is first added up here, row
-by row, before the peers may have it.
-
-With an inbox, each device writes its rows into its peers' memory; see there. Without one, it copies
-theirs from where they lie. There a row is one CTA's, the same on every device, and has two counters there, which start and end at zero:
-
-  ready: the peer's CTA has begun, and has added up its row if there was something to add;
-  done: every peer has copied this device's row. Only then may this kernel end, since XLA may give
-    the rows' memory to whatever comes next.
-
-A CTA waits only for the CTAs of the same row, and all rows' CTAs fit the device at once, so the wait
-ends. That counters are zero on all devices before any of them counts is XLA's doing: it holds a
-barrier between the devices before a kernel that reaches into peers is launched. Since counters end as
-they start, calls can share them, and XLA need not clear them for each.
+Knows no layer. Devices write their rows into each other's memory over NVLink, and each sums them itself:
+one exchange instead of two, right while rows are few. No multicast takes part. What experts made is
+first added up here, row by row, before the peers get it. A row is one CTA's, the same on every device;
+how it waits for its peers, and why that ends, inbox says.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,9 +31,9 @@ from glm_jax.pallas.norm import (
 # From here on an exchange in two steps, of sums instead of summands, has less to carry: beyond
 # 256 rows of 5120 the one step moves 18 MB into each of eight devices.
 MAX_ROWS = 256
-_WARPS = 4
 _LEAST_ASKING = 64
-_SHARED_MEMORY = 220 * 1024
+# CTAs of 128 threads and up to 255 registers that a multiprocessor runs at once.
+_CTAS_A_CORE = 2
 
 
 class Summands(NamedTuple):
@@ -63,16 +52,6 @@ class Summands(NamedTuple):
     weights: Float32[Array, "T k"]
 
 
-def make_semaphores(num_rows: int) -> jax.Ref | None:
-    """Counters for every call on up to so many rows; None where each call must have its own."""
-    # jax before 0.12 has no counters that outlive a kernel.
-    if not hasattr(plgpu, "alloc_semaphore"):
-        return None
-    zeros = jax.freeze(plgpu.alloc_semaphore((2, num_rows)))
-    # What XLA knows to be zeros it would make anew in every layer.
-    return jax.new_ref(lax.optimization_barrier(zeros), memory_space=plgpu.GMEM)
-
-
 def all_reduce_add_norm(
     partial: BFloat16[Array, "T D"] | Summands,
     residual: BFloat16[Array, "T D"],
@@ -84,7 +63,6 @@ def all_reduce_add_norm(
     num_devices: int,
     chip: Chip,
     shift: int = 0,
-    semaphores: jax.Ref | None = None,
     inbox: Inbox | None = None,
     tells_place: bool = False,
     later: Sequence[ahead.Later] = (),
@@ -96,31 +74,31 @@ def all_reduce_add_norm(
     device 0 first, rounded once to bfloat16 and then added to the residual; every device gets the
     same bits, whatever T is. The partial of Summands is each token's rows, weighed and added in the
     order of its choices, and its shared row last, in float32, rounded to bfloat16. In interpret mode
-    XLA gathers the rows, since the interpreter has neither peers nor counters; what is made of them is
+    XLA gathers the rows, since the interpreter has no peers; what is made of them is
     the kernel's own.
 
     Args:
       layer, shift: their sum is the norm's place among the weights.
-      semaphores: as make_semaphores makes them, for at least T rows.
-      inbox: as make_inbox makes it, for at least T rows of D; semaphores have no use then.
+      inbox: as make_inbox makes it, for at least T rows of D; needed where there are peers.
       tells_place: whether the answer has that sum too, as the kernels of the layer that begins there
         take it: an addition by XLA would be one more launch.
       later: asked for on the way; its shifts are from the norm's place.
 
     Raises:
-      NotImplementedError: T is over 256 or over what the device holds at once, or D no multiple of
-        128.
+      NotImplementedError: T is over 256 or over what the device runs at once, D no multiple of 128, or
+        there are peers and no inbox.
     """
     num_rows, width = residual.shape
     check_width(width)
-    # Every row's CTA must be running, with a row of each device in its shared memory.
-    limit = min(MAX_ROWS, _SHARED_MEMORY // (2 * num_devices * width + 4096) * chip.num_cores)
+    is_exchanged = num_devices > 1 and not interpret
+    # Every row's CTA must be running where it waits for peers.
+    limit = min(MAX_ROWS, _CTAS_A_CORE * chip.num_cores) if is_exchanged else MAX_ROWS
     if num_rows > limit:
         raise NotImplementedError(f"{residual.shape=}: one exchange is for up to {limit} rows")
-    is_exchanged = num_devices > 1 and not interpret
     is_gathered = num_devices > 1 and interpret
-    is_sent = is_exchanged and inbox is not None
-    is_copied = is_exchanged and inbox is None
+    if is_exchanged and inbox is None:
+        raise NotImplementedError("devices that have no inbox cannot be sent rows")
+    mail = [*inbox] if inbox is not None and is_exchanged else []
     if is_gathered:
         if isinstance(partial, Summands):
             partial = add_up(partial, interpret=interpret)
@@ -128,51 +106,31 @@ def all_reduce_add_norm(
     has_summands = isinstance(partial, Summands)
     operands = [*partial] if isinstance(partial, Summands) else [partial]
     outputs = [jax.ShapeDtypeStruct(residual.shape, residual.dtype), *normed_types(num_rows, width)]
-    if has_summands and is_copied:
-        outputs.append(jax.ShapeDtypeStruct(residual.shape, residual.dtype))
     if tells_place:
         outputs.append(jax.ShapeDtypeStruct((1,), jnp.int32))
-    shared = [*inbox] if inbox is not None and is_sent else []
-    if is_copied and semaphores is not None:
-        shared = [semaphores]
     asked = [each.weights for each in later]
     # Few rows' CTAs alone could not ask for much.
     num_ctas = max(num_rows, _LEAST_ASKING) if later else num_rows
 
-    def all_reduce_add_norm_kernel(*refs: Any, **scratch: Any) -> None:
+    def all_reduce_add_norm_kernel(*refs: Any, sink: Any = None) -> None:
         own, others = refs[: len(operands)], refs[len(operands) :]
         asked_refs, others = others[: len(asked)], others[len(asked) :]
         residual_ref, weight_ref, layer_ref, *rest = others
-        shared_refs, outs = rest[: len(shared)], rest[len(shared) :]
-        place_refs = [outs.pop()] if tells_place else []
-        (total_ref, normed_ref, values_ref, scale_ref), mine_ref = outs[:4], outs[4:]
+        mail_refs, outs = rest[: len(mail)], rest[len(mail) :]
+        total_ref, normed_ref, values_ref, scale_ref, *place_refs = outs
         row, place = lax.axis_index("row"), layer_ref[0] + shift
 
         def ask() -> None:
             if later:
-                ahead.ask(asked_refs, later, place, row, num_ctas, scratch["sink"])
+                ahead.ask(asked_refs, later, place, row, num_ctas, sink)
 
         def reduce_row() -> None:
             summed = load_summed(own, row) if has_summands else None
             before, weight_row = load_row(residual_ref, row), load_row(weight_ref, place)
-            if is_sent:
+            if is_exchanged:
                 mine = load_row(own[0], row) if summed is None else summed
-                mail_at = len(operands) + len(asked) + 3
-                addends = _exchange(mine, shared_refs, mail_at, row, axis_name, num_devices, ask)
-            elif is_copied:
-                if shared:
-                    names = enumerate(("ready", "done"))
-                    scratch.update({name: shared_refs[0].at[at, row] for at, name in names})
-                copied = own[0]
-                if summed is not None:
-                    copied = mine_ref[0]
-                    scratch["mine"][...] = summed
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(scratch["mine"], copied.at[row])
-                    plgpu.wait_smem_to_gmem(0)
-                _copy_from_peers(copied, row, scratch, axis_name, num_devices)
-                ask()
-                addends = [load_row(scratch["addends"], device) for device in range(num_devices)]
+                operand = len(operands) + len(asked) + 3
+                addends = _exchange(mine, mail_refs, operand, row, axis_name, num_devices, ask)
             elif is_gathered:
                 addends = [load_row(own[0].at[device], row) for device in range(num_devices)]
             else:
@@ -181,8 +139,6 @@ def all_reduce_add_norm(
             total = before + _sum(addends)
             total_ref[row] = total
             store_normed(total, weight_row, eps, row, normed_ref, values_ref, scale_ref)
-            if is_copied:
-                pl.semaphore_wait(scratch["done"], num_devices - 1)
 
         if num_ctas == num_rows:
             reduce_row()
@@ -195,24 +151,16 @@ def all_reduce_add_norm(
             def _tell(place_ref: Any = place_ref) -> None:
                 place_ref[0] = place
 
-    scratch = {"sink": ahead.sink()} if later else {}
-    if is_copied:
-        scratch["addends"] = plgpu.SMEM((num_devices, width), residual.dtype)
-        scratch["arrived"] = plgpu.Barrier(num_arrivals=num_devices)
-        if has_summands:
-            scratch["mine"] = plgpu.SMEM((width,), residual.dtype)
-        if not shared:
-            scratch["ready"] = scratch["done"] = plgpu.SemaphoreType.REGULAR
     found = plgpu.kernel(
         all_reduce_add_norm_kernel,
         out_type=outputs,
-        scratch_types=scratch,
+        scratch_types={"sink": ahead.sink()} if later else {},
         grid=(num_ctas,),
         grid_names=("row",),
-        compiler_params=plgpu.CompilerParams(skip_device_barrier=is_sent),
+        compiler_params=plgpu.CompilerParams(skip_device_barrier=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="all_reduce_add_norm",
-    )(*operands, *asked, residual, weight, layer.reshape(1), *shared)
+    )(*operands, *asked, residual, weight, layer.reshape(1), *mail)
     normed = NormedRows(*found[:4])
     return normed._replace(place=found[-1].reshape(())) if tells_place else normed
 
@@ -226,7 +174,12 @@ def _exchange(
     num_devices: int,
     meanwhile: Callable[[], None],
 ) -> list[Array]:
-    """A row of every device, device 0's first."""
+    """A row of every device, device 0's first.
+
+    Args:
+      operand: which of the kernel's the inbox's rows are.
+      meanwhile: called when the row is on its way.
+    """
     rows_ref, turns_ref = mail
     mine, slot = lax.axis_index(axis_name), turns_ref[row]
     # Of two addends the order does not matter; of more, this device's own takes its place among them.
@@ -286,37 +239,3 @@ def add_up(summands: Summands, *, interpret: bool = False) -> BFloat16[Array, "T
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="add_up",
     )(*summands)
-
-
-def _copy_from_peers(
-    ref: Any, row: Array, scratch: dict[str, Any], axis_name: str, num_devices: int
-) -> None:
-    """Copies a row of every device, once it is there, and tells its device when it was copied."""
-    _tell_peers(scratch["ready"], axis_name, num_devices)
-    pl.semaphore_wait(scratch["ready"], num_devices - 1)
-    for device in range(num_devices):
-        plgpu.copy_gmem_to_smem(
-            plgpu.remote_ref(ref.at[row], jnp.int32(device)),
-            scratch["addends"].at[device],
-            scratch["arrived"],
-            # What is known to lie within is copied in bulk, without a descriptor for every peer.
-            oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-        )
-    plgpu.barrier_wait(scratch["arrived"])
-    _tell_peers(scratch["done"], axis_name, num_devices)
-
-
-def _tell_peers(counter: Any, axis_name: str, num_devices: int) -> None:
-    """Adds one to each peer's counter of this row, after everything this CTA did before."""
-    mine = lax.axis_index(axis_name)
-
-    # A count is a write and a fence that waits for it, so the warps share the peers.
-    @plgpu.warp_map
-    def _(warp: Array) -> None:
-        for first in range(1, num_devices, _WARPS):
-            distance = warp + first
-            peer = lax.rem(mine + distance, jnp.int32(num_devices))
-
-            @pl.when(distance < num_devices)
-            def _():
-                pl.semaphore_signal(counter, device_id=peer)

@@ -36,6 +36,8 @@ from glm_jax.pallas.norm import row_layout
 
 _SLOTS = 2
 _THREADS = 128
+# Widths are multiples of this: a thread's part of a row is whole words.
+UNIT = 2 * _THREADS
 # Two NaNs of bfloat16 that arithmetic does not make: a conversion's are 0x7fff.
 _EMPTY = 0xFFFFFFFF
 # Rows that a thread waits for together, in registers.
@@ -58,10 +60,10 @@ def make_inbox(num_rows: int, width: int, *, axis_name: str, num_devices: int) -
     """An inbox for every exchange of up to so many rows, empty on all devices.
 
     Raises:
-      NotImplementedError: width is no multiple of 256.
+      NotImplementedError: width is no multiple of UNIT.
     """
-    if width % (2 * _THREADS):
-        raise NotImplementedError(f"{width=}: rows are cut into {_THREADS} parts of whole words")
+    if width % UNIT:
+        raise NotImplementedError(f"{width=}: rows are multiples of {UNIT}")
     shape = (_SLOTS, num_devices, num_rows, width)
 
     def empty_inbox(rows_ref: Any, turns_ref: Any) -> None:

@@ -148,11 +148,16 @@ def test_the_place_is_told_where_it_is_asked_for(layer: int, shift: int) -> None
     assert_same(got._replace(place=None), expected)
 
 
-@pytest.mark.parametrize(("num_rows", "width", "limit"), [(257, 128, 256), (133, 10240, 132)])
-def test_more_rows_than_one_exchange_is_for_are_refused(
-    num_rows: int, width: int, limit: int
-) -> None:
-    rows = jnp.zeros((num_rows, width), jnp.bfloat16)
-    kernel = partial(all_reduce_add_norm, eps=EPS, num_devices=8, chip=CHIP)
-    with pytest.raises(NotImplementedError, match=f"up to {limit} rows"):
-        kernel(rows, rows, jnp.ones((1, width), jnp.bfloat16), jnp.int32(0))
+@pytest.mark.parametrize(
+    ("num_rows", "chip", "said"),
+    [
+        (257, CHIP, "up to 256 rows"),
+        (133, Chip("sm90", 66), "up to 132 rows"),
+        (1, CHIP, "have no inbox"),
+    ],
+)
+def test_what_one_exchange_is_not_for_is_refused(num_rows: int, chip: Chip, said: str) -> None:
+    rows = jnp.zeros((num_rows, 128), jnp.bfloat16)
+    kernel = partial(all_reduce_add_norm, eps=EPS, num_devices=8, chip=chip)
+    with pytest.raises(NotImplementedError, match=said):
+        kernel(rows, rows, jnp.ones((1, 128), jnp.bfloat16), jnp.int32(0))

@@ -21,6 +21,7 @@ from glm_jax.pallas import (
     grid,
     grouped_down,
     grouped_gate_up,
+    inbox,
     kv_write,
     norm,
     prefill_attention,
@@ -30,6 +31,7 @@ from glm_jax.pallas import (
 )
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.norm import NormedRows
+from glm_jax.sharding import MESH_AXIS
 from tests.pallas.compiled import CompiledKernel, Program, compile_programs, needs_compiler
 
 pytestmark = needs_compiler
@@ -44,7 +46,14 @@ PAGE_DTYPES = {"fp8": FP8, "bf16": BF16}
 FP8_PRODUCTS = {"dense_matmul", "grouped_gate_up", "grouped_down"}
 ATTENTION = {"decode_attention_split", "decode_attention_combine", "prefill_attention"}
 SMALL = {"add_norm_quantize_kernel", "router_products", "router_picks", "kv_write"}
-MOVERS = {"all_reduce_add_norm", "dispatch", "quantize_hidden", "router_picks_dispatch"}
+MOVERS = {
+    "all_reduce_add_norm",
+    "empty_inbox",
+    "meet",
+    "dispatch",
+    "quantize_hidden",
+    "router_picks_dispatch",
+}
 REGISTERS_OF_AN_SM = 65536
 SHARED_MEMORY_OF_A_CTA = 227 * 1024
 
@@ -81,7 +90,7 @@ def small_programs(chip: Chip) -> dict[str, Program]:
             )
     rows, weight = spec((STEPS["decode"], HIDDEN), BF16), spec((LAYERS, HIDDEN), BF16)
     reduce = partial(all_reduce.all_reduce_add_norm, eps=1e-5, num_devices=8, chip=chip)
-    programs["all_reduce"] = reduce, (rows, rows, weight, LAYER)
+    programs["all_reduce"] = partial(_sum, reduce), (rows, rows, weight, LAYER)
     summands = (
         spec((800, HIDDEN), BF16),
         rows,
@@ -94,9 +103,15 @@ def small_programs(chip: Chip) -> dict[str, Program]:
     return programs
 
 
+def _sum(
+    reduce: Callable[..., NormedRows], own: Array | all_reduce.Summands, *operands: Array
+) -> NormedRows:
+    box = inbox.make_inbox(STEPS["decode"], HIDDEN, axis_name=MESH_AXIS, num_devices=8)
+    return reduce(own, *operands, inbox=box)
+
+
 def _sum_experts(reduce: Callable[..., NormedRows], *operands: Array) -> NormedRows:
-    semaphores = all_reduce.make_semaphores(STEPS["decode"])
-    return reduce(all_reduce.Summands(*operands[:4]), *operands[4:], semaphores=semaphores)
+    return _sum(reduce, all_reduce.Summands(*operands[:4]), *operands[4:])
 
 
 def merged_programs(chip: Chip) -> dict[str, Program]:
@@ -288,25 +303,3 @@ class TestCompiled:
         ptx = kernels_for(target)["route and stage: router_picks_dispatch"].ptx
         assert len(re.findall(r"st\.relaxed\.gpu\.global\.b64", ptx)) == 1
         assert len(re.findall(r"ld\.relaxed\.gpu\.global\.b64", ptx)) == 1
-
-    def test_what_experts_made_is_stored_before_peers_are_told(self, target: str) -> None:
-        kernel = kernels_for(target)["all_reduce of experts: all_reduce_add_norm"]
-        stored, told = (
-            re.search(code, kernel.ptx)
-            for code in (r"cp\.async\.bulk\.wait_group\s+0", r"red\.release\.sys")
-        )
-        assert stored and told and stored.start() < told.start()
-
-    def test_the_exchange_waits_for_peers_before_it_reads_and_before_it_ends(
-        self, target: str
-    ) -> None:
-        kernel = kernels_for(target)["all_reduce: all_reduce_add_norm"]
-        assert "multimem" not in kernel.ptx
-        steps = re.findall(
-            r"(red)\.release\.sys|(atom)\.relaxed\.sys|(cp\.async\.bulk)\.shared|(try_wait)",
-            kernel.ptx,
-        )
-        order = ["".join(step) for step in steps]
-        # Each of four warps tells one or two of seven peers: two counts in the code.
-        tell, wait, copied = ["red"] * 2, ["atom"], ["cp.async.bulk"] * 8 + ["try_wait"]
-        assert order == tell + wait + copied + tell + wait
