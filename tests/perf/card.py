@@ -4,7 +4,9 @@ Knows no kernel of ours.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +18,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from glm_jax.pallas.chip import Chip
 from tests.perf.measure import Case, Step, chip_of, time_program
 
+Program = Callable[..., Any]
+
 # Of small copies, read and written together; between them times are interpolated.
-_SIZES = tuple(1 << power for power in range(16, 29))
-_LAYERS = 16
+_SIZES = tuple(1 << power for power in (16, 18, 20, 21, 22, 23, 24, 25, 26, 28))
+_LAYERS = 8
+_LARGE = jax.ShapeDtypeStruct((1 << 28,), jnp.float32)
+_SIDE = 8192
+_DTYPES: dict[str, Any] = {"bf16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -64,57 +71,83 @@ class Card:
         return num_bytes / self.copy
 
 
-def measure_card(*, is_thorough: bool = True) -> Card:
-    """Copies and multiplies large arrays; thoroughly, small copies and empty kernels too."""
-    device = jax.devices()[0]
-    source = jax.random.normal(jax.random.key(0), (1 << 28,), jnp.float32)
-    # XLA leaves out what adds 0, and the copy with it.
-    copied = _seconds(lambda operands, layer: operands + (layer + 1).astype(jnp.float32), source)
-    num_bytes = 2 * source.nbytes
-    del source
-    rates = {}
-    size = 8192
-    for name, dtype in (("bf16", jnp.bfloat16), ("fp8", jnp.float8_e4m3fn)):
-        square = jax.random.normal(jax.random.key(1), (size, size), jnp.float32).astype(dtype)
-        rates[name] = 2 * size**3 / _seconds(_square, square)
-    card = Card(device.device_kind, chip_of(device), num_bytes / copied, rates)
-    if not is_thorough:
-        return card
-    copies = tuple((size, small_copy(size)) for size in _SIZES)
-    return Card(card.name, card.chip, card.copy, rates, copies, empty_kernel(card.chip))
+@dataclass(frozen=True)
+class Probes:
+    """What measure_card runs, compiled: programs of operands and a layer.
+
+    Attributes:
+      copy, empty: of large operands, and of none.
+      squares: products of large operands, by their kind.
+      copies: of operands of so many layers, by the bytes that one moves.
+    """
+
+    copy: Program
+    empty: Program
+    squares: dict[str, Program]
+    copies: dict[int, Program]
 
 
-def small_copy(num_bytes: int) -> float:
-    """Seconds of a copy that reads half of the bytes and writes the other half; what it reads is cold."""
-    width = num_bytes // 2 // 4
+def compile_probes(chip: Chip) -> Probes:
+    """Compiles all of them."""
 
     def copy(operands: jax.Array, layer: jax.Array) -> jax.Array:
-        return lax.dynamic_index_in_dim(operands, layer, keepdims=False) + 1
+        # XLA leaves out what adds 0, and the copy with it.
+        return operands + (layer + 1).astype(jnp.float32)
 
-    layers = min(_LAYERS, max(2, (1 << 31) // (num_bytes // 2)))
-    return _seconds(copy, jnp.zeros((layers, width), jnp.float32), layers)
+    squares = {name: _compiled(_square, _square_of(dtype)) for name, dtype in _DTYPES.items()}
+    copies = {size: _compiled(_copy_layer, _layers_of(size)) for size in _SIZES}
+    empty = _compiled(partial(_empty, chip), jax.ShapeDtypeStruct((1,), jnp.float32))
+    return Probes(_compiled(copy, _LARGE), empty, squares, copies)
 
 
-def empty_kernel(chip: Chip) -> float:
-    """Seconds of a kernel of ours whose CTAs, one a SM, do nothing but for one that writes a line."""
+def measure_card(probes: Probes | None = None) -> Card:
+    """Copies and multiplies large arrays, copies small ones, and does nothing."""
+    device = jax.devices()[0]
+    chip = chip_of(device)
+    probes = probes or compile_probes(chip)
+    copied = _seconds(probes.copy, _LARGE, 1)
+    rates = {
+        name: 2 * _SIDE**3 / _seconds(program, _square_of(_DTYPES[name]), 1)
+        for name, program in probes.squares.items()
+    }
+    copies = []
+    for size, program in probes.copies.items():
+        operands = _layers_of(size)
+        copies.append((size, _seconds(program, operands, operands.shape[0])))
+    empty = _seconds(probes.empty, jax.ShapeDtypeStruct((1,), jnp.float32), 1)
+    num_bytes = 2 * _LARGE.size * _LARGE.dtype.itemsize
+    return Card(device.device_kind, chip, num_bytes / copied, rates, tuple(copies), empty)
+
+
+def _layers_of(num_bytes: int) -> jax.ShapeDtypeStruct:
+    """What a copy that moves so many bytes reads, one layer of it each time: half of them."""
+    return jax.ShapeDtypeStruct((_LAYERS, num_bytes // 2 // 4), jnp.float32)
+
+
+def _copy_layer(operands: jax.Array, layer: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(operands, layer, keepdims=False) + 1
+
+
+def _empty(chip: Chip, operands: jax.Array, layer: jax.Array) -> jax.Array:
+    """A kernel of ours whose CTAs, one a SM, do nothing but for one that writes a line."""
+    del operands
 
     def body(layer_ref: Any, out_ref: Any) -> None:
         @pl.when(lax.axis_index("cta") == 0)
         def _() -> None:
             out_ref[...] = jnp.full((128,), layer_ref[0], jnp.int32)
 
-    def step(operands: jax.Array, layer: jax.Array) -> jax.Array:
-        del operands
-        kernel = plgpu.kernel(
-            body,
-            out_type=jax.ShapeDtypeStruct((128,), jnp.int32),
-            grid=(chip.num_cores,),
-            grid_names=("cta",),
-            kernel_name="empty",
-        )
-        return kernel(layer[None])
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((128,), jnp.int32),
+        grid=(chip.num_cores,),
+        grid_names=("cta",),
+        kernel_name="empty",
+    )(layer[None])
 
-    return _seconds(step, jnp.zeros(1))
+
+def _square_of(dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((_SIDE, _SIDE), dtype)
 
 
 def _square(operands: jax.Array, layer: jax.Array) -> jax.Array:
@@ -125,6 +158,14 @@ def _square(operands: jax.Array, layer: jax.Array) -> jax.Array:
     )
 
 
-def _seconds(step: Step, operands: Any, num_layers: int = 1) -> float:
-    program = jax.jit(step).lower(operands, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+def _compiled(step: Step, operands: jax.ShapeDtypeStruct) -> Program:
+    return jax.jit(step).lower(operands, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+
+
+def _seconds(program: Program, shape: jax.ShapeDtypeStruct, num_layers: int) -> float:
+    def draw(key: jax.Array) -> jax.Array:
+        # Products of zeros draw less power than those of numbers, and run faster.
+        return jax.random.normal(key, shape.shape, jnp.bfloat16).astype(shape.dtype)
+
+    operands = jax.block_until_ready(jax.jit(draw)(jax.random.key(0)))
     return time_program(program, operands, num_layers)["us"] * 1e-6

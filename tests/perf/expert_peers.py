@@ -8,6 +8,7 @@ Knows no kernel of ours.
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -16,7 +17,16 @@ import torch
 
 from tests.perf import triton_kernels as kernels
 from tests.perf.peers import Made
-from tests.perf.triton_peers import fp8, relative, scales, ways
+from tests.perf.picks import picks_of
+from tests.perf.triton_peers import (
+    ROUTER_CUT,
+    fp8,
+    relative,
+    router_chain,
+    router_cuts,
+    scales,
+    ways,
+)
 
 _LARGEST = 448.0
 
@@ -30,9 +40,12 @@ class Operands:
     ) -> None:  # fmt: skip
         self.tokens, self.num_local, self.inner, self.shared = tokens, num_local, inner, shared
         self.width, self.num_picks, self.device = width, num_picks, device
+        self.num_experts = num_experts
         self.x, self.x_scale = fp8(device, tokens, width), scales(device, width, tokens)
-        found = torch.rand(tokens, num_experts, device=device).topk(num_picks)
-        self.picks, self.weights = found.indices.to(torch.int32), found.values / num_picks
+        self.picks, self.weights = (
+            torch.from_numpy(found).to(device)
+            for found in picks_of(tokens, num_experts, num_picks, num_local)
+        )
         self.up = fp8(device, layers, num_local, 2 * inner, width)
         self.up_scale = scales(device, width, layers, num_local, 2 * inner)
         self.down = fp8(device, layers, num_local, width, inner)
@@ -61,6 +74,30 @@ class Operands:
 def in_triton(tokens: int, layers: int, **sizes: Any) -> Made:
     """Five kernels: lists of each expert's tokens, gate and up, quantization, down, sums."""
     on = Operands(tokens, layers, **sizes)
+    return Made(ways(_chain(on), cuts(tokens, on)), on.error)
+
+
+def block_in_triton(tokens: int, layers: int, **sizes: Any) -> Made:
+    """Two more before these: the router's products, and each token's picks and weights."""
+    on = Operands(tokens, layers, **sizes)
+    router = torch.randn(on.num_experts, on.width, device=on.device) * on.width**-0.5
+    # Rows that pick what was drawn.
+    x = router[on.picks.long()].sum(1).mul(2).bfloat16()
+    routers = router.bfloat16().expand(layers, -1, -1).contiguous()
+    bias = torch.zeros(layers, on.num_experts, device=on.device)
+    route, chain = router_chain(x, routers, bias, on.picks, on.weights, 1.0), _chain(on)
+
+    def run(cut: tuple[int, ...], layer: int) -> Any:
+        route(cut[:ROUTER_CUT], layer)
+        return chain(cut[ROUTER_CUT:], layer)
+
+    every = product(router_cuts(tokens, on.width), cuts(tokens, on))
+    return Made(ways(run, [(*first, *rest) for first, rest in every]), on.error)
+
+
+def _chain(on: Operands) -> Callable[[tuple[int, ...], int], Any]:
+    """A call of the experts' kernels."""
+    tokens = on.tokens
     empty = partial(torch.empty, device=on.device)
     slots, counts = (empty(on.num_local * n, dtype=torch.int32) for n in (tokens, 1))
     hidden = empty(on.num_local * tokens * on.inner, dtype=torch.bfloat16)
@@ -104,7 +141,7 @@ def in_triton(tokens: int, layers: int, **sizes: Any) -> Made:
         )  # fmt: skip
         return out
 
-    return Made(ways(run, cuts(tokens, on)), on.error)
+    return run
 
 
 def cuts(tokens: int, on: Operands) -> list[tuple[int, ...]]:

@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 
 from glm_jax.pallas.chip import Chip
-from tests.perf import attention_cases, product_cases, small_cases
+from tests.perf import attention_cases, expert_cases, product_cases, small_cases
 from tests.perf.card import Card
 from tests.perf.measure import Case, check_interpreted
 from tests.perf.sizes import GLM_4_7, REHEARSAL, Sizes
 from tests.perf.turns import default_processes, over_cases
 
 _SUITES = (
-    product_cases.expert_cases,
+    expert_cases.expert_cases,
     attention_cases.decode_cases,
     product_cases.dense_cases,
     attention_cases.prefill_cases,

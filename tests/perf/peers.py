@@ -55,6 +55,13 @@ def experts(tokens: int) -> dict[str, Peer]:
     )
 
 
+def block(tokens: int) -> dict[str, Peer]:
+    """A router and a device's experts, from rows to sum."""
+    if tokens > _MOST:
+        return {}
+    return _there({}, {"Triton": partial(_of_module, "expert_peers", "block_in_triton", tokens)})
+
+
 def attention(rows: int, tokens: int, length: int, heads: int) -> dict[str, Peer]:
     """Attention: PyTorch's over bfloat16 keys that lie in one piece, Triton's over FP8 pages."""
     in_triton = partial(_of_module, "triton_peers", "attention", rows, length, heads)
@@ -71,7 +78,12 @@ def norm(tokens: int, width: int) -> dict[str, Peer]:
 
 def router(tokens: int, width: int, experts: int, picks: int, scaling: float) -> dict[str, Peer]:
     """A router whose product is of bfloat16, compiled."""
-    return _there({"torch.compile": partial(_router, tokens, width, experts, picks, scaling)}, {})
+    shape = (tokens, width, experts, picks, scaling)
+    in_triton = partial(_of_module, "triton_peers", "router", *shape)
+    return _there(
+        {"torch.compile": partial(_router, *shape)},
+        {"Triton": in_triton} if tokens <= _MOST else {},
+    )
 
 
 def prepare(peer: Peer) -> None:

@@ -68,6 +68,56 @@ def dense(
         tl.store(out + places, acc.to(tl.bfloat16), mask=mask)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def router_products(
+    x, w, partial, tokens, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """float32 [SPLIT, T, E]: parts of the products of bfloat16 rows and a router's weights."""
+    rt = tl.program_id(0) * BT + tl.arange(0, BT)
+    split = tl.program_id(1)
+    re = tl.program_id(2) * BE + tl.arange(0, BE)
+    is_token, is_expert = rt < tokens, re < E
+    columns = tl.arange(0, BK)
+    acc = tl.zeros((BT, BE), tl.float32)
+    for k in tl.range(split * (K // SPLIT), (split + 1) * (K // SPLIT), BK, num_stages=STAGES):
+        at = k + columns[None, :]
+        a = tl.load(x + rt[:, None] * K + at, mask=is_token[:, None], other=0.0)
+        b = tl.load(w + re[:, None] * K + at, mask=is_expert[:, None], other=0.0)
+        acc = tl.dot(a, tl.trans(b), acc)
+    places = (split * tokens + rt[:, None]) * E + re[None, :]
+    tl.store(partial + places, acc, mask=is_token[:, None] & is_expert[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def router_picks(
+    partial, bias, picks, weights, tokens, E: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, PICKS: tl.constexpr, SCALING: tl.constexpr,
+):  # fmt: skip
+    """Each token's experts, the best first, and their shares of SCALING."""
+    token = tl.program_id(0)
+    experts = tl.arange(0, BLOCK)
+    logits = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLIT):
+        at = partial + (split * tokens + token) * E + experts
+        logits += tl.load(at, mask=experts < E, other=0.0)
+    scores = tl.sigmoid(logits)
+    keys = scores + tl.load(bias + experts, mask=experts < E, other=0.0)
+    keys = tl.where(experts < E, keys, float("-inf"))
+    places = tl.arange(0, PICKS)
+    chosen = tl.zeros((PICKS,), tl.int32)
+    shares = tl.zeros((PICKS,), tl.float32)
+    for place in tl.static_range(PICKS):
+        best = tl.argmax(keys, 0)
+        is_best = experts == best
+        chosen = tl.where(places == place, best, chosen)
+        shares = tl.where(places == place, tl.sum(tl.where(is_best, scores, 0.0), 0), shares)
+        keys = tl.where(is_best, float("-inf"), keys)
+    shares *= SCALING / tl.sum(shares, 0)
+    tl.store(picks + token * PICKS + places, chosen)
+    tl.store(weights + token * PICKS + places, shares)
+
+
 @triton.jit(do_not_specialize=["num_picks", "capacity"])
 def align(picks, slots, counts, num_picks, capacity, BLOCK: tl.constexpr):
     """Each expert's picks, as places in picks[T, 8], in a list of its own: no sort, no prefix over experts."""

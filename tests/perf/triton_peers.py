@@ -17,6 +17,8 @@ from tests.perf import triton_kernels as kernels
 from tests.perf.peers import Made
 
 _PAGE, _HEAD = 64, 128
+# How many numbers a router's cut is of.
+ROUTER_CUT = 4
 
 
 def dense(tokens: int, rows: int, width: int, layers: int, device: str = "cuda") -> Made:
@@ -128,6 +130,62 @@ def attention_cuts(rows: int, length: int) -> list[tuple[int, ...]]:
         for splits in counts or [most]
         for block, stages, warps in ((64, 3, 4), (128, 3, 4), (128, 2, 8), (64, 4, 2))
     ]
+
+
+def router(
+    tokens: int, width: int, experts: int, picks: int, scaling: float, layers: int,
+    device: str = "cuda",
+) -> Made:  # fmt: skip
+    """A router whose products are of bfloat16, its columns split, and the picks of each token."""
+    x = torch.randn(tokens, width, device=device).bfloat16()
+    weights = (torch.randn(layers, experts, width, device=device) * width**-0.5).bfloat16()
+    bias = torch.randn(layers, experts, device=device) / 8
+    chosen = torch.empty(tokens, picks, device=device, dtype=torch.int32)
+    shares = torch.empty(tokens, picks, device=device)
+    run = router_chain(x, weights, bias, chosen, shares, scaling)
+
+    def error(got: Any) -> float:
+        scores = (x.float() @ weights[0].float().T).sigmoid()
+        best = (scores + bias[0]).topk(picks).indices
+        want = scores.gather(1, best)
+        want *= scaling / want.sum(1, keepdim=True)
+        # Where two are nearly equal they may change places, and then others of a token do too.
+        same = (got[0] == best).all(1)
+        return relative(got[1][same], want[same]) if same.float().mean() > 0.98 else float("inf")
+
+    return Made(ways(run, router_cuts(tokens, width)), error)
+
+
+def router_chain(
+    x: Any, weights: Any, bias: Any, chosen: Any, shares: Any, scaling: float
+) -> Callable[[tuple[int, ...], int], Any]:
+    """A call of the router's kernels, which write chosen[T, k] and shares[T, k]."""
+    tokens, width = x.shape
+    experts, padded = bias.shape[1], 1 << (bias.shape[1] - 1).bit_length()
+    partials = torch.empty(64 * tokens * experts, device=x.device)
+
+    def run(cut: tuple[int, ...], layer: int) -> Any:
+        bt, split, bk, stages = cut
+        kernels.router_products[-(-tokens // bt), split, -(-experts // 64)](
+            x, weights[layer], partials, tokens, E=experts, K=width, BT=bt, BE=64, BK=bk,
+            SPLIT=split, STAGES=stages, num_warps=4,
+        )  # fmt: skip
+        kernels.router_picks[(tokens,)](
+            partials, bias[layer], chosen, shares, tokens, E=experts, BLOCK=padded, SPLIT=split,
+            PICKS=chosen.shape[1], SCALING=scaling, num_warps=1,
+        )  # fmt: skip
+        return chosen, shares
+
+    return run
+
+
+def router_cuts(tokens: int, width: int) -> list[tuple[int, ...]]:
+    """(BT, split, BK, stages), ROUTER_CUT numbers."""
+    if tokens <= 64:
+        cuts = [(16, split, 128, 4) for split in (8, 20, 40)] + [(16, 20, 256, 2)]
+    else:
+        cuts = [(16, 4, 128, 4), (32, 8, 128, 4), (64, 20, 128, 3), (64, 8, 128, 4)]
+    return [cut for cut in cuts if width % (cut[1] * cut[2]) == 0]
 
 
 def ways(

@@ -27,7 +27,7 @@ from glm_jax.pallas import (
 )
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.tiling import TuningConfig, fitting_stages
-from tests.perf import attention_cases, product_cases
+from tests.perf import attention_cases, expert_cases, product_cases
 from tests.perf.card import Card
 from tests.perf.measure import Case, Step
 from tests.perf.sizes import GLM_4_7, Sizes
@@ -120,9 +120,9 @@ def expert_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
     """The experts' two products: how wide steps are, and whether warpgroups take turns."""
 
     def way(name: str, **configs: TuningConfig) -> Way:
-        return Way(name, partial(product_cases.expert_step, chip=chip, **configs))
+        return Way(name, partial(expert_cases.expert_step, chip=chip, **configs))
 
-    for case in product_cases.expert_cases(
+    for case in expert_cases.expert_cases(
         replace(sizes, tokens=_EXPERT_TOKENS, split_tokens=()), chip, False
     ):
         tokens = int(case.shape.removeprefix("T="))

@@ -20,11 +20,12 @@ import numpy as np
 
 from glm_jax.pallas.chip import Chip
 from tests.perf import peers
-from tests.perf.card import Card, measure_card
+from tests.perf.card import Card, Probes, compile_probes, measure_card
 from tests.perf.measure import (
     Case,
     Programs,
     check,
+    chip_of,
     compile_alternatives,
     compile_case,
     measure,
@@ -78,16 +79,18 @@ def over_cases(
     crew = [_Member(_serve_kernels, make_cases, _ENVIRONMENT) for _ in range(num_processes)]
     torch = _Member(_serve_peers, make_cases, _WITHOUT_GPU, has_processes=True)
     try:
+        chip = crew[0].ask(("chip", None), 2 * _LONGEST) if card is None else card.chip
+        cases = make_cases(chip)
+        for number, member in enumerate(crew):
+            share = list(range(number, len(cases), num_processes))
+            member.start(chip, share, end, has_probes=card is None and not number)
+        with_peers = [index for index, case in enumerate(cases) if case.peers]
+        torch.start(chip, with_peers, end)
+        for member in [*crew, torch]:
+            member.wait_until_ready(end)
         card = card or crew[0].ask(("card", None), 2 * _LONGEST)
         assert card is not None
         yield card
-        cases = make_cases(card.chip)
-        for number, member in enumerate(crew):
-            member.start(card, list(range(number, len(cases), num_processes)), end)
-        with_peers = [index for index, case in enumerate(cases) if case.peers]
-        torch.start(card, with_peers, end)
-        for member in [*crew, torch]:
-            member.wait_until_ready(end)
         of_peers = {outcome.place: outcome.result for outcome in _turns([torch], end)}
         for outcome in _turns(crew, end):
             outcome.result["peers"] = of_peers.get(outcome.place, {})
@@ -131,7 +134,7 @@ class _Member:
     ) -> None:
         self._made_of = (serve, make_cases, environment)
         self.share: list[int] = []
-        self.card: Card | None = None
+        self.chip: Chip | None = None
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         # A daemon may have no processes of its own.
@@ -158,11 +161,11 @@ class _Member:
             raise TimeoutError(f"no answer to {question} after {seconds:.0f} s")
         return self._connection.recv()
 
-    def start(self, card: Card, share: list[int], end: float) -> None:
-        """Lets it compile its share, for as long as _COMPILING says."""
-        self.card, self.share = card, share
+    def start(self, chip: Chip, share: list[int], end: float, *, has_probes: bool = False) -> None:
+        """Lets it compile its share, for as long as _COMPILING says; and, if so, what measures the card."""
+        self.chip, self.share = chip, share
         seconds = _COMPILING * (end - time.monotonic())
-        self._connection.send(("start", (card, share, seconds)))
+        self._connection.send(("start", (chip, share, seconds, has_probes)))
 
     def wait_until_ready(self, end: float) -> None:
         """Until it has compiled, or died: which the next question finds."""
@@ -175,8 +178,8 @@ class _Member:
     def successor(self, end: float) -> "_Member":
         """A new process for what is left of the share, compiled anew."""
         other = _Member(*self._made_of, has_processes=not self._process.daemon)
-        assert self.card is not None
-        other.start(self.card, self.share, end)
+        assert self.chip is not None
+        other.start(self.chip, self.share, end)
         other.wait_until_ready(end)
         return other
 
@@ -192,16 +195,20 @@ def _serve_kernels(connection: Connection, make_cases: MakeCases) -> None:
     base: dict[int, Future[Programs]] = {}
     others: dict[int, Future[dict[str, Any]]] = {}
     cases: Sequence[Case] = []
+    probes: Future[Probes] | None = None
     while True:
         verb, argument = connection.recv()
-        if verb == "card":
-            connection.send(measure_card())
+        if verb == "chip":
+            connection.send(chip_of(jax.devices()[0]))
+        elif verb == "card":
+            connection.send(measure_card(probes.result() if probes else None))
         elif verb == "start":
-            card, share, seconds = argument
-            cases = make_cases(card.chip)
+            chip, share, seconds, has_probes = argument
+            cases = make_cases(chip)
             # Before any thread compiles: XLA of jax 0.11.2 registers its targets with the first program.
             jax.block_until_ready(jnp.ones(8) + 1)
             pool = ThreadPoolExecutor(_THREADS)
+            probes = pool.submit(compile_probes, chip) if has_probes else None
             base = {index: pool.submit(compile_case, cases[index]) for index in share}
             others = {index: pool.submit(compile_alternatives, cases[index]) for index in share}
             pending: list[Future[Any]] = [*base.values(), *others.values()]
@@ -219,9 +226,9 @@ def _serve_peers(connection: Connection, make_cases: MakeCases) -> None:
     while True:
         verb, argument = connection.recv()
         if verb == "start":
-            card, share, seconds = argument
-            cases = make_cases(card.chip)
-            _prepare_peers(make_cases, card.chip, share, seconds)
+            chip, share, seconds, _ = argument
+            cases = make_cases(chip)
+            _prepare_peers(make_cases, chip, share, seconds)
             connection.send("ready")
         else:
             times: dict[str, Any] = {}
