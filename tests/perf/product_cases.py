@@ -37,9 +37,13 @@ def one_error(got: jax.Array, expected: jax.Array) -> dict[str, jax.Array]:
 
 
 def dense_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
-    """q, k and v together; and the output projection."""
+    """q, k and v together; the output projection; gate and up of a dense layer, whose down is as wide."""
     layers, heads = sizes.layers, sizes.query_groups * 128
-    shapes = {"qkv": (heads + 256, sizes.hidden), "o": (sizes.hidden, heads)}
+    shapes = {
+        "qkv": (heads + 256, sizes.hidden, sizes.tokens),
+        "o": (sizes.hidden, heads, sizes.tokens),
+        "gate_up": (2 * sizes.expert_width, sizes.hidden, sizes.split_tokens),
+    }
 
     def draw(tokens: int, rows: int, width: int, key: jax.Array) -> Any:
         keys = jax.random.split(key, 4)
@@ -58,8 +62,8 @@ def dense_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
         x, x_scale, values, scale, bias = operands
         return ops.product(ops.Rows(x.astype(jnp.bfloat16), x, x_scale), values, scale, bias, layer)
 
-    for name, (rows, width) in shapes.items():
-        for tokens in sizes.tokens:
+    for name, (rows, width, all_tokens) in shapes.items():
+        for tokens in all_tokens:
             yield Case(
                 kernel="dense_matmul.matmul",
                 shape=f"{name} T={tokens}",

@@ -110,7 +110,9 @@ def dense_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
 
     heads = sizes.query_groups * 128
     shapes = {"qkv": heads + 256, "o": sizes.hidden}
-    for case in product_cases.dense_cases(replace(sizes, tokens=_DENSE_TOKENS), chip, False):
+    for case in product_cases.dense_cases(
+        replace(sizes, tokens=_DENSE_TOKENS, split_tokens=()), chip, False
+    ):
         name, tokens = case.shape.split(" T=")
         configs = _dense_configs(int(tokens), shapes[name])
         yield case, [way("default", None), *(way(*named) for named in configs)]
@@ -125,6 +127,8 @@ def expert_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
     for case in expert_cases.expert_cases(
         replace(sizes, tokens=_EXPERT_TOKENS, split_tokens=()), chip, False
     ):
+        if case.kernel != "experts":
+            continue
         tokens = int(case.shape.removeprefix("T="))
         tile = dispatch.default_tile(tokens, chip)
         up = grouped_gate_up.default_config(chip, tile, sizes.expert_width, tokens)
