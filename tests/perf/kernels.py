@@ -34,6 +34,7 @@ _SUITES = (
     product_cases.dense_cases,
     attention_cases.prefill_cases,
     small_cases.norm_cases,
+    small_cases.sum_cases,
     small_cases.router_cases,
     attention_cases.write_cases,
 )

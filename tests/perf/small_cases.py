@@ -9,14 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from glm_jax import ops
 from glm_jax.fp8 import quantize_rows
-from glm_jax.pallas import norm, router
+from glm_jax.pallas import all_reduce, norm, router
 from glm_jax.pallas.chip import Chip
+from glm_jax.pallas.grouped_down import combine
 from tests.perf import peers
 from tests.perf.measure import Case, mismatches, relative_error
+from tests.perf.picks import picks_of
 from tests.perf.sizes import Sizes
 
 _EPS = 1e-5
@@ -40,21 +43,7 @@ def norm_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
 
     def reference(operands: Any, layer: jax.Array) -> norm.NormedRows:
         x, added, weight = operands
-        residual = x + added
-        wide = residual.astype(jnp.float32)
-        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + _EPS)
-        scale = lax.dynamic_index_in_dim(weight, layer)
-        normed = wide.astype(x.dtype) * scale
-        return norm.NormedRows(residual, normed, *quantize_rows(normed))
-
-    def errors(got: Any, expected: Any) -> dict[str, jax.Array]:
-        values, scale = quantize_rows(got.normed)
-        return {
-            "residual": relative_error(got.residual, expected.residual),
-            "normed": relative_error(got.normed, expected.normed),
-            "values": mismatches(got.values, values),
-            "scale": relative_error(got.scale, scale),
-        }
+        return _normed(x, added, weight, layer)
 
     for num_rows in sizes.tokens:
         yield Case(
@@ -64,12 +53,79 @@ def norm_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             num_layers=layers,
             step=step,
             reference=reference,
-            errors=errors,
+            errors=_norm_errors,
             tolerance=1e-3,
             bytes=num_rows * width * (2 + 2 + 2 + 2 + 1) + 2 * width,
             alternatives={"XLA": reference},
             peers=peers.norm(num_rows, width),
         )
+
+
+def sum_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
+    """The sum of the experts' rows before a norm, in one kernel; what is of other devices is left out."""
+    width, layers, num_local = sizes.hidden, sizes.layers, sizes.local_experts
+
+    def draw(tokens: int, key: jax.Array) -> Any:
+        keys = jax.random.split(key, 5)
+        picks, _ = picks_of(tokens, sizes.experts, sizes.picks, num_local)
+        num_rows = max(1, int((picks < num_local).sum()))
+        places = np.full(picks.shape, num_rows, np.int32)
+        places[picks < num_local] = np.random.default_rng(0).permutation(num_rows)[
+            : (picks < num_local).sum()
+        ]
+        rows = jax.random.normal(keys[0], (num_rows, width), jnp.bfloat16)
+        shared, residual = (jax.random.normal(k, (tokens, width), jnp.bfloat16) for k in keys[1:3])
+        weights = jax.random.uniform(keys[3], places.shape)
+        weight = 1 + jax.random.normal(keys[4], (layers, width), jnp.bfloat16) / 4
+        return rows, shared, jnp.asarray(places), weights, residual, weight
+
+    def step(operands: Any, layer: jax.Array) -> norm.NormedRows:
+        *summands, residual, weight = operands
+        return all_reduce.all_reduce_add_norm(
+            all_reduce.Summands(*summands), residual, weight, layer, eps=_EPS, num_devices=1,
+            chip=chip, interpret=interpret,
+        )  # fmt: skip
+
+    def reference(operands: Any, layer: jax.Array) -> norm.NormedRows:
+        *summands, residual, weight = operands
+        return _normed(residual, combine(*summands).astype(jnp.bfloat16), weight, layer)
+
+    for tokens in sizes.tokens:
+        if tokens > all_reduce.MAX_ROWS:
+            continue
+        picks, _ = picks_of(tokens, sizes.experts, sizes.picks, num_local)
+        num_rows = tokens + float((picks < num_local).sum())
+        yield Case(
+            kernel="all_reduce.all_reduce_add_norm",
+            shape=f"T={tokens}, 1 device",
+            draw=partial(draw, tokens),
+            num_layers=layers,
+            step=step,
+            reference=reference,
+            errors=_norm_errors,
+            # Sums of products may be rounded once or twice.
+            tolerance=4e-3,
+            bytes=2 * num_rows * width + tokens * width * (2 + 2 + 2 + 1) + 2 * width,
+            alternatives={"XLA": reference},
+        )
+
+
+def _normed(residual: jax.Array, added: jax.Array, weight: jax.Array, layer: jax.Array) -> Any:
+    residual = residual + added
+    wide = residual.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + _EPS)
+    normed = wide.astype(residual.dtype) * lax.dynamic_index_in_dim(weight, layer)
+    return norm.NormedRows(residual, normed, *quantize_rows(normed))
+
+
+def _norm_errors(got: Any, expected: Any) -> dict[str, jax.Array]:
+    values, scale = quantize_rows(got.normed)
+    return {
+        "residual": relative_error(got.residual, expected.residual),
+        "normed": relative_error(got.normed, expected.normed),
+        "values": mismatches(got.values, values),
+        "scale": relative_error(got.scale, scale),
+    }
 
 
 def router_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
