@@ -156,12 +156,8 @@ class Attention(nnx.Module):
         pages: Pages,
     ) -> tuple[Rows, KVCache]:
         assert cache is not None, "pages are those of a cache"
-        norms, table = self._norms(), pages.table
-        q, cache = self.kernels.write(qkv, norms, positions, table, layer, cache, pages.rotary)
-        attended = self.kernels.attend(
-            q, cache, layer, table, positions, is_fp8=self.is_fp8, counters=pages.counters
-        )
-        return attended, cache
+        operands = qkv, self._norms(), positions, pages.table, layer, cache, pages.rotary
+        return self.kernels.write_and_attend(*operands, is_fp8=self.is_fp8, counters=pages.counters)
 
     def _rows(self, attended: Float[Array, "B T K G H"]) -> Rows:
         kv_heads = attended.shape[2]

@@ -255,40 +255,57 @@ class Kernels(Selection):
             return None
         return decode_attention.make_counters(num_rows, kv_heads)
 
-    def attend(
+    def write_and_attend(
         self,
-        q: Float[Array, "B T K G H"],
-        cache: KVCache,
-        layer: ops.Layer,
-        page_table: Int32[Array, "B P"],
+        qkv: Float[Array, "B T K G2 H"],
+        norms: HeadNorms,
         positions: Int32[Array, "B T"],
+        page_table: Int32[Array, "B P"],
+        layer: ops.Layer,
+        cache: KVCache,
+        rotary: Float[Array, "B T 2 half"] | None,
         *,
         is_fp8: bool,
         counters: jax.Ref | None = None,
-    ) -> Rows:
-        """Attends over the pages; the rows are ready for o_proj, with a scale for each kv head.
+    ) -> tuple[Rows, KVCache]:
+        """`write`, then attends over the pages: rows for o_proj, with a scale for each kv head.
 
         Args:
-          counters: as attention_counters makes them.
+          counters: as attention_counters makes them; then one kernel does both.
         """
-        num_rows, num_tokens, kv_heads = q.shape[:3]
+        num_rows, num_tokens, kv_heads = qkv.shape[:3]
+        where = layer, page_table, positions
+        operands = qkv, norms, positions, page_table, layer, cache, rotary
 
         def as_rows(attended: Float[Array, "B T K G H"]) -> Rows:
             flat = attended.reshape(num_rows * num_tokens, -1)
             return ops.as_rows(flat, is_fp8=is_fp8, num_groups=kv_heads)
 
-        def kernel(chip: Chip) -> Rows:
-            pages = (cache.k, cache.v, layer, page_table, positions)
-            on = {"chip": chip, "interpret": self._interprets}
-            if num_tokens > 1:
-                return as_rows(prefill_attention.attend(q, *pages, **on))
+        def of_decode(attended: Any) -> Rows:
             if not is_fp8:
-                return as_rows(decode_attention.attend(q, *pages, counters=counters, **on))
-            values, scale = decode_attention.attend_quantized(q, *pages, counters=counters, **on)
+                return as_rows(attended)
+            values, scale = attended
             return Rows(None, values.reshape(num_rows, -1), scale)
 
-        def reference() -> Rows:
-            return as_rows(self._plain.paged_attention(q, *cache, layer, page_table, positions))
+        def kernel(chip: Chip) -> tuple[Rows, KVCache]:
+            on: Any = {"chip": chip, "interpret": self._interprets}
+            if counters is not None:
+                weights: Any = () if norms.q_norm is None else norms[:2]
+                angles: Any = rotary
+                made, *pages = decode_attention.write_and_attend(
+                    qkv, weights, angles, *cache, *where, eps=norms.eps, is_quantized=is_fp8,
+                    counters=counters, **on,
+                )  # fmt: skip
+                return of_decode(made), KVCache(*pages)
+            q, written = self.write(*operands)
+            if num_tokens > 1:
+                return as_rows(prefill_attention.attend(q, *written, *where, **on)), written
+            attend: Any = decode_attention.attend_quantized if is_fp8 else decode_attention.attend
+            return of_decode(attend(q, *written, *where, **on)), written
+
+        def reference() -> tuple[Rows, KVCache]:
+            q, written = self._plain.write(*operands)
+            return as_rows(self._plain.paged_attention(q, *written, *where)), written
 
         return self._run(kernel, reference)
 

@@ -100,8 +100,8 @@ def write_and_attend(
     qkv: BFloat16[Array, "B 1 K heads H"],
     norms: tuple[BFloat16[Array, "L H"], ...],
     angles: BFloat16[Array, "B 1 2 half"],
-    k_pages: jax.Ref,
-    v_pages: jax.Ref,
+    k_pages: Any,
+    v_pages: Any,
     layer: Int32[Array, ""] | int,
     page_table: Int32[Array, "B P"],
     positions: Int32[Array, "B 1"],
@@ -112,14 +112,15 @@ def write_and_attend(
     counters: Any = None,
     config: TuningConfig | None = None,
     interpret: bool = False,
-) -> Any:
+) -> tuple[Any, Any, Any]:
     """As kv_write.write, then `attend` or `attend_quantized`, with the same bits; of one token a row.
+
+    Returns attended or (values, scale), and the pages: arrays' successors, or the Refs themselves.
 
     Args:
       qkv: of each KV head the queries, then the key, then the value.
       norms: of queries and of keys, or none.
       angles: what kv_write.rotary_table makes, as wide as what is rotated.
-      k_pages, v_pages: written in place.
 
     Raises:
       NotImplementedError: as the other two, or a row has more tokens.
@@ -135,9 +136,13 @@ def write_and_attend(
     least = decode_splits.products_of(cut, interpret).query_rows
     heads = TokenHeads(cut.query_groups, rotary_dim, eps, cut.cache_dtype, least)
     new = decode_write.Kind(heads, has_norms=bool(norms))
-    operands = qkv, k_pages, v_pages, layer, page_table, positions, angles, *norms
+    pages = k_pages, v_pages
+    are_arrays = isinstance(k_pages, jax.Array)
+    refs = [jax.new_ref(x) for x in pages] if are_arrays else pages
+    operands = qkv, *refs, layer, page_table, positions, angles, *norms
     results = _run(cut, operands, is_quantized, counters, interpret, new)
-    return _flat(*results) if is_quantized else results[0]
+    made = _flat(*results) if is_quantized else results[0]
+    return made, *([jax.freeze(x) for x in refs] if are_arrays else pages)
 
 
 def _flat(values: Array, scale: Array) -> tuple[Array, Array]:

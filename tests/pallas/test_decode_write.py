@@ -43,11 +43,7 @@ def some_step(
 
 def together(step: dict[str, Any], **how: Any) -> tuple[Any, ...]:
     """What write_and_attend makes, and the pages that it leaves."""
-    k, v = (jax.new_ref(step[name]) for name in ("k_pages", "v_pages"))
-    made = decode_attention.write_and_attend(
-        **step | {"k_pages": k, "v_pages": v}, eps=EPS, chip=CHIP, **how
-    )
-    return made, jax.freeze(k), jax.freeze(v)
+    return decode_attention.write_and_attend(**step, eps=EPS, chip=CHIP, **how)
 
 
 def apart(step: dict[str, Any], *, is_quantized: bool, interpret: bool, **how: Any) -> Any:
@@ -117,13 +113,11 @@ def deployment_programs(chip: Chip) -> dict[str, Program]:
         integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
 
         def step(qkv, q_norm, k_norm, angles, k, v, *where):
-            k, v = jax.new_ref(k), jax.new_ref(v)
             counters = decode_attention.make_counters(num_rows, 1)
-            made = decode_attention.write_and_attend(
+            return decode_attention.write_and_attend(
                 qkv, (q_norm, k_norm), angles, k, v, *where, eps=EPS, chip=chip,
                 is_quantized=dtype == FP8, counters=counters,
             )  # fmt: skip
-            return made, jax.freeze(k), jax.freeze(v)
 
         return step, (qkv, norm, norm, angles, pages, pages, *integers)
 
