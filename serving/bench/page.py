@@ -285,6 +285,8 @@ def _card_conditions(result: Result, path: Path) -> Iterator[str]:
     if "empty_kernel_us" in result:
         yield "A copy of as much moves as many bytes by itself, from a cold L2 cache, or is an empty"
         yield f"kernel ({result['empty_kernel_us']:.1f} µs) where that takes longer."
+    if others := result.get("others"):
+        yield f"Alternatives were measured {others['date']} at commit {others['commit']} on {others['device']}."
     yield f"Command: `{result['command']}`. File: `results/{path.name}`."
 
 

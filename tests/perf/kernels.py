@@ -26,7 +26,7 @@ from tests.perf import attention_cases, expert_cases, product_cases, small_cases
 from tests.perf.card import Card
 from tests.perf.measure import Case, check_interpreted
 from tests.perf.sizes import GLM_4_7, REHEARSAL, Sizes
-from tests.perf.turns import default_processes, over_cases
+from tests.perf.turns import Others, default_processes, over_cases
 
 _SUITES = (
     expert_cases.expert_cases,
@@ -95,6 +95,7 @@ def run(
     *,
     interpret: bool = False,
     commit: str = "",
+    others: Path | None = None,
 ) -> dict[str, Any]:
     """Measures the card and every case, as many as the time allows.
 
@@ -103,11 +104,14 @@ def run(
     Args:
       interpret: rehearses that on a CPU, with no card and no time that means anything.
       commit: what this is a copy of, where no git says it.
+      others: results of an earlier measurement, from which alternatives and peers are taken.
     """
     make_cases = partial(listed, only, interpret)
+    earlier = None if others is None else json.loads(others.read_text())
     outcomes = over_cases(
-        make_cases, num_processes or default_processes(), seconds, _NO_CARD if interpret else None
-    )
+        make_cases, num_processes or default_processes(), seconds,
+        _NO_CARD if interpret else None, None if earlier is None else _others_of(earlier),
+    )  # fmt: skip
     card = next(outcomes)
     assert isinstance(card, Card)
     rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in card.rates.items())
@@ -129,6 +133,8 @@ def run(
         "copies_us": {str(size): seconds * 1e6 for size, seconds in card.copies},
         "empty_kernel_us": card.empty * 1e6,
     }
+    if earlier is not None:
+        report["others"] = {name: earlier[name] for name in ("date", "commit", "device", "jax")}
     for outcome in outcomes:
         assert not isinstance(outcome, Card)
         case = all_cases[outcome.place]
@@ -146,6 +152,17 @@ def run(
         if path:
             path.write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _others_of(report: dict[str, Any]) -> Others:
+    return {
+        (result["kernel"], result["shape"]): {
+            "alternatives": result["alternatives"] | result["others_failed"],
+            "peers": result["peers"],
+        }
+        for result in report["results"]
+        if "failed" not in result
+    }
 
 
 def _with_others_that_ran(result: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +196,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=int, help="that compile side by side")
     parser.add_argument("--commit", default="", help="what this is a copy of, where no git says it")
     parser.add_argument(
+        "--others", type=Path, help="results whose alternatives and peers are taken over"
+    )
+    parser.add_argument(
         "--interpret",
         action="store_true",
         help="rehearse on a CPU; by several processes where --processes says so",
@@ -188,7 +208,7 @@ def main(arguments: list[str]) -> int:
         return bool(rehearse(options.only))
     report = run(
         options.only, options.seconds, options.json, options.processes,
-        interpret=options.interpret, commit=options.commit,
+        interpret=options.interpret, commit=options.commit, others=options.others,
     )  # fmt: skip
     return any(not result.get("is_right") for result in report["results"])
 

@@ -9,7 +9,7 @@ import hashlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -34,6 +34,8 @@ from tests.perf.measure import (
 
 # The same list in every process.
 MakeCases = Callable[[Chip], Sequence[Case]]
+# "alternatives" and "peers" of a result, by its kernel and shape.
+Others = Mapping[tuple[str, str], dict[str, Any]]
 
 _POISONED = 2 << 30
 _SEEDS = (1, 2)
@@ -63,7 +65,11 @@ def default_processes() -> int:
 
 
 def over_cases(
-    make_cases: MakeCases, num_processes: int, seconds: float, card: Card | None = None
+    make_cases: MakeCases,
+    num_processes: int,
+    seconds: float,
+    card: Card | None = None,
+    others: Others | None = None,
 ) -> Iterator[Card | Outcome]:
     """Yields the card, then what became of each case, as many as the time allows.
 
@@ -74,6 +80,8 @@ def over_cases(
       make_cases: at the top level of its module, or a partial of what is.
       seconds: for everything. What has not come by then has failed.
       card: not measured, but so.
+      others: alternatives and peers of every case by its kernel and shape; where there are any, they are
+        not measured.
     """
     end = time.monotonic() + seconds
     crew = [_Member(_serve_kernels, make_cases, _ENVIRONMENT) for _ in range(num_processes)]
@@ -83,8 +91,9 @@ def over_cases(
         cases = make_cases(chip)
         for number, member in enumerate(crew):
             share = list(range(number, len(cases), num_processes))
-            member.start(chip, share, end, has_probes=card is None and not number)
-        with_peers = [index for index, case in enumerate(cases) if case.peers]
+            has_probes = card is None and not number
+            member.start(chip, share, end, has_probes=has_probes, has_others=others is None)
+        with_peers = [i for i, case in enumerate(cases) if case.peers and others is None]
         torch.start(chip, with_peers, end)
         for member in [*crew, torch]:
             member.wait_until_ready(end)
@@ -94,6 +103,9 @@ def over_cases(
         of_peers = {outcome.place: outcome.result for outcome in _turns([torch], end)}
         for outcome in _turns(crew, end):
             outcome.result["peers"] = of_peers.get(outcome.place, {})
+            if others is not None:
+                case = cases[outcome.place]
+                outcome.result.update(others.get((case.kernel, case.shape), {}))
             yield outcome
     finally:
         for member in [*crew, torch]:
@@ -135,6 +147,7 @@ class _Member:
         self._made_of = (serve, make_cases, environment)
         self.share: list[int] = []
         self.chip: Chip | None = None
+        self.has_others = True
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         # A daemon may have no processes of its own.
@@ -161,11 +174,20 @@ class _Member:
             raise TimeoutError(f"no answer to {question} after {seconds:.0f} s")
         return self._connection.recv()
 
-    def start(self, chip: Chip, share: list[int], end: float, *, has_probes: bool = False) -> None:
-        """Lets it compile its share, for as long as _COMPILING says; and, if so, what measures the card."""
-        self.chip, self.share = chip, share
+    def start(
+        self,
+        chip: Chip,
+        share: list[int],
+        end: float,
+        *,
+        has_probes: bool = False,
+        has_others: bool = True,
+    ) -> None:
+        """Lets it compile its share, for as long as _COMPILING says; and, if so, what measures the card,
+        and alternatives."""
+        self.chip, self.share, self.has_others = chip, share, has_others
         seconds = _COMPILING * (end - time.monotonic())
-        self._connection.send(("start", (chip, share, seconds, has_probes)))
+        self._connection.send(("start", (chip, share, seconds, has_probes, has_others)))
 
     def wait_until_ready(self, end: float) -> None:
         """Until it has compiled, or died: which the next question finds."""
@@ -179,7 +201,7 @@ class _Member:
         """A new process for what is left of the share, compiled anew."""
         other = _Member(*self._made_of, has_processes=not self._process.daemon)
         assert self.chip is not None
-        other.start(self.chip, self.share, end)
+        other.start(self.chip, self.share, end, has_others=self.has_others)
         other.wait_until_ready(end)
         return other
 
@@ -203,21 +225,25 @@ def _serve_kernels(connection: Connection, make_cases: MakeCases) -> None:
         elif verb == "card":
             connection.send(measure_card(probes.result() if probes else None))
         elif verb == "start":
-            chip, share, seconds, has_probes = argument
+            chip, share, seconds, has_probes, has_others = argument
             cases = make_cases(chip)
             # Before any thread compiles: XLA of jax 0.11.2 registers its targets with the first program.
             jax.block_until_ready(jnp.ones(8) + 1)
             pool = ThreadPoolExecutor(_THREADS)
             probes = pool.submit(compile_probes, chip) if has_probes else None
             base = {index: pool.submit(compile_case, cases[index]) for index in share}
-            others = {index: pool.submit(compile_alternatives, cases[index]) for index in share}
+            others = {
+                index: pool.submit(compile_alternatives, cases[index])
+                for index in share
+                if has_others
+            }
             pending: list[Future[Any]] = [*base.values(), *others.values()]
             wait(pending, timeout=seconds)
             # What still compiled would disturb what is timed.
             pool.shutdown(wait=False, cancel_futures=True)
             connection.send("ready")
         else:
-            connection.send(_run(cases[argument], base[argument], others[argument]))
+            connection.send(_run(cases[argument], base[argument], others.get(argument)))
 
 
 def _serve_peers(connection: Connection, make_cases: MakeCases) -> None:
@@ -226,7 +252,7 @@ def _serve_peers(connection: Connection, make_cases: MakeCases) -> None:
     while True:
         verb, argument = connection.recv()
         if verb == "start":
-            chip, share, seconds, _ = argument
+            chip, share, seconds, *_ = argument
             cases = make_cases(chip)
             _prepare_peers(make_cases, chip, share, seconds)
             connection.send("ready")
@@ -267,7 +293,9 @@ def _prepare_share(make_cases: MakeCases, chip: Chip, share: list[int]) -> None:
                 print(f"{cases[index].kernel} {cases[index].shape}: {_said(error)}", flush=True)
 
 
-def _run(case: Case, base: Future[Programs], others: Future[dict[str, Any]]) -> dict[str, Any]:
+def _run(
+    case: Case, base: Future[Programs], others: Future[dict[str, Any]] | None
+) -> dict[str, Any]:
     """Checks and times a case whose turn it is."""
     if base.cancelled() or not base.done():
         return {"failed": "it was not compiled in time", "is_over": False}
@@ -298,8 +326,10 @@ def _digest(programs: Programs) -> str:
     return hashlib.sha256(first.tobytes()).hexdigest()[:12]
 
 
-def _alternatives(case: Case, programs: Programs, others: Future[dict[str, Any]]) -> dict[str, Any]:
-    if others.cancelled() or not others.done():
+def _alternatives(
+    case: Case, programs: Programs, others: Future[dict[str, Any]] | None
+) -> dict[str, Any]:
+    if others is None or others.cancelled() or not others.done():
         return {}
     try:
         return measure_alternatives(case, programs, others.result())
