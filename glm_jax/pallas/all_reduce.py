@@ -7,6 +7,7 @@ how it waits for its peers, and why that ends, inbox says.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +28,15 @@ from glm_jax.pallas.norm import (
     row_layout,
     store_normed,
 )
+from glm_jax.pallas.row_words import UNIT, load_rows
 
-# From here on an exchange in two steps, of sums instead of summands, has less to carry: beyond
-# 256 rows of 5120 the one step moves 18 MB into each of eight devices.
+# Of more rows the sum is XLA's: not all CTAs would run at once on 132 multiprocessors.
 MAX_ROWS = 256
 _LEAST_ASKING = 64
+# Experts' rows that a thread loads before it adds them up.
+_TOGETHER = 4
+# Of 5120 numbers, what NVLink moves while a row is on its way: 1.2 us at 310 GB/s, on two H200s.
+_ROWS_IN_A_WAY = 36
 # CTAs of 128 threads and up to 255 registers that a multiprocessor runs at once.
 _CTAS_A_CORE = 2
 
@@ -125,12 +130,14 @@ def all_reduce_add_norm(
                 ahead.ask(asked_refs, later, place, row, num_ctas, sink)
 
         def reduce_row() -> None:
-            summed = load_summed(own, row) if has_summands else None
+            summed = load_summed(own, row, interpret=interpret) if has_summands else None
             before, weight_row = load_row(residual_ref, row), load_row(weight_ref, place)
             if is_exchanged:
                 mine = load_row(own[0], row) if summed is None else summed
                 operand = len(operands) + len(asked) + 3
-                addends = _exchange(mine, mail_refs, operand, row, axis_name, num_devices, ask)
+                addends = _exchange(
+                    mine, mail_refs, operand, row, num_rows, axis_name, num_devices, ask
+                )
             elif is_gathered:
                 addends = [load_row(own[0].at[device], row) for device in range(num_devices)]
             else:
@@ -170,11 +177,12 @@ def _exchange(
     mail: Sequence[Any],
     operand: int,
     row: Array,
+    num_rows: int,
     axis_name: str,
     num_devices: int,
     meanwhile: Callable[[], None],
 ) -> list[Array]:
-    """A row of every device, device 0's first.
+    """A row of every device, device 0's first, or their sum.
 
     Args:
       operand: which of the kernel's the inbox's rows are.
@@ -182,15 +190,39 @@ def _exchange(
     """
     rows_ref, turns_ref = mail
     mine, slot = lax.axis_index(axis_name), turns_ref[row]
-    # Of two addends the order does not matter; of more, this device's own takes its place among them.
+    write = partial(send, ref=rows_ref.at[slot, mine, row], operand=operand)
+    read = partial(receive, mail, slot, index=row)
+    everyone = [jnp.int32(device) for device in range(num_devices)]
+    others = [lax.rem(mine + far, jnp.int32(num_devices)) for far in range(1, num_devices)]
+    if takes_two_steps(num_rows, num_devices):
+        owner = lax.rem(row, jnp.int32(num_devices))
+
+        def add_and_tell() -> Array:
+            total = _sum(read(senders=everyone))
+            write(total, peers=others)
+            return total
+
+        def be_told() -> Array:
+            return read(senders=[owner])[0]
+
+        write(own, peers=[owner])
+        meanwhile()
+        return [lax.cond(owner == mine, add_and_tell, be_told)]
+    # Of two addends the order does not matter; of more, its own takes its place among them.
     is_pair = num_devices == 2
-    distances = range(1, num_devices + (not is_pair))
-    slot_ref = rows_ref.at[slot, mine, row]
-    send(own, slot_ref, operand=operand, distances=distances, num_devices=num_devices)
+    write(own, peers=others if is_pair else [mine, *others])
     meanwhile()
-    senders = [1 - mine] if is_pair else [jnp.int32(sender) for sender in range(num_devices)]
-    received = receive(mail, slot, senders, row)
-    return [own, *received] if is_pair else received
+    return [own, *read(senders=others)] if is_pair else read(senders=everyone)
+
+
+def takes_two_steps(num_rows: int, num_devices: int) -> bool:
+    """Whether a row goes to one device, which adds it up and sends the sum to all, or to all at once.
+
+    The second takes one way over NVLink; the first two, but moves only 2 / devices of the bytes into and
+    out of each device: it pays where a way lasts less than moving the rest.
+    """
+    saved_rows = num_rows * (num_devices - 1) * (num_devices - 2) / num_devices
+    return saved_rows > _ROWS_IN_A_WAY
 
 
 def _sum(addends: Sequence[Array]) -> BFloat16[Array, " D"]:
@@ -200,22 +232,29 @@ def _sum(addends: Sequence[Array]) -> BFloat16[Array, " D"]:
     return summed.astype(jnp.bfloat16)
 
 
-def load_summed(refs: Sequence[Any], row: Array) -> BFloat16[Array, " D"]:
+def load_summed(
+    refs: Sequence[Any], row: Array, *, interpret: bool = False
+) -> BFloat16[Array, " D"]:
     """A token's partial, from the refs of Summands, in registers like a row that load_row reads."""
     rows_ref, shared_ref, places_ref, weights_ref = refs
-    num_rows = rows_ref.shape[0]
+    num_rows, width = rows_ref.shape
+    is_plain = interpret or width % UNIT > 0
     shared = load_row(shared_ref, row).astype(jnp.float32)
     total = plgpu.layout_cast(jnp.zeros(shared.shape, jnp.float32), row_layout(shared.shape[0]))
     choices = range(places_ref.shape[1])
-    # All of them ahead of the rows: one latency instead of one a choice.
+    # All of them ahead of the rows, and some rows ahead of their sum: few latencies, not one a choice.
     places = [places_ref[row, choice] for choice in choices]
     weights = [weights_ref[row, choice] for choice in choices]
-    for place, weight in zip(places, weights, strict=True):
+    for first in range(0, len(choices), _TOGETHER):
+        some = places[first : first + _TOGETHER]
+        loaded_rows = [None] * len(some) if is_plain else load_rows(rows_ref, some)
+        for place, weight, loaded in zip(some, weights[first:], loaded_rows, strict=False):
 
-        def add(total: Array, place: Array = place, weight: Array = weight) -> Array:
-            return total + load_row(rows_ref, place).astype(jnp.float32) * weight
+            def add(total: Array, place: Any = place, weight: Any = weight, loaded: Any = loaded):
+                found = load_row(rows_ref, place) if loaded is None else loaded
+                return total + found.astype(jnp.float32) * weight
 
-        total = lax.cond(place < num_rows, add, lambda total: total, total)
+            total = lax.cond(place < num_rows, add, lambda total: total, total)
     return (total + shared).astype(jnp.bfloat16)
 
 
@@ -227,7 +266,7 @@ def add_up(summands: Summands, *, interpret: bool = False) -> BFloat16[Array, "T
 
     def body(*refs: Any) -> None:
         row = lax.axis_index("row")
-        refs[-1][row] = load_summed(refs[:-1], row)
+        refs[-1][row] = load_summed(refs[:-1], row, interpret=interpret)
 
     num_tokens, width = summands.places.shape[0], summands.rows.shape[1]
     check_width(width)

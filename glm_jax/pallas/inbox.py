@@ -8,8 +8,8 @@ NVLink, with no fence, no counter and no answer.
 Why a slot is empty when a row comes:
 - A CTA that has read a row empties its slot, so a kernel that ends leaves the slots of its turn empty.
 - Slots of exchange n are written again in exchange n + 2. A device gets there after it has read, in
-  exchange n + 1, rows of all others; those send them in a kernel that began after their exchange n had
-  ended. (With owners: after a sum that had rows of all others in it.)
+  exchange n + 1, rows of all others, or a sum of such; those were sent by kernels that began after
+  their exchange n had ended.
 - A step's first rows: `make_inbox` empties all slots, then holds XLA's barrier between the devices. That
   also keeps a device that is ahead out of memory that another's earlier kernels still use.
 - After a step's last exchange nobody writes: what was written to a device is what it waited for.
@@ -23,21 +23,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, BFloat16
 
-from glm_jax.pallas.norm import row_layout
+from glm_jax.pallas.row_words import UNIT, RowWords
 
 _SLOTS = 2
-_THREADS = 128
-# Widths are multiples of this: a thread's part of a row is whole words.
-UNIT = 2 * _THREADS
 # Two NaNs of bfloat16 that arithmetic does not make: a conversion's are 0x7fff.
 _EMPTY = 0xFFFFFFFF
 # Rows that a thread waits for together, in registers.
@@ -94,46 +89,30 @@ def make_inbox(num_rows: int, width: int, *, axis_name: str, num_devices: int) -
     return inbox
 
 
-def send(
-    row: BFloat16[Array, " D"],
-    ref: Any,
-    *,
-    operand: int,
-    distances: Sequence[int],
-    num_devices: int,
-) -> None:
-    """Writes a row to peers, each as far after this device as distances say.
+def send(row: BFloat16[Array, " D"], ref: Any, peers: Sequence[Array], *, operand: int) -> None:
+    """Writes a row to some devices.
 
     Args:
       ref: the slot that the row would have on this device.
       operand: which of the kernel's the inbox's rows are.
     """
-    layout = row_layout(row.shape[0])
+    cut = RowWords(row.shape[0])
 
-    def write(context: Any, row: Any, ref: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        vector_size = row.layout.vec_size
-        words = _words(vector_size)
-        kind = ir.VectorType.get((words,), i32)
+    def write(context: Any, row: Any, ref: Any, *peers: Any) -> None:
         # No row may have the word that says that a slot is empty.
-        largest = vector.broadcast(kind, utils.c(_signed(_EMPTY - 1), i32))
-        sealed = [arith.minui(vector.bitcast(kind, piece), largest) for piece in row.registers.flat]
-        code = f"st.relaxed.sys.global{_suffix(words)} [$0], {_group(range(1, words + 1))};"
-        for distance in distances:
-            after = arith.addi(context.device_id(), utils.c(distance, i32))
-            peer = arith.remui(after, utils.c(num_devices, i32))
+        largest = _word(_EMPTY - 1)
+        pieces = [[arith.minui(word, largest) for word in piece] for piece in cut.split(row)]
+        for peer in (peer.registers.item() for peer in peers):
             # A store by Pallas itself would be one of two bytes at a time, in jax 0.11.
             begin = context.to_remote(utils.memref_ptr(ref), peer, _kernel_arg_idx=operand)
-            for place, piece in enumerate(sealed):
-                found = [
-                    vector.extract(piece, dynamic_position=[], static_position=[word])
-                    for word in range(words)
-                ]
-                address = _address(begin, vector_size, place)
-                utils.inline_ptx(code, address, *found, has_side_effects=True)
+            address = cut.address(begin)
+            for number, piece in enumerate(pieces):
+                code = f"st.relaxed.sys.global{cut.suffix} [$0+{number * cut.step}], {cut.numbered(1)};"
+                utils.inline_ptx(code, address, *piece, has_side_effects=True)
 
-    inline: Any = plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
-    inline(write)(row, ref)
+    numbers = [plgpu.Layout.WG_SPLAT] * len(peers)
+    inline: Any = plgpu.inline_mgpu(arg_types=(cut.layout, plgpu.RefType(), *numbers))
+    inline(write)(row, ref, *peers)
 
 
 def receive(
@@ -160,15 +139,13 @@ def receive(
 
 def clear(ref: Any) -> None:
     """Empties a slot, ref[D], by all threads of a warpgroup."""
-    width = ref.shape[-1]
+    cut = RowWords(ref.shape[-1])
 
     def write(_: Any, ref: Any) -> None:
-        vector_size = _vector_size(width)
-        words = _words(vector_size)
-        empty = utils.c(_signed(_EMPTY), ir.IntegerType.get_signless(32))
-        code = f"st.relaxed.sys.global{_suffix(words)} [$0], {_group([1] * words)};"
-        for place in range(width // (_THREADS * vector_size)):
-            address = _address(utils.memref_ptr(ref), vector_size, place)
+        address, empty = cut.address(utils.memref_ptr(ref)), _word(_EMPTY)
+        words = cut.operands(["$1"] * cut.words)
+        for piece in range(cut.pieces):
+            code = f"st.relaxed.sys.global{cut.suffix} [$0+{piece * cut.step}], {words};"
             utils.inline_ptx(code, address, empty, has_side_effects=True)
 
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
@@ -176,54 +153,33 @@ def clear(ref: Any) -> None:
 
 
 def _await(refs: list[Any]) -> list[Array]:
-    width, count = refs[0].shape[-1], len(refs)
-    layout = row_layout(width)
+    cut, count = RowWords(refs[0].shape[-1]), len(refs)
 
     def read(_: Any, *refs: Any) -> Any:
-        vector_size = _vector_size(width)
-        words, places = _words(vector_size), width // (_THREADS * vector_size)
-        i32 = ir.IntegerType.get_signless(32)
-        addresses = [_address(utils.memref_ptr(ref), vector_size, 0) for ref in refs]
-        total = count * places * words
-        found = utils.inline_ptx(
-            _poll(count, places, words), *addresses, result_types=[i32] * total,
-            has_side_effects=True,
-        )  # fmt: skip
-        kind = ir.VectorType.get((vector_size,), ir.BF16Type.get())
-        rows = []
-        for start in range(0, total, places * words):
-            registers = np.empty((places,), dtype=object)
-            for place in range(places):
-                begin = start + place * words
-                packed = vector.from_elements(
-                    ir.VectorType.get((words,), i32), list(found[begin : begin + words])
-                )
-                registers[place] = vector.bitcast(kind, packed)
-            strided = fa.WGStridedFragLayout((width,), vector_size)
-            rows.append(fa.FragmentedArray(_registers=registers, _layout=strided, _is_signed=None))
-        return rows
+        size = cut.pieces * cut.words
+        addresses = [cut.address(utils.memref_ptr(ref)) for ref in refs]
+        kinds = [ir.IntegerType.get_signless(32)] * (count * size)
+        words = utils.inline_ptx(
+            _poll(cut, count), *addresses, result_types=kinds, has_side_effects=True
+        )
+        return [cut.join(words[first : first + size]) for first in range(0, count * size, size)]
 
-    answer = plgpu.ShapeDtypeStruct((width,), jnp.dtype(jnp.bfloat16), layout)
     inline: Any = plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),) * count, return_type=[answer] * count
+        arg_types=(plgpu.RefType(),) * count, return_type=cut.answers(count)
     )
     return list(inline(read)(*refs))
 
 
-def _poll(count: int, places: int, words: int) -> str:
+def _poll(cut: RowWords, count: int) -> str:
     """Code that reads so many slots until nothing in them is empty."""
-    total, step = count * places * words, _THREADS * words * 4
+    total = count * cut.pieces * cut.words
     # The answers are written after the last read of the addresses, which may be in the same registers.
-    names = [f"w{word}" for word in range(total)]
-    loads = []
-    for vector_at, first in enumerate(range(0, total, words)):
-        index, place = divmod(vector_at, places)
-        target = ", ".join(names[first : first + words])
-        target = target if words == 1 else f"{{{target}}}"
-        address = f"[${total + index}+{place * step}]"
-        loads.append(f"ld.relaxed.sys.global{_suffix(words)} {target}, {address};")
-    checks = ["mov.b32 most, w0;", *(f"max.u32 most, most, {name};" for name in names[1:])]
-    answers = [f"mov.b32 ${word}, {name};" for word, name in enumerate(names)]
+    names, loads = [f"w{word}" for word in range(total)], []
+    for piece in range(count * cut.pieces):
+        slot, place = divmod(piece, cut.pieces)
+        words = cut.operands(names[piece * cut.words : (piece + 1) * cut.words])
+        address = f"[${total + slot}+{place * cut.step}]"
+        loads.append(f"ld.relaxed.sys.global{cut.suffix} {words}, {address};")
     return "\n".join(
         [
             "{",
@@ -231,10 +187,11 @@ def _poll(count: int, places: int, words: int) -> str:
             f".reg .b32 most, {', '.join(names)};",
             "again:",
             *loads,
-            *checks,
+            "mov.b32 most, w0;",
+            *(f"max.u32 most, most, {name};" for name in names[1:]),
             f"setp.eq.u32 is_early, most, {_EMPTY:#x};",
             "@is_early bra again;",
-            *answers,
+            *(f"mov.b32 ${word}, {name};" for word, name in enumerate(names)),
             "}",
         ]
     )
@@ -246,40 +203,6 @@ def _touch(ref: Any) -> None:
     inline(lambda _, ref: None)(ref)
 
 
-def _address(begin: Any, vector_size: int, place: int) -> Any:
-    """Of a thread's part of a row that begins there, as row_layout deals them."""
-    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-    thread = arith.remui(utils.thread_idx(), utils.c(_THREADS, i32))
-    size = 2 * vector_size
-    offset = arith.addi(
-        arith.muli(arith.extui(i64, thread), utils.c(size, i64)),
-        utils.c(place * _THREADS * size, i64),
-    )
-    return arith.addi(llvm.ptrtoint(i64, begin), offset)
-
-
-def _vector_size(width: int) -> int:
-    """Numbers that a thread holds side by side, as row_layout has it."""
-    return next(size for size in (8, 4, 2) if width % (_THREADS * size) == 0)
-
-
-def _words(vector_size: int) -> int:
-    """Words of 32 bits in so many numbers of bfloat16."""
-    return vector_size // 2
-
-
-def _group(operands: Sequence[int]) -> str:
-    """Operands of one instruction that moves so many words."""
-    names = ", ".join(f"${operand}" for operand in operands)
-    return names if len(operands) == 1 else f"{{{names}}}"
-
-
-def _suffix(words: int) -> str:
-    return ".b32" if words == 1 else f".v{words}.b32"
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word
-
-
-__all__ = ["Inbox", "clear", "make_inbox", "receive", "send"]
+def _word(bits: int) -> Any:
+    signed = bits - (1 << 32) if bits >> 31 else bits
+    return utils.c(signed, ir.IntegerType.get_signless(32))

@@ -24,7 +24,7 @@ from glm_jax.pallas.inbox import make_inbox
 from glm_jax.sharding import MESH_AXIS
 from tests.pallas.compiled import CompiledKernel, Program, compile_programs, needs_compiler
 
-ROWS, WIDTH, EPS = 64, 5120, 1e-5
+ROWS, WIDTH, EPS = 6, 5120, 1e-5
 TARGETS = ("h200x2", "b200x8")
 
 # A model: what a slot holds is the number of its exchange.
@@ -34,18 +34,30 @@ Slots = dict[tuple[int, int, int, int], int]
 def cta(slots: Slots, device: int, row: int, exchange: int, devices: int) -> Iterator[None]:
     """A row's part of one exchange on one device, step by step."""
     slot = exchange % 2
-    for distance in range(1, devices):
-        peer = (device + distance) % devices
-        assert (peer, slot, device, row) not in slots, "a row was overwritten before it was read"
-        slots[peer, slot, device, row] = exchange
-        yield
-    for sender in range(devices):
-        while sender != device and (device, slot, sender, row) not in slots:
+    others = [(device + distance) % devices for distance in range(1, devices)]
+
+    def send(peers: list[int]) -> Iterator[None]:
+        for peer in peers:
+            assert (peer, slot, device, row) not in slots, "overwritten before it was read"
+            slots[peer, slot, device, row] = exchange
             yield
-    for sender in range(devices):
-        if sender != device:
+
+    def receive(senders: list[int]) -> Iterator[None]:
+        for sender in senders:
+            while (device, slot, sender, row) not in slots:
+                yield
+        for sender in senders:
             assert slots.pop((device, slot, sender, row)) == exchange
             yield
+
+    if not devices % 2:  # at once
+        yield from send(others)
+        yield from receive(others)
+        return
+    owner = row % devices
+    yield from send([owner])
+    yield from receive([*range(devices)] if owner == device else [owner])
+    yield from send(others if owner == device else [])
 
 
 def kernels(
@@ -64,7 +76,7 @@ def kernels(
 @pytest.mark.parametrize("seed", range(40))
 def test_no_row_is_overwritten_or_taken_for_another_and_all_end(seed: int) -> None:
     order = random.Random(seed)
-    devices, rows, exchanges = order.choice([2, 3, 8]), order.choice([1, 3]), 6
+    devices, rows, exchanges = order.choice([2, 3, 5, 8]), order.choice([1, 6]), 6
     slots: Slots = {}
     running = {
         device: kernels(slots, device, devices, rows, exchanges, order) for device in range(devices)
@@ -151,9 +163,23 @@ class TestCompiled:
             assert kernel.registers <= 255
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_devices", "expected"),
+    [(256, 2, False), (6, 8, False), (8, 8, True), (16, 4, False), (64, 4, True)],
+)
+def test_many_rows_among_many_devices_are_added_up_by_one(
+    num_rows: int, num_devices: int, expected: bool
+) -> None:
+    assert all_reduce.takes_two_steps(num_rows, num_devices) is expected
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("in_two_steps", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 64, 256])
-def test_bits_are_those_of_the_sum_apart(num_rows: int) -> None:
+def test_bits_are_those_of_the_sum_apart(
+    num_rows: int, in_two_steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(all_reduce, "takes_two_steps", lambda *_: in_two_steps)
     devices = jax.devices("gpu")
     if len(devices) < 2:
         pytest.skip("several GPUs")
