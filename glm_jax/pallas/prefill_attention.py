@@ -5,11 +5,13 @@ Knows neither requests nor how the pages were filled.
 Queries that share a KV head are rows of one matrix, tokens times heads of the group, cut without
 regard to tokens: each row has its own last visible position. A CTA takes some warpgroups' rows past
 the keys they see (prefill_consumer), first those that all of them see, then those that need masks. One
-more warpgroup fetches pages ahead by TMA, widens FP8 ones, and silences what no row may see.
+more warpgroup brings pages ahead (prefill_producer). A prompt alone has as many CTAs as there are
+multiprocessors, and they go through its tiles of queries, each with the next one's loads under way.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,13 @@ from jaxtyping import Array, BFloat16, Int32
 
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.prefill_consumer import HEAD_DIM, Tcgen05, Tiles, Wgmma
+from glm_jax.pallas.prefill_producer import Item, Producer
+from glm_jax.pallas.widen import ROWS, transforms, widen_pages
 
 FP8 = jnp.float8_e4m3fn
-_SWIZZLE = 128
-_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 104, 200
+# Bytes that widened pages may take for a while, and rows of queries that are worth it: as many tiles of
+# queries otherwise widen the same pages again.
+_MOST_WIDENED, _FEWEST_QUERIES = 1 << 27, 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,43 @@ class TuningConfig:
             raise ValueError(f"{self.warpgroups=} must be 1 or 2")
 
 
+class Plan(NamedTuple):
+    """What depends on positions alone.
+
+    Attributes:
+      visible: each query row's last position.
+      bounds: of each tile, the least of its rows' and the largest. Rows at -1 do not count for the least.
+      num_used: tiles, from the first on, that hold what sees anything, -1 being a prompt's end.
+      last: of each row of positions, the largest.
+    """
+
+    visible: Int32[Array, "B padded"]
+    bounds: Int32[Array, "B tiles 2"]
+    num_used: Int32[Array, " B"]
+    last: Int32[Array, " B"]
+
+
+def make_plan(
+    positions: Int32[Array, "B T"],
+    query_groups: int,
+    *,
+    chip: Chip,
+    config: TuningConfig | None = None,
+) -> Plan:
+    """The plan for all layers of a step: XLA would make it in each anew."""
+    consumer = _consumer_of(chip)
+    config = config or TuningConfig(tile_size=consumer.tile_size)
+    tile_rows = consumer.rows * config.warpgroups
+    rows = jnp.repeat(positions, query_groups, axis=1)
+    padding = -rows.shape[1] % tile_rows
+    rows = jnp.pad(rows, ((0, 0), (0, padding)), constant_values=-1)
+    tiles = rows.reshape(rows.shape[0], -1, tile_rows)
+    least = jnp.where(tiles >= 0, tiles, jnp.iinfo(jnp.int32).max - 1).min(-1)
+    last = tiles.max(-1)
+    num_used = jnp.sum(last >= 0, axis=-1, dtype=jnp.int32)
+    return Plan(rows, jnp.stack([least, last], axis=-1), num_used, last.max(-1))
+
+
 def attend(
     q: BFloat16[Array, "B T K G H"],
     k_pages: Any,
@@ -57,6 +99,7 @@ def attend(
     page_table: Int32[Array, "B P"],
     positions: Int32[Array, "B T"],
     *,
+    plan: Plan | None = None,
     chip: Chip,
     config: TuningConfig | None = None,
     interpret: bool = False,
@@ -68,6 +111,7 @@ def attend(
       layer: index into the pages.
       positions: of each query; one at -1 sees nothing and gets zeros. What pages hold beyond a row's
         last position is not seen, whatever it is.
+      plan: what make_plan makes of the positions, for all layers.
 
     With several KV heads on a device, queries and answers are transposed by XLA around the kernel.
 
@@ -85,34 +129,26 @@ def attend(
     if dtype not in (jnp.bfloat16, FP8):
         raise NotImplementedError(f"{dtype=}: pages are bfloat16 or FP8")
     queries = q.swapaxes(1, 2).reshape(num_rows, kv_heads, num_tokens * query_groups, HEAD_DIM)
-    tile_rows = consumer.rows * config.warpgroups
-    last_visible, bounds = _visibility(positions, query_groups, tile_rows)
+    plan = plan or make_plan(positions, query_groups, chip=chip, config=config)
     layers = jnp.asarray(layer, jnp.int32).reshape(1)
-    kernel = _kernel(queries.shape, page_size, dtype, chip, config, interpret)
-    attended = kernel(queries, last_visible, bounds, layers, page_table, k_pages, v_pages)
+    in_order = dtype == FP8 and _widens_before(queries.shape, page_table.shape, page_size)
+    if in_order:
+        pages = k_pages, v_pages
+        k_pages, v_pages = widen_pages(*pages, layers, page_table, plan.last, interpret=interpret)
+        dtype = jnp.dtype(k_pages.dtype)
+    kernel = _kernel(queries.shape, page_size, dtype, in_order, chip, config, interpret)
+    attended = kernel(queries, *plan[:3], layers, page_table, k_pages, v_pages)
     return attended.reshape(num_rows, kv_heads, num_tokens, query_groups, HEAD_DIM).swapaxes(1, 2)
 
 
-def _visibility(
-    positions: Int32[Array, "B T"], query_groups: int, tile_rows: int
-) -> tuple[Int32[Array, "B padded"], Int32[Array, "B tiles 2"]]:
-    """Each query row's last visible position; of each tile, the least of its rows' and the largest.
-
-    Rows at -1 do not count for the least. It depends on positions alone: once a step, when XLA has
-    merged what is the same in all layers.
-    """
-    rows = jnp.repeat(positions, query_groups, axis=1)
-    padding = -rows.shape[1] % tile_rows
-    rows = jnp.pad(rows, ((0, 0), (0, padding)), constant_values=-1)
-    tiles = rows.reshape(rows.shape[0], -1, tile_rows)
-    least = jnp.where(tiles >= 0, tiles, jnp.iinfo(jnp.int32).max - 1).min(-1)
-    return rows, jnp.stack([least, tiles.max(-1)], axis=-1)
-
-
-def _swizzled(columns: int) -> tuple[Any, ...]:
-    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(_SWIZZLE)  # pyright: ignore[reportAbstractUsage]
-    return tiling, swizzle
+def _widens_before(
+    queries_shape: tuple[int, ...], table_shape: tuple[int, ...], page_size: int
+) -> bool:
+    """Whether a kernel of its own widens FP8 pages, once, or every tile of queries those it sees."""
+    _, kv_heads, num_queries, _ = queries_shape
+    widened = 2 * math.prod(table_shape) * page_size * kv_heads * HEAD_DIM * 2
+    is_worth_it = num_queries >= _FEWEST_QUERIES and page_size % ROWS == 0
+    return is_worth_it and widened <= _MOST_WIDENED
 
 
 def _consumer_of(chip: Chip) -> type[Wgmma] | type[Tcgen05]:
@@ -123,6 +159,7 @@ def _kernel(
     queries_shape: tuple[int, ...],
     page_size: int,
     cache_dtype: Any,
+    in_order: bool,
     chip: Chip,
     config: TuningConfig,
     interpret: bool,
@@ -131,157 +168,134 @@ def _kernel(
     tile, stages, warpgroups = config.tile_size, config.stages, config.warpgroups
     consumer = _consumer_of(chip)(interpret)
     wg_rows = consumer.rows
-    num_tiles_q = pl.cdiv(num_queries, wg_rows * warpgroups)
+    num_groups = num_rows * kv_heads
+    num_items = pl.cdiv(num_queries, wg_rows * warpgroups) * num_groups
+    # Prompts are of any lengths: where there are several, CTAs begin as others end.
+    walks = num_groups == 1 and consumer.keeps_queries
+    num_ctas = min(chip.num_cores, num_items) if walks else num_items
     is_fp8 = cache_dtype == FP8
-    pages_per_tile = tile // page_size
+    # FP8 numbers are exact in float16, and widen two at a time.
+    operand = jnp.float16 if is_fp8 else cache_dtype
 
     def body(
-        q_gmem, visible_gmem, bounds_gmem, layer_gmem, table_gmem, k_gmem, v_gmem, out_gmem,
-        q_smem, k_smem, v_smem, narrow_smem, q_barrier, landed, k_full, v_full, empty, scratch,
+        q_gmem, visible_gmem, bounds_gmem, used_gmem, layer_gmem, table_gmem, k_gmem, v_gmem,
+        out_gmem, q_smem, out_smem, tiles_smem, narrow_smem, q_barrier, landed, full, empty, scratch,
     ):  # fmt: skip
-        row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
-        # The last tiles see most: they come first, and the others fill the end of the launch.
-        q_tile = num_tiles_q - 1 - lax.axis_index("tile")
-        least, last = bounds_gmem[row, q_tile, 0], bounds_gmem[row, q_tile, 1]
-        num_tiles = (last + tile) // tile
-        num_unmasked = jnp.minimum((least + 1) // tile, num_tiles)
-        wg = lax.axis_index("wg")
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
-        def fetch(index, gmem, smem, barrier):
-            for i in range(pages_per_tile):
-                position = index * tile + i * page_size
-                page = table_gmem[row, jnp.minimum(position, last) // page_size]
-                plgpu.copy_gmem_to_smem(
-                    gmem.at[layer_gmem[0], page, kv_head],
-                    smem.at[pl.ds(i * page_size, page_size)],
-                    barrier,
-                )
+        def item_at(turn: Array) -> Item:
+            """CTAs go through all there are, the longest first, in turns back and forth."""
+            place = jnp.where(lax.rem(turn, 2) == 0, cta, num_ctas - 1 - cta)
+            place = jnp.minimum(turn * num_ctas + place, num_items - 1)
+            group = place % num_groups
+            row, number = group // kv_heads, place // num_groups
+            num_used = used_gmem[row]
+            # The last ones see most; what sees nothing comes last.
+            number = jnp.where(number < num_used, num_used - 1 - number, number)
+            bounds = (bounds_gmem[row, number, i] for i in range(2))
+            return Item(row, group % kv_heads, number, *bounds)
 
-        def silence(index, smem):
-            # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
-            @pl.when((index + 1) * tile > last + 1)
-            def _silence():
-                for start in range(0, tile, 64):
-                    part = smem.at[pl.ds(start, 64)]
-                    values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                    key = plgpu.broadcasted_iota(
-                        jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA
-                    )
-                    part[...] = jnp.where(index * tile + start + key <= last, values, 0)
-
-        def widen(narrow, wide):
-            for start in range(0, tile, 64):
-                part = pl.ds(start, 64)
-                values = plgpu.load(narrow.at[part], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-                wide[part] = values.astype(jnp.float32).astype(jnp.bfloat16)
-
-        caches = ((k_gmem, k_smem), (v_gmem, v_smem))
-        full = (k_full, v_full)
-
-        def produce_wide(index, _):
-            """Hands tile `index`, landed as FP8, to the consumers; fetches the next."""
-            slot = lax.rem(index, stages)
-            for which, (gmem, smem) in enumerate(caches):
-                plgpu.barrier_wait(landed.at[which])
-                pl.when(index >= stages)(lambda: plgpu.barrier_wait(empty[which].at[slot]))
-                widen(narrow_smem.at[which], smem.at[slot])
-                if which == 1:
-                    silence(index, smem.at[slot])
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(full[which].at[slot])
-                pl.when(index + 1 < num_tiles)(
-                    lambda: fetch(index + 1, gmem, narrow_smem.at[which], landed.at[which])
-                )
-
-        def produce_plain(index, _):
-            """Hands on the values of tile `index`; fetches what comes stages - 1 later."""
-            slot = lax.rem(index, stages)
-            plgpu.barrier_wait(landed.at[slot])
-            silence(index, v_smem.at[slot])
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(v_full.at[slot])
-            ahead = index + stages - 1
-
-            @pl.when(ahead < num_tiles)
-            def _fetch():
-                ahead_slot = lax.rem(ahead, stages)
-                for which, (gmem, smem) in enumerate(caches):
-                    pl.when(index >= 1)(lambda: plgpu.barrier_wait(empty[which].at[ahead_slot]))
-                    barrier = landed.at[ahead_slot] if which == 1 else k_full.at[ahead_slot]
-                    fetch(ahead, gmem, smem.at[ahead_slot], barrier)
+        whole, rest = divmod(num_items, num_ctas)
+        is_in_last = cta < rest if whole % 2 == 0 else num_ctas - 1 - cta < rest
+        num_turns = whole + is_in_last.astype(jnp.int32)
+        narrow = narrow_smem if is_fp8 else None
+        # Widened pages are one layer's.
+        layer = jnp.int32(0) if in_order else layer_gmem[0]
+        producer = Producer(
+            layer, table_gmem, in_order, (k_gmem, v_gmem), tiles_smem, narrow, landed, full, empty,
+            interpret,
+        )  # fmt: skip
 
         # Also where there is nothing to bring: the others' increase waits for the registers given up here.
         @pl.when(wg == warpgroups)
-        def _producer():
-            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            if is_fp8:
-
-                @pl.when(num_tiles > 0)
-                def _fetch():
-                    for which, (gmem, _) in enumerate(caches):
-                        fetch(0, gmem, narrow_smem.at[which], landed.at[which])
-
-            else:
-                for index in range(stages - 1):
-
-                    @pl.when(index < num_tiles)
-                    def _fetch():
-                        fetch(index, k_gmem, k_smem.at[index], k_full.at[index])
-                        fetch(index, v_gmem, v_smem.at[index], landed.at[index])
-
-            lax.fori_loop(0, num_tiles, produce_wide if is_fp8 else produce_plain, None)
+        def _produce():
+            plgpu.set_max_registers(consumer.registers[0], action="decrease")
+            producer.bring(num_turns, item_at)
 
         @pl.when(wg < warpgroups)
-        def _consumer():
-            plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-            rows = pl.ds((q_tile * warpgroups + wg) * wg_rows, wg_rows)
+        def _consume():
+            plgpu.set_max_registers(consumer.registers[1], action="increase")
             my_q = q_smem.at[wg]
-            plgpu.copy_gmem_to_smem(q_gmem.at[row, kv_head, rows], my_q, q_barrier.at[wg])
-            visible = plgpu.load(
-                visible_gmem.at[row, rows], layout=consumer.layout.reduce(1), optimized=False
-            )
-            plgpu.barrier_wait(q_barrier.at[wg])
-            consumer.consume(
-                Tiles(
-                    queries=my_q,
-                    visible=visible,
-                    keys=k_smem,
-                    values=v_smem,
-                    k_full=k_full,
-                    v_full=v_full,
-                    k_empty=empty[0],
-                    v_empty=empty[1],
-                    num_tiles=num_tiles,
-                    num_unmasked=num_unmasked,
-                    warpgroup=wg,
-                    scratch=scratch,
+            my_out = out_smem.at[wg] if consumer.keeps_queries else my_q
+            consumer.begin(scratch, wg)
+
+            def rows_of(item: Item) -> Any:
+                return pl.ds((item.number * warpgroups + wg) * wg_rows, wg_rows)
+
+            def fetch_queries(item: Item) -> None:
+                rows = q_gmem.at[item.row, item.kv_head, rows_of(item)]
+                plgpu.copy_gmem_to_smem(rows, my_q, q_barrier.at[wg])
+
+            def visit(turn: Array, carry: tuple[Array, Item]) -> tuple[Array, Item]:
+                begun, item = carry
+                num_tiles = producer.num_tiles(item)
+                following = item_at(turn + 1)
+                visible = plgpu.load(
+                    visible_gmem.at[item.row, rows_of(item)],
+                    layout=consumer.layout.reduce(1),
+                    optimized=False,
                 )
-            )
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(my_q, out_gmem.at[row, kv_head, rows])
+                plgpu.barrier_wait(q_barrier.at[wg])
+                queries = consumer.prepare(my_q, operand, scratch, wg)
+                if walks:
+                    pl.when(turn + 1 < num_turns)(lambda: fetch_queries(following))
+                consumer.consume(
+                    Tiles(
+                        queries=queries,
+                        answers=my_out,
+                        await_answers=lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True),
+                        visible=visible,
+                        keys=tiles_smem[0],
+                        values=tiles_smem[1],
+                        k_full=full[0],
+                        v_full=full[1],
+                        k_empty=empty[0],
+                        v_empty=empty[1],
+                        num_tiles=num_tiles,
+                        num_unmasked=jnp.minimum((item.least + 1) // tile, num_tiles),
+                        begun=begun,
+                        warpgroup=wg,
+                        scratch=scratch,
+                    )
+                )
+                plgpu.commit_smem()
+                rows = out_gmem.at[item.row, item.kv_head, rows_of(item)]
+                plgpu.copy_smem_to_gmem(my_out, rows)
+                return begun + num_tiles, following
+
+            zero = jnp.int32(0)
+            item = item_at(zero)
+            fetch_queries(item)
+            lax.fori_loop(0, num_turns, visit, (zero, item))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    wide = plgpu.SMEM((stages, tile, HEAD_DIM), jnp.bfloat16, transforms=_swizzled(64))
-    narrow = (2, tile if is_fp8 else 8, HEAD_DIM)
+    def memory(*shape: int, dtype: Any) -> Any:
+        return plgpu.SMEM((*shape, HEAD_DIM), dtype, transforms=transforms(dtype))
+
+    pages_per_tile = tile // page_size
+    queries = memory(warpgroups, wg_rows, dtype=jnp.bfloat16)
+    wide = memory(stages, tile, dtype=operand)
+    once = plgpu.Barrier(num_barriers=stages)
+    # Plain keys land where they are used, page by page; all else is handed on at once.
+    landing = plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=2 if is_fp8 else stages)
+    read = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(queries_shape, jnp.bfloat16),
-        grid=(num_tiles_q, kv_heads, num_rows),
-        grid_names=("tile", "kv_head", "row"),
+        grid=(num_ctas,),
+        grid_names=("cta",),
         num_threads=warpgroups + 1,
         thread_name="wg",
         scratch_types=(
-            plgpu.SMEM((warpgroups, wg_rows, HEAD_DIM), jnp.bfloat16, transforms=_swizzled(64)),
-            wide,
-            wide,
-            plgpu.SMEM(narrow, FP8, transforms=_swizzled(128)),
+            queries,
+            queries if consumer.keeps_queries else [],
+            (wide, wide),
+            memory(2, tile, dtype=FP8) if is_fp8 else [],
             plgpu.Barrier(num_barriers=warpgroups),
-            plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=2 if is_fp8 else stages),
-            # Plain keys land where they are used, page by page; all else is handed on at once.
-            plgpu.Barrier(num_arrivals=1 if is_fp8 else pages_per_tile, num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            [plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)] * 2,
-            consumer.scratch_types(warpgroups, tile),
+            landing,
+            (once if is_fp8 else landing, once),
+            (read, read),
+            consumer.scratch_types(warpgroups, tile, operand),
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="prefill_attention",

@@ -2,8 +2,10 @@
 
 Knows neither pages nor who brings tiles of keys and values to shared memory.
 
-On sm90 the products are wgmma's: sums are in registers, and the warpgroup waits for each of its two
-products while the other warpgroup computes. On sm100 they are tcgen05's, of twice the rows: scores,
+On sm90 the products are wgmma's: sums are in registers, and so are queries, which shared memory, where
+keys and values are read from by each warpgroup, has not the time for. While a tile's scores go through
+softmax, the tensor cores add up the answers of the tile before, and what the other warpgroup has
+begun: the two take turns at them. On sm100 they are tcgen05's, of twice the rows: scores,
 shares and answers are in tensor memory, where the next tile's scores are made while this one's go
 through softmax, and this one's answers are added up while the next one's do. There an answer is scaled
 anew only when its row's maximum has grown by more than 2^8 since it last was, which is rare, and nothing
@@ -11,6 +13,7 @@ is done where that is true of no row: the bits of a row are its own either way.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
+
+from glm_jax.pallas.widen import transforms
 
 HEAD_DIM = 128
 _SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
@@ -34,16 +39,20 @@ class Tiles:
     """A warpgroup's queries, and the tiles of keys and values that they see.
 
     Attributes:
-      queries: bfloat16[rows, 128] in shared memory, here already; answers take their place.
+      queries: operand[rows, 128], as `prepare` gave them.
+      answers: bfloat16[rows, 128] in shared memory, theirs to write after `await_answers`.
       visible: int32[rows], each row's last position.
-      keys, values: bfloat16[stages, tile, 128] in shared memory.
+      keys, values: operand[stages, tile, 128] in shared memory.
       k_full, v_full: of a stage, arrived at by who fills it; k_empty, v_empty: by every warpgroup.
       num_tiles: in all; num_unmasked: that every row sees all of.
+      begun: tiles of the CTA that were before these.
       warpgroup: which of them this is.
       scratch: what scratch_types made.
     """
 
     queries: Any
+    answers: Any
+    await_answers: Callable[[], None]
     visible: Array
     keys: Any
     values: Any
@@ -53,15 +62,17 @@ class Tiles:
     v_empty: Any
     num_tiles: Array
     num_unmasked: Array
+    begun: Array
     warpgroup: Array
     scratch: Any
 
     def slot(self, index: Array) -> Array:
-        return lax.rem(index, self.keys.shape[0])
+        return lax.rem(self.begun + index, self.keys.shape[0])
 
-    def walk(self, visit: Any, carry: Any) -> Any:
-        """carry after visit(index, carry, is_masked=...) of every tile in turn."""
-        parts = ((0, self.num_unmasked, False), (self.num_unmasked, self.num_tiles, True))
+    def walk(self, visit: Any, carry: Any, first: int = 0) -> Any:
+        """carry after visit(index, carry, is_masked=...) of every tile from `first` on in turn."""
+        unmasked = jnp.maximum(self.num_unmasked, first)
+        parts = ((first, unmasked, False), (unmasked, self.num_tiles, True))
         for start, end, is_masked in parts:
             carry = lax.fori_loop(
                 start,
@@ -89,47 +100,127 @@ class Wgmma:
     rows = 64
     tile_size = 128
     layout = plgpu.Layout.WGMMA
+    # Of a thread of the producer, and of one of these.
+    registers = 56, 224
+    # Queries are read before answers come, so that the next ones may be on their way.
+    keeps_queries = True
 
     def __init__(self, interpret: bool) -> None:
         self._interpret = interpret
 
-    def scratch_types(self, warpgroups: int, tile: int) -> dict[str, Any]:
-        del warpgroups, tile
-        return {}
+    def scratch_types(self, warpgroups: int, tile: int, operand: Any) -> dict[str, Any]:
+        """Who of two warpgroups may issue products."""
+        del tile, operand
+        return {"turns": plgpu.Barrier(num_barriers=2)} if warpgroups == 2 else {}
+
+    def begin(self, scratch: dict[str, Any], warpgroup: Array) -> None:
+        """Once, before anything is prepared."""
+        if "turns" in scratch:
+            pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(scratch["turns"].at[0]))
+
+    def prepare(self, queries: Any, operand: Any, scratch: Any, warpgroup: Array) -> Array:
+        """Queries as products take them, of bfloat16[rows, 128] in shared memory."""
+        del scratch, warpgroup
+        kept = plgpu.load(queries, layout=self.layout)
+        if operand != jnp.bfloat16:
+            kept = kept.astype(jnp.float32).astype(operand)
+        # They are here before anybody says so: where they were, others come.
+        kept = lax.optimization_barrier(kept)
+        plgpu.commit_smem()
+        return kept
 
     def consume(self, tiles: Tiles) -> None:
-        """Leaves the answers where the queries were."""
+        """Leaves the answers in `answers`."""
+        pl.when(tiles.num_tiles > 0)(lambda: self._attend(tiles))
+
+        @pl.when(tiles.num_tiles == 0)
+        def _() -> None:
+            tiles.await_answers()
+            nothing = jnp.zeros((self.rows, HEAD_DIM), jnp.bfloat16)
+            tiles.answers[...] = plgpu.layout_cast(nothing, self.layout)
+
+    def _attend(self, tiles: Tiles) -> None:
+        turns, mine = tiles.scratch.get("turns"), tiles.warpgroup
+        operand = tiles.queries.dtype
+
+        def take_turn() -> None:
+            if turns is not None:
+                plgpu.barrier_wait(turns.at[mine])
+
+        def end_turn() -> None:
+            if turns is not None:
+                plgpu.barrier_arrive(turns.at[1 - mine])
 
         def visit(index: Array, carry: Any, *, is_masked: bool) -> Any:
-            largest, total, out = carry
-            slot = tiles.slot(index)
+            largest, total, out, shares = carry
+            slot, before = tiles.slot(index), tiles.slot(index - 1)
             plgpu.barrier_wait(tiles.k_full.at[slot])
-            scores = self._scores(tiles.queries, tiles.keys.at[slot]) * _SCALE
-            plgpu.barrier_arrive(tiles.k_empty.at[slot])
-            if is_masked:
-                scores = tiles.masked(scores, index, self.layout)
-            new_largest = jnp.maximum(largest, scores.max(axis=1))
-            fade = jnp.exp2(largest - new_largest)
-            shares = jnp.exp2(scores - lax.broadcast_in_dim(new_largest, scores.shape, [0]))
-            total = total * fade + shares.sum(axis=1)
+            take_turn()
+
+            def soften(scores: Array) -> Any:
+                plgpu.barrier_arrive(tiles.k_empty.at[slot])
+                new = self._soften(tiles, scores, index, largest, total, is_masked=is_masked)
+                # What is made meanwhile, compilers would rather make after the wait for answers: LLVM
+                # is kept from it by the barrier, ptxas by the loop that the next wait is.
+                new = lax.optimization_barrier(new)
+                plgpu.barrier_wait(tiles.v_full.at[slot])
+                return new
+
+            sums = out, shares, tiles.values.at[before]
+            new, out = self._multiply(tiles, slot, sums, end_turn, soften)
+            largest, total, fade, shares = new
+            plgpu.barrier_arrive(tiles.v_empty.at[before])
+            # Registers of a product under way may not be written: shares are rounded after it.
+            out, shares = lax.optimization_barrier((out, shares))
             out = out * lax.broadcast_in_dim(fade, out.shape, [0])
-            plgpu.barrier_wait(tiles.v_full.at[slot])
-            out = self._add(out, shares.astype(jnp.bfloat16), tiles.values.at[slot])
-            plgpu.barrier_arrive(tiles.v_empty.at[slot])
-            return new_largest, total, out
+            return largest, total, out, shares.astype(operand)
 
-        zeros = plgpu.layout_cast(jnp.zeros((self.rows, HEAD_DIM), jnp.float32), self.layout)
-        carry = (*_nothing(self.rows, self.layout), zeros)
-        _, total, out = tiles.walk(visit, carry)
+        first, last = tiles.slot(jnp.int32(0)), tiles.slot(tiles.num_tiles - 1)
+        plgpu.barrier_wait(tiles.k_full.at[first])
+        take_turn()
+        scores = self._scores(tiles.queries, tiles.keys.at[first], end_turn)
+        plgpu.barrier_arrive(tiles.k_empty.at[first])
+        nothing = _nothing(self.rows, self.layout)
+        largest, total, _, shares = self._soften(
+            tiles, scores, jnp.int32(0), *nothing, is_masked=True
+        )
+        plgpu.barrier_wait(tiles.v_full.at[first])
+        out = plgpu.layout_cast(jnp.zeros((self.rows, HEAD_DIM), jnp.float32), self.layout)
+        carry = largest, total, out, shares.astype(operand)
+        _, total, out, shares = tiles.walk(visit, carry, first=1)
+        out = self._add(out, shares, tiles.values.at[last])
+        plgpu.barrier_arrive(tiles.v_empty.at[last])
         out = out * lax.broadcast_in_dim(tiles.inverse(total), out.shape, [0])
-        tiles.queries[...] = out.astype(jnp.bfloat16)
+        tiles.await_answers()
+        tiles.answers[...] = out.astype(jnp.bfloat16)
 
-    def _scores(self, queries: Any, keys: Any) -> Array:
+    def _soften(
+        self,
+        tiles: Tiles,
+        scores: Array,
+        index: Array,
+        largest: Array,
+        total: Array,
+        *,
+        is_masked: bool,
+    ) -> tuple[Array, Array, Array, Array]:
+        """The maximum and the sum with tile `index`, what fades earlier answers, and shares."""
+        if is_masked:
+            scores = tiles.masked(scores, index, self.layout)
+        new_largest = jnp.maximum(largest, scores.max(axis=1) * _SCALE)
+        fade = jnp.exp2(largest - new_largest)
+        along = lax.broadcast_in_dim(new_largest, scores.shape, [0])
+        shares = jnp.exp2(scores * _SCALE - along)
+        return new_largest, total * fade + shares.sum(axis=1), fade, shares
+
+    def _scores(self, queries: Array, keys: Any, issued: Callable[[], None]) -> Array:
         if self._interpret:
-            return _interpreted(queries[...], keys[...].T)
+            issued()
+            return _interpreted(queries, keys, is_transposed=True)
 
         def product(acc: Any) -> Array:
             plgpu.wgmma(acc, queries, keys.transpose((1, 0)))
+            issued()
             return acc[...]
 
         accumulator = plgpu.WGMMAAccumulatorRef((self.rows, keys.shape[0]), jnp.float32)
@@ -137,9 +228,37 @@ class Wgmma:
 
     def _add(self, out: Array, shares: Array, values: Any) -> Array:
         if self._interpret:
-            return out + _interpreted(shares, values[...])
+            return out + _interpreted(shares, values)
         initial: Any = plgpu.WGMMAAccumulatorRef.init(out)
         return pl.run_state(lambda acc: plgpu.wgmma(acc, shares, values))(initial)
+
+    def _multiply(
+        self,
+        tiles: Tiles,
+        slot: Array,
+        sums: tuple[Array, Array, Any],
+        issued: Callable[[], None],
+        soften: Callable[[Array], Any],
+    ) -> tuple[Any, Array]:
+        """soften(scores of the tile in `slot`), and meanwhile out + shares @ values, which `sums` are."""
+        keys, (out, shares, values) = tiles.keys.at[slot], sums
+        if self._interpret:
+            new = soften(self._scores(tiles.queries, keys, issued))
+            return new, self._add(out, shares, values)
+
+        def products(scores_acc: Any, out_acc: Any) -> tuple[Any, Array]:
+            out_acc[...] = out
+            plgpu.wgmma(scores_acc, tiles.queries, keys.transpose((1, 0)))
+            plgpu.wgmma(out_acc, shares, values)
+            issued()
+            new = soften(plgpu.wgmma_accumulator_load(scores_acc, wait_n=1))
+            return new, plgpu.wgmma_accumulator_load(out_acc, wait_n=0)
+
+        return pl.run_scoped(
+            products,
+            plgpu.WGMMAAccumulatorRef((self.rows, keys.shape[0]), jnp.float32),
+            plgpu.WGMMAAccumulatorRef((self.rows, HEAD_DIM), jnp.float32),
+        )
 
 
 class Tcgen05:
@@ -148,24 +267,48 @@ class Tcgen05:
     rows = 128
     tile_size = 64
     layout = plgpu.Layout.TCGEN05
+    registers = 104, 200
+    keeps_queries = False
 
     def __init__(self, interpret: bool) -> None:
         del interpret
 
-    def scratch_types(self, warpgroups: int, tile: int) -> dict[str, Any]:
+    def scratch_types(self, warpgroups: int, tile: int, operand: Any) -> dict[str, Any]:
         """A part of each for every warpgroup."""
         done = plgpu.Barrier(num_barriers=warpgroups, orders_tensor_core=True)
-        shares = plgpu.TMEM((self.rows, warpgroups * tile), jnp.bfloat16, packed=True)
+        shares = plgpu.TMEM((self.rows, warpgroups * tile), operand, packed=True)
         return {
             "scores": plgpu.TMEM((self.rows, warpgroups * tile), jnp.float32),
             "shares": shares,
             "out": plgpu.TMEM((self.rows, warpgroups * HEAD_DIM), jnp.float32),
             "scores_done": done,
             "out_done": done,
-        }
+        } | self._operands(warpgroups, operand)
+
+    def _operands(self, warpgroups: int, operand: Any) -> dict[str, Any]:
+        if operand == jnp.bfloat16:
+            return {}
+        shape = (warpgroups, self.rows, HEAD_DIM)
+        return {"queries": plgpu.SMEM(shape, operand, transforms=transforms(operand))}
+
+    def begin(self, scratch: dict[str, Any], warpgroup: Array) -> None:
+        """Once, before anything is prepared."""
+        del scratch, warpgroup
+
+    def prepare(self, queries: Any, operand: Any, scratch: Any, warpgroup: Array) -> Any:
+        """Queries as products take them, of bfloat16[rows, 128] in shared memory."""
+        if operand == jnp.bfloat16:
+            return queries
+        prepared = scratch["queries"].at[warpgroup]
+        for start in range(0, HEAD_DIM, _STORED):
+            part = pl.ds(start, _STORED)
+            some = plgpu.load(queries.at[:, part], layout=self.layout)
+            prepared[:, part] = some.astype(jnp.float32).astype(operand)
+        plgpu.commit_smem()
+        return prepared
 
     def consume(self, tiles: Tiles) -> None:
-        """Leaves the answers where the queries were."""
+        """Leaves the answers in `answers`."""
         tile, number = tiles.keys.shape[1], tiles.warpgroup
         part = pl.ds(number * tile, tile)
         scores, shares = (tiles.scratch[name].at[:, part] for name in ("scores", "shares"))
@@ -214,7 +357,7 @@ class Tcgen05:
                         along = lax.broadcast_in_dim(fade, old.shape, [0])
                         plgpu.async_store_tmem(some, old * along)
 
-            plgpu.async_store_tmem(shares, mine.astype(jnp.bfloat16))
+            plgpu.async_store_tmem(shares, mine.astype(tiles.queries.dtype))
             plgpu.commit_tmem()
             plgpu.barrier_wait(tiles.v_full.at[slot])
             values = tiles.values.at[slot]
@@ -234,12 +377,12 @@ class Tcgen05:
             for start in range(0, HEAD_DIM, _STORED):
                 attended = plgpu.async_load_tmem(columns(start, _STORED), layout=self.layout)
                 attended = attended * lax.broadcast_in_dim(inverse, attended.shape, [0])
-                tiles.queries[:, pl.ds(start, _STORED)] = attended.astype(jnp.bfloat16)
+                tiles.answers[:, pl.ds(start, _STORED)] = attended.astype(jnp.bfloat16)
 
         @pl.when(tiles.num_tiles == 0)
         def _() -> None:
             nothing = jnp.zeros((self.rows, HEAD_DIM), jnp.bfloat16)
-            tiles.queries[...] = plgpu.layout_cast(nothing, self.layout)
+            tiles.answers[...] = plgpu.layout_cast(nothing, self.layout)
 
 
 def _nothing(rows: int, layout: Any) -> tuple[Array, Array]:
@@ -251,6 +394,9 @@ def _nothing(rows: int, layout: Any) -> tuple[Array, Array]:
     )
 
 
-def _interpreted(a: Array, b: Array) -> Array:
+def _interpreted(a: Array, memory: Any, *, is_transposed: bool = False) -> Array:
     """a @ b in float32, where the interpreter does not know the instruction as used here."""
-    return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
+    b = memory[...].astype(jnp.float32)
+    # Unlike the instruction's, these reads are not among those that copies are ordered with.
+    plgpu.commit_smem()
+    return jnp.dot(a.astype(jnp.float32), b.T if is_transposed else b)

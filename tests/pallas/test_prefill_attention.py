@@ -1,5 +1,7 @@
 """Prefill attention against its reference, with what no query may see filled with NaN."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,64 @@ def test_answers_are_the_references(
     assert not np.asarray(got, np.float32)[np.asarray(positions) < 0].any()
 
 
+@pytest.mark.parametrize(
+    ("num_cores", "positions"),
+    [
+        # Five tiles of queries for two CTAs; up to three of keys, whose places are used again.
+        (2, [*range(100, 152), -1]),
+        # Of seven tiles only the first sees anything.
+        (3, [0, 1, 2, *[-1] * 70]),
+        # As many tiles as CTAs.
+        (2, [*range(300, 321)]),
+    ],
+)
+def test_few_ctas_go_through_a_prompt_that_is_alone(num_cores: int, positions: list[int]) -> None:
+    step = some_step(4, [positions], 1, 12, 64, FP8)
+    config = TuningConfig(tile_size=64, stages=2, warpgroups=2)
+    chip = Chip("sm90", num_cores)
+    got = prefill_attention.attend(*step, chip=chip, config=config, interpret=True)
+    assert_as_close_as_rounding(got, ops.paged_attention(*step))
+    assert not np.asarray(got, np.float32)[np.asarray([positions]) < 0].any()
+
+
+@pytest.mark.parametrize("positions", [[[*range(60, 72)], [-1] * 12], [[*range(300, 311), -1]]])
+def test_pages_that_are_widened_before_give_the_same_bits(
+    positions: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = some_step(5, positions, 1, 12, 32, FP8)
+    config = TuningConfig(tile_size=64, stages=2, warpgroups=2)
+    attend = partial(
+        prefill_attention.attend, *step, chip=Chip("sm90", 132), config=config, interpret=True
+    )
+    widened_in_every_tile = attend()
+    monkeypatch.setattr(prefill_attention, "_FEWEST_QUERIES", 1)
+    np.testing.assert_array_equal(
+        np.asarray(attend(), np.float32), np.asarray(widened_in_every_tile, np.float32)
+    )
+
+
+def test_a_rows_bits_are_its_own() -> None:
+    """Whatever is beside it in its tile, in the batch, and on however many CTAs."""
+    positions = [*range(120, 140)]
+    q, k_pages, v_pages, layer, table, _ = some_step(2, [positions], 1, 12, 64, FP8)
+    config = TuningConfig(tile_size=64, stages=2, warpgroups=2)
+
+    def attend(rows: list[list[int]], num_cores: int = 2) -> np.ndarray:
+        """The answers to the row with all positions, or the part of it that the first row has."""
+        first = positions.index(max(rows[0][0], positions[0]))
+        queries = jnp.repeat(q[:, first : first + len(rows[0])], len(rows), axis=0)
+        step = queries, k_pages, v_pages, layer, jnp.repeat(table, len(rows), axis=0)
+        got = prefill_attention.attend(
+            *step, jnp.asarray(rows, jnp.int32), chip=Chip("sm90", num_cores), config=config,
+            interpret=True,
+        )  # fmt: skip
+        return np.asarray(got[0], np.float32)
+
+    alone = attend([positions])
+    np.testing.assert_array_equal(attend([positions, [3] * len(positions)]), alone)
+    np.testing.assert_array_equal(attend([positions[5:]]), alone[5:])
+
+
 def test_other_shapes_are_refused() -> None:
     q, *rest = some_step(6, [[0]], 1, 2, 8, FP8)
     with pytest.raises(NotImplementedError, match="head_dim="):
@@ -73,6 +133,8 @@ def deployment_programs(chip: Chip) -> dict[str, Program]:
     ("target", "instruction"), [("b200", "tcgen05.mma"), ("h200", "wgmma.mma_async")]
 )
 def test_it_compiles_for_the_deployment_without_local_memory(target: str, instruction: str) -> None:
-    (kernel,) = compile_programs(target, deployment_programs)["float8"]
-    assert not kernel.uses_local_memory, str(kernel)
+    kernels = compile_programs(target, deployment_programs)["float8"]
+    (kernel,) = (one for one in kernels if one.name == "prefill_attention")
+    for one in kernels:
+        assert not one.uses_local_memory, str(one)
     assert instruction in kernel.ptx
