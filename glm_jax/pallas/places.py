@@ -25,8 +25,10 @@ from glm_jax.pallas.router import Choice
 _WARP, _WARPGROUP = 32, 128
 # A warp's lanes are picks of a token, which are added up eight at a time.
 MAX_PICKS = 8
-# Of the words' memory, what the number of the last call has for itself: a line.
-_HEADER = 128
+# Of the words' memory, lines of their own: for the number of the last call, and for how many CTAs that
+# make something for all tokens have made it, in all calls.
+_HEADER = 256
+_MADE = 128
 _ALL = "0xffffffff"
 _TRANSPOSED = {16: 0x0000FFFF, 8: 0x00FF00FF, 4: 0x0F0F0F0F, 2: 0x33333333, 1: 0x55555555}
 
@@ -65,7 +67,7 @@ class Outputs(NamedTuple):
 
 
 def scratch(sizes: Sizes, choice: Choice) -> dict[str, Any]:
-    """The shared memory of ask and place; whoever calls place fills scores, and staged, its token."""
+    """The shared memory of ask and place; whoever calls place fills scores, and row, its token."""
     masks = -(-sizes.num_local // _WARP)
     per_expert = plgpu.SMEM((choice.padded_experts,), jnp.float32)
     return {
@@ -73,7 +75,7 @@ def scratch(sizes: Sizes, choice: Choice) -> dict[str, Any]:
         "biases": per_expert,
         "known": plgpu.SMEM((4,), jnp.int32),
         "parts": plgpu.SMEM((masks * _WARPGROUP,), jnp.int32),
-        "staged": plgpu.SMEM((sizes.width,), jnp.float8_e4m3fn),
+        "row": plgpu.SMEM((sizes.width,), jnp.float8_e4m3fn),
     }
 
 
@@ -102,16 +104,52 @@ done:
     _inline(code, [*inputs[:3]], [smem["biases"], smem["known"]])
 
 
+def tell_made(words: Any) -> None:
+    """Says that what this CTA made for all tokens is written, after its copies are done: 128 threads."""
+    code = f"""{{
+.reg .pred is_first;
+.reg .b32 thread;
+mov.u32 thread, %tid.x;
+setp.eq.u32 is_first, thread, 0;
+fence.proxy.async;
+bar.sync 0;
+@is_first fence.acq_rel.gpu;
+@is_first red.release.gpu.global.add.u32 [$0+{_MADE}], 1;
+}}"""
+    _inline(code, [words], [])
+
+
+def await_made(words: Any, num_makers: int) -> None:
+    """Waits until num_makers CTAs of this call have told that they are done: each thread for itself."""
+    code = f"""{{
+.reg .pred is_early;
+.reg .b32 number, made;
+ld.relaxed.gpu.global.u32 number, [$0];
+mad.lo.u32 number, number, {num_makers}, {num_makers};
+again:
+ld.acquire.gpu.global.u32 made, [$0+{_MADE}];
+setp.ne.u32 is_early, made, number;
+@is_early bra again;
+}}"""
+    _inline(code, [words], [])
+
+
 def place(
-    inputs: Inputs, outputs: Outputs, smem: dict[str, Any], sizes: Sizes, choice: Choice
+    inputs: Inputs,
+    outputs: Outputs,
+    smem: dict[str, Any],
+    sizes: Sizes,
+    choice: Choice,
+    first_cta: int = 0,
 ) -> None:
     """Picks the experts of this CTA's token, and copies the token to its rows: the work of 128 threads.
 
-    The grid is one CTA a token, all of them running at once. Rows that only fill a tile are not written.
+    From first_cta on there is one CTA a token, all of them running at once. Rows that only fill a tile
+    are not written.
     """
-    shared = [smem[name] for name in ("scores", "biases", "known", "parts", "staged")]
-    names = ["words", "x_scale", *outputs._fields, "scores", "biases", "known", "parts", "staged"]
-    code = _place_code(sizes, choice)
+    shared = [smem[name] for name in ("scores", "biases", "known", "parts", "row")]
+    names = ["words", "x_scale", *outputs._fields, "scores", "biases", "known", "parts", "row"]
+    code = _place_code(sizes, choice, first_cta)
     for operand, name in enumerate(names):
         code = code.replace(f"<{name}>", f"${operand}")
     _inline(code, [inputs.words, inputs.x_scale, *outputs], shared)
@@ -132,19 +170,23 @@ def _inline(code: str, device_refs: list[Any], shared_refs: list[Any]) -> None:
     inline(emit)(*refs)
 
 
-def _place_code(sizes: Sizes, choice: Choice) -> str:
+def _place_code(sizes: Sizes, choice: Choice, first_cta: int) -> str:
     slots, masks = -(-choice.num_experts // _WARP), -(-sizes.num_local // _WARP)
     lines = [
         "{",
         ".reg .pred p, q, is_leader, is_pick, is_padded, is_local, is_token;",
-        ".reg .b32 thread, lane, token, first, number, one, at, rank, top, win, mine, local, bit, t, u;",
+        ".reg .b32 thread, lane, token, first, number, one, at, top, win, mine, local, bit, t, u;",
         ".reg .b32 index, x, seen, below, count, total, before, tiles, begin, end, carry, row;",
         ".reg .f32 share, sum, other, x_scale;",
         ".reg .b64 word, here, to;",
-        *(f".reg .b32 key{slot};\n.reg .f32 score{slot}, bias{slot};" for slot in range(slots)),
+        *(
+            f".reg .b32 key{slot}, expert{slot};\n.reg .f32 score{slot}, bias{slot};"
+            for slot in range(slots)
+        ),
         *(f".reg .b32 mask{mask}, part{mask}, row{mask};" for mask in range(masks)),
         "mov.u32 thread, %tid.x;",
         "mov.u32 token, %ctaid.x;",
+        f"sub.u32 token, token, {first_cta};",
         "and.b32 lane, thread, 31;",
         "mov.b32 one, 1;",
         f"setp.ge.u32 p, thread, {_WARP};",
@@ -192,25 +234,37 @@ def _pick(choice: Choice, slots: int) -> Iterator[str]:
         if _WARP * (slot + 1) > choice.num_experts:
             yield f"setp.lt.u32 p, lane, {choice.num_experts - _WARP * slot};"
             yield f"selp.b32 key{slot}, key{slot}, 0, p;"
-    yield from ("mov.b32 rank, 0;", "mov.b32 mine, 0;", "pick:", "mov.b32 top, key0;")
-    yield from (f"max.u32 top, top, key{slot};" for slot in range(1, slots))
-    yield f"redux.sync.max.u32 top, top, {_ALL};"
-    yield f"mov.b32 win, {_ALL};"
-    for slot in reversed(range(slots)):
-        yield f"setp.eq.u32 p, key{slot}, top;"
-        yield f"@p add.u32 win, lane, {_WARP * slot};"
-    yield f"redux.sync.min.u32 win, win, {_ALL};"
-    yield "setp.eq.u32 p, lane, rank;"
-    yield "@p mov.b32 mine, win;"
-    yield "sub.u32 t, win, lane;"
-    for slot in range(slots):
-        yield f"setp.eq.u32 p, t, {_WARP * slot};"
-        yield f"@p mov.b32 key{slot}, 0;"
-    yield from (
-        "add.u32 rank, rank, 1;",
-        f"setp.lt.u32 p, rank, {choice.num_picks};",
-        "@p bra pick;",
-    )
+        yield f"add.u32 expert{slot}, lane, {_WARP * slot};"
+    yield from _sort(slots)
+    yield "mov.b32 mine, 0;"
+    for rank in range(choice.num_picks):
+        yield from (
+            f"redux.sync.max.u32 top, key0, {_ALL};",
+            "setp.eq.u32 p, key0, top;",
+            f"selp.b32 win, expert0, {_ALL}, p;",
+            f"redux.sync.min.u32 win, win, {_ALL};",
+            f"setp.eq.u32 p, lane, {rank};",
+            "selp.b32 mine, win, mine, p;",
+            "setp.eq.u32 p, expert0, win;",
+        )
+        for slot in range(slots - 1):
+            yield f"@p mov.b32 key{slot}, key{slot + 1};"
+            yield f"@p mov.b32 expert{slot}, expert{slot + 1};"
+        yield f"@p mov.b32 key{slots - 1}, 0;"
+
+
+def _sort(slots: int) -> Iterator[str]:
+    """Each lane's keys fall; equal ones stay in order."""
+    for phase in range(slots):
+        for slot in range(phase % 2, slots - 1, 2):
+            yield f"setp.lt.u32 p, key{slot}, key{slot + 1};"
+            for name in ("key", "expert"):
+                one, other = f"{name}{slot}", f"{name}{slot + 1}"
+                yield from (
+                    f"selp.b32 t, {other}, {one}, p;",
+                    f"selp.b32 {other}, {one}, {other}, p;",
+                    f"mov.b32 {one}, t;",
+                )
 
 
 def _tell(sizes: Sizes, choice: Choice, masks: int) -> Iterator[str]:
@@ -337,7 +391,7 @@ def _bring(sizes: Sizes, masks: int) -> Iterator[str]:
             "and.b32 t, t, 1;",
             "setp.ne.u32 p, t, 0;",
             f"mad.wide.u32 to, row{mask}, {sizes.width}, <values>;",
-            f"@p cp.async.bulk.global.shared::cta.bulk_group [to], [<staged>], {sizes.width};",
+            f"@p cp.async.bulk.global.shared::cta.bulk_group [to], [<row>], {sizes.width};",
             f"mad.wide.u32 to, row{mask}, 4, <scale>;",
             "@p st.global.f32 [to], x_scale;",
             f"mad.wide.u32 to, row{mask}, 4, <tokens>;",

@@ -1,10 +1,13 @@
-"""Picks and what they ask for in one kernel: each token's experts, then the tokens sorted by expert.
+"""Picks and what they ask for: each token's experts, then the tokens sorted by expert.
 
 Knows neither the experts' weights nor other devices. Each token's CTA picks for it, learns from all
-others what they picked, and brings its token to its places. The interpreter has none of that: there,
-router.route and dispatch.stage do the same.
+others what they picked, and brings its token to its places. Where few tokens leave room for them, the
+CTAs that multiply tokens with the router's weights are of the same kernel. The interpreter has none of
+that: there, router.route and dispatch.stage do the same.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +20,7 @@ from glm_jax.pallas import places, router
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch, Sizes, default_tile, max_tiles
 from glm_jax.pallas.places import MAX_PICKS, Inputs, Outputs, make_words
-from glm_jax.pallas.router import Choice
+from glm_jax.pallas.router import Choice, Cut
 
 __all__ = ["MAX_TOKENS", "Local", "make_words", "route_and_stage"]
 
@@ -25,6 +28,9 @@ __all__ = ["MAX_TOKENS", "Local", "make_words", "route_and_stage"]
 MAX_TOKENS = 256
 # A token's CTA waits for those of all others: so many are surely running on an SM at once.
 _CTAS_PER_SM = 2
+# Of an SM, and what a CTA takes of it beside products' and a token: scores, counts, the system's own.
+_SHARED_MEMORY = 228 * 1024
+_OTHERS = 8 * 1024
 _LANES = 128
 
 
@@ -33,6 +39,21 @@ class Local(NamedTuple):
 
     first: Int32[Array, ""]
     number: int
+
+
+class _Parts(NamedTuple):
+    """What the kernel is made for.
+
+    Attributes:
+      cut: of the products.
+      num_makers: CTAs that multiply, before those of tokens; none where products are made before.
+    """
+
+    sizes: Sizes
+    choice: Choice
+    cut: Cut
+    shift: int
+    num_makers: int
 
 
 def route_and_stage(
@@ -72,61 +93,112 @@ def route_and_stage(
         )
     if words.shape != (places.num_words(num_tokens, local.number),):
         raise ValueError(f"{words.shape=}: of {num_tokens} tokens, {local.number} local experts?")
-    products = router.multiply(x, weight, layer, choice, chip=chip, shift=shift)
-    tile = default_tile(num_tokens, chip)
-    tiles = max_tiles(num_tokens, choice.num_picks, local.number, tile)
-    sizes = Sizes(
-        num_tokens, choice.num_picks, choice.padded_picks, local.number, tile, tiles, width
-    )
-
-    def body(*refs: Any, **scratch: Any) -> None:
-        products_ref, bias_ref, layer_ref, first_ref, words_ref, x_ref, x_scale_ref, *outs = refs
-        experts, weights, copied, copied_scale, tokens, rows, tile_experts, num_tiles = outs
-        token = lax.axis_index("token")
-        arrived = scratch.pop("arrived")
-        place = layer_ref[0] + shift
-        plgpu.copy_gmem_to_smem(
-            x_ref.at[token],
-            scratch["staged"],
-            arrived,
-            # What is known to lie within is copied in bulk, without a descriptor.
-            oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-        )
-        pieces = _pieces(choice)
-        products = [router.load_products(products_ref, token, piece) for piece in pieces]
-        inputs = Inputs(bias_ref.at[place], first_ref, words_ref, x_scale_ref)
-        places.ask(inputs, scratch, choice.num_experts)
-        for piece, parts in zip(pieces, products, strict=True):
-            scratch["scores"][piece] = router.score(parts)
-        plgpu.barrier_wait(arrived)
-        outputs = Outputs(
-            experts.at[token], weights.at[token], rows.at[token],
-            copied, copied_scale, tokens, tile_experts, num_tiles,
-        )  # fmt: skip
-        places.place(inputs, outputs, scratch, sizes, choice)
-
-    rows, rows_scale = sizes.row_types()
-    out_types = [
-        *router.pick_types(num_tokens, choice),
-        jax.ShapeDtypeStruct((rows.shape[0], width), values.dtype),
-        rows_scale,
-        *sizes.plan_types(),
-    ]
-    experts, weights, copied, copied_scale, *fields = plgpu.kernel(
-        body,
-        out_type=out_types,
-        scratch_types=places.scratch(sizes, choice) | {"arrived": plgpu.Barrier()},
-        grid=(num_tokens,),
-        grid_names=("token",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        kernel_name="router_picks_dispatch",
-    )(products, bias, layer.reshape(1), local.first.reshape(1), words, values, scale.reshape(-1))
-    plan = Dispatch(*fields)._replace(values=copied, scale=copied_scale[:, None])
+    cut = router.cut_of(num_tokens, width, choice, chip)
+    # Those that multiply wait for nobody: it is enough that one finds room beside all tokens' CTAs.
+    most_running = _SHARED_MEMORY // (cut.shared_memory + width + _OTHERS) * chip.num_cores
+    num_makers = math.prod(cut.grid) if num_tokens < most_running else 0
+    sizes = _sizes(num_tokens, width, choice, local.number, chip)
+    parts = _Parts(sizes, choice, cut, shift, num_makers)
+    operands = [layer.reshape(1), words, bias, local.first.reshape(1), values, scale.reshape(-1)]
+    if num_makers:
+        operands += [router.whole_eights(x), weight]
+    else:
+        operands.append(router.multiply(x, weight, layer, choice, chip=chip, shift=shift))
+    experts, weights, copied, copied_scale, *fields = _launch(parts, operands)
+    plan = Dispatch(*fields[:4])._replace(values=copied, scale=copied_scale[:, None])
     asked = slice(None, choice.num_picks)
     if choice.num_picks < choice.padded_picks:
         plan = plan._replace(rows=plan.rows[:, asked])
         experts, weights = experts[:, asked], weights[:, asked]
     return experts, weights, plan
+
+
+def _sizes(num_tokens: int, width: int, choice: Choice, num_local: int, chip: Chip) -> Sizes:
+    tile = default_tile(num_tokens, chip)
+    tiles = max_tiles(num_tokens, choice.num_picks, num_local, tile)
+    return Sizes(num_tokens, choice.num_picks, choice.padded_picks, num_local, tile, tiles, width)
+
+
+def _launch(parts: _Parts, operands: Sequence[Any]) -> Sequence[Array]:
+    sizes, num_makers = parts.sizes, parts.num_makers
+    rows, rows_scale = sizes.row_types()
+    out_types = [
+        *router.pick_types(sizes.num_tokens, parts.choice),
+        jax.ShapeDtypeStruct((rows.shape[0], sizes.width), rows.dtype),
+        rows_scale,
+        *sizes.plan_types(),
+    ]
+    smem = places.scratch(sizes, parts.choice) | {"arrived": plgpu.Barrier()}
+    if num_makers:
+        out_types.append(parts.cut.products_type())
+        smem |= router.product_scratch(parts.cut)
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        if not num_makers:
+            _route(parts, refs[:6], refs[6], refs[7:], scratch)
+            return
+        x_ref, weight_ref, *outs, products_ref = refs[6:]
+        cta = lax.axis_index("cta")
+
+        @pl.when(cta < num_makers)
+        def _make() -> None:
+            layer_ref, words_ref, *_ = refs
+            product_refs = x_ref, weight_ref, layer_ref, products_ref
+            rest, tokens = lax.div(cta, parts.cut.grid[0]), lax.rem(cta, parts.cut.grid[0])
+            place = tokens, lax.rem(rest, parts.cut.grid[1]), lax.div(rest, parts.cut.grid[1])
+            router.multiply_part(parts.cut, place, product_refs, parts.shift, scratch)
+            places.tell_made(words_ref)
+
+        pl.when(cta >= num_makers)(lambda: _route(parts, refs[:6], products_ref, outs, scratch))
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=out_types,
+        scratch_types=smem,
+        grid=(num_makers + sizes.num_tokens,),
+        grid_names=("cta",),
+        kernel_name="router_picks_dispatch",
+    )
+    return kernel(*operands)
+
+
+def _route(
+    parts: _Parts, refs: Sequence[Any], products_ref: Any, outs: Sequence[Any], smem: dict[str, Any]
+) -> None:
+    """Picks for a token and brings it to its places: a CTA's work."""
+    layer_ref, words_ref, bias_ref, first_ref, x_ref, x_scale_ref = refs
+    experts, weights, copied, copied_scale, tokens, rows, tile_experts, num_tiles = outs
+    choice, num_makers = parts.choice, parts.num_makers
+    token = lax.axis_index("cta") - num_makers
+    plgpu.copy_gmem_to_smem(
+        x_ref.at[token],
+        smem["row"],
+        smem["arrived"],
+        # What is known to lie within is copied in bulk, without a descriptor.
+        oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+    )
+    inputs = Inputs(bias_ref.at[layer_ref[0] + parts.shift], first_ref, words_ref, x_scale_ref)
+    pieces, products = _pieces(choice), []
+
+    def load() -> None:
+        products.extend(router.load_products(products_ref, token, piece) for piece in pieces)
+
+    if num_makers:
+        places.ask(inputs, smem, choice.num_experts)
+        places.await_made(words_ref, num_makers)
+        load()
+    else:
+        # What is asked for begins with the layer, which takes its time.
+        load()
+        places.ask(inputs, smem, choice.num_experts)
+    for piece, summands in zip(pieces, products, strict=True):
+        smem["scores"][piece] = router.score(summands)
+    plgpu.barrier_wait(smem["arrived"])
+    outputs = Outputs(
+        experts.at[token], weights.at[token], rows.at[token],
+        copied, copied_scale, tokens, tile_experts, num_tiles,
+    )  # fmt: skip
+    places.place(inputs, outputs, smem, parts.sizes, choice, num_makers)
 
 
 def _pieces(choice: Choice) -> list[Any]:

@@ -7,7 +7,7 @@ sigmoid, and the ranking. So a token's bits depend on the token alone.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,85 +130,154 @@ def multiply(
       NotImplementedError: D is no multiple of 256, E none of 8, or k is over 64.
       ValueError: more picks than experts.
     """
-    # TMA counts rows by eights, as it does for the FP8 products.
-    if len(x) > 8 and len(x) % 8:
-        x = jnp.pad(x, ((0, -len(x) % 8), (0, 0)))
-    num_tokens, width = x.shape
-    num_experts, num_picks = choice.num_experts, choice.num_picks
-    if width % _CHUNK or num_experts % 8 or not 1 <= num_picks <= 64:
-        raise NotImplementedError(
-            f"{weight.shape=}, {num_picks=}: D must be a multiple of {_CHUNK}, E of 8, k at most 64"
-        )
-    if num_picks > num_experts:
-        raise ValueError(f"num_experts_per_tok={num_picks} of {num_experts=}")
-    config = config or default_config(chip, num_tokens, num_experts)
-    is_sm100 = chip.architecture == "sm100"
-    rows = 128 if is_sm100 else 64
-    num_chunks = width // _CHUNK
-    chunks_per_cta = 1 if config.is_split else num_chunks
-    num_steps = chunks_per_cta * _STEPS_PER_CHUNK
-    stages = min(config.stages, num_steps)
+    cut = cut_of(len(x), x.shape[1], choice, chip, config)
 
-    def router_products(x_ref: Any, weight_ref: Any, layer_ref: Any, out_ref: Any, **scratch: Any):
-        token = lax.axis_index("tokens") * rows
-        expert = lax.axis_index("experts") * config.experts
-        part = lax.axis_index("part")
-        layer_index = layer_ref[0] + shift
-        full = scratch["full"]
+    def router_products(*refs: Any, **scratch: Any) -> None:
+        place = tuple(lax.axis_index(name) for name in ("tokens", "experts", "part"))
+        multiply_part(cut, place, refs, shift, scratch)
 
-        def fetch(step: jax.Array | int) -> None:
-            stage = lax.rem(jnp.int32(step), jnp.int32(stages))
-            columns = pl.ds((part * num_steps + step) * _STEP, _STEP)
-            plgpu.copy_gmem_to_smem(
-                x_ref.at[pl.ds(token, rows), columns], scratch["tokens"].at[stage], full.at[stage]
-            )
-            plgpu.copy_gmem_to_smem(
-                weight_ref.at[layer_index, pl.ds(expert, config.experts), columns],
-                scratch["weights"].at[stage],
-                full.at[stage],
-            )
-
-        def refill(step: jax.Array) -> None:
-            @pl.when(step + stages < num_steps)
-            def _():
-                fetch(step + stages)
-
-        def sum_chunk(chunk: jax.Array, total: jax.Array) -> jax.Array:
-            steps = [chunk * _STEPS_PER_CHUNK + index for index in range(_STEPS_PER_CHUNK)]
-            products = _multiply_sm100 if is_sm100 else _multiply_sm90
-            return total + products(steps, stages, refill, scratch)
-
-        for step in range(stages):
-            fetch(step)
-        layout = plgpu.Layout.TCGEN05 if is_sm100 else plgpu.Layout.WGMMA
-        zeros = plgpu.layout_cast(jnp.zeros((rows, config.experts), jnp.float32), layout)
-        scratch["staged"][...] = lax.fori_loop(0, chunks_per_cta, sum_chunk, zeros)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            scratch["staged"],
-            out_ref.at[part, pl.ds(token, rows), pl.ds(expert, config.experts)],
-        )
-        plgpu.wait_smem_to_gmem(0)
-
-    scratch = {
-        "tokens": _tiled((stages, rows, _STEP), jnp.bfloat16, _STEP),
-        "weights": _tiled((stages, config.experts, _STEP), jnp.bfloat16, _STEP),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "staged": _tiled((rows, config.experts), jnp.float32, 16),
-    }
-    if is_sm100:
-        scratch["sums"] = plgpu.TMEM((rows, config.experts), jnp.float32)
-        scratch["done"] = plgpu.Barrier(orders_tensor_core=True)
-    num_parts = num_chunks // chunks_per_cta
     return plgpu.kernel(
         router_products,
-        out_type=jax.ShapeDtypeStruct((num_parts, num_tokens, choice.padded_experts), jnp.float32),
-        scratch_types=scratch,
-        grid=(pl.cdiv(num_tokens, rows), pl.cdiv(num_experts, config.experts), num_parts),
+        out_type=cut.products_type(),
+        scratch_types=product_scratch(cut),
+        grid=cut.grid,
         grid_names=("tokens", "experts", "part"),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
         kernel_name="router_products",
-    )(x, weight, layer.reshape(1))
+    )(whole_eights(x), weight, layer.reshape(1))
+
+
+def whole_eights(x: BFloat16[Array, "T D"]) -> BFloat16[Array, "padded_T D"]:
+    """TMA counts rows by eights, as it does for the FP8 products, but where they are few."""
+    return jnp.pad(x, ((0, -len(x) % 8), (0, 0))) if len(x) > 8 and len(x) % 8 else x
+
+
+class Cut(NamedTuple):
+    """What the products of a step are made of, and how CTAs share them.
+
+    Attributes:
+      rows: tokens of a tile.
+    """
+
+    config: TuningConfig
+    num_tokens: int
+    width: int
+    num_experts: int
+    padded_experts: int
+    rows: int
+    is_sm100: bool
+
+    @property
+    def chunks_per_cta(self) -> int:
+        """Chunks of D."""
+        return 1 if self.config.is_split else self.width // _CHUNK
+
+    @property
+    def stages(self) -> int:
+        """Steps in flight."""
+        return min(self.config.stages, self.chunks_per_cta * _STEPS_PER_CHUNK)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tiles of tokens, tiles of experts, parts of D."""
+        experts = pl.cdiv(self.num_experts, self.config.experts)
+        parts = self.width // _CHUNK // self.chunks_per_cta
+        return pl.cdiv(self.num_tokens, self.rows), experts, parts
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of product_scratch, barriers aside."""
+        ring = self.stages * (self.rows + self.config.experts) * _STEP * 2
+        return ring + self.rows * self.config.experts * 4
+
+    def products_type(self) -> jax.ShapeDtypeStruct:
+        """Of the products of each part."""
+        shape = self.grid[2], self.num_tokens, self.padded_experts
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def cut_of(
+    num_tokens: int, width: int, choice: Choice, chip: Chip, config: TuningConfig | None = None
+) -> Cut:
+    """How the products of so many tokens are cut; see multiply."""
+    num_experts, num_picks = choice.num_experts, choice.num_picks
+    if width % _CHUNK or num_experts % 8 or not 1 <= num_picks <= 64:
+        raise NotImplementedError(
+            f"{width=}, {num_experts=}, {num_picks=}: D must be a multiple of {_CHUNK}, E of 8, k at "
+            "most 64"
+        )
+    if num_picks > num_experts:
+        raise ValueError(f"num_experts_per_tok={num_picks} of {num_experts=}")
+    num_tokens += -num_tokens % 8 if num_tokens > 8 else 0
+    is_sm100 = chip.architecture == "sm100"
+    config = config or default_config(chip, num_tokens, num_experts)
+    rows = 128 if is_sm100 else 64
+    return Cut(config, num_tokens, width, num_experts, choice.padded_experts, rows, is_sm100)
+
+
+def multiply_part(
+    cut: Cut, place: tuple[Any, ...], refs: Sequence[Any], shift: int, scratch: dict[str, Any]
+) -> None:
+    """A CTA's products, from first copy to last store.
+
+    Args:
+      place: within the cut's grid.
+      refs: of tokens, weights, layer and products.
+    """
+    x_ref, weight_ref, layer_ref, out_ref = refs
+    config, full = cut.config, scratch["full"]
+    num_steps, stages = cut.chunks_per_cta * _STEPS_PER_CHUNK, cut.stages
+    token, expert, part = place[0] * cut.rows, place[1] * config.experts, place[2]
+    layer_index = layer_ref[0] + shift
+
+    def fetch(step: jax.Array | int) -> None:
+        stage = lax.rem(jnp.int32(step), jnp.int32(stages))
+        columns = pl.ds((part * num_steps + step) * _STEP, _STEP)
+        plgpu.copy_gmem_to_smem(
+            x_ref.at[pl.ds(token, cut.rows), columns], scratch["tokens"].at[stage], full.at[stage]
+        )
+        plgpu.copy_gmem_to_smem(
+            weight_ref.at[layer_index, pl.ds(expert, config.experts), columns],
+            scratch["weights"].at[stage],
+            full.at[stage],
+        )
+
+    def refill(step: jax.Array) -> None:
+        @pl.when(step + stages < num_steps)
+        def _():
+            fetch(step + stages)
+
+    def sum_chunk(chunk: jax.Array, total: jax.Array) -> jax.Array:
+        steps = [chunk * _STEPS_PER_CHUNK + index for index in range(_STEPS_PER_CHUNK)]
+        products = _multiply_sm100 if cut.is_sm100 else _multiply_sm90
+        return total + products(steps, stages, refill, scratch)
+
+    for step in range(stages):
+        fetch(step)
+    layout = plgpu.Layout.TCGEN05 if cut.is_sm100 else plgpu.Layout.WGMMA
+    zeros = plgpu.layout_cast(jnp.zeros((cut.rows, config.experts), jnp.float32), layout)
+    scratch["staged"][...] = lax.fori_loop(0, cut.chunks_per_cta, sum_chunk, zeros)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+        scratch["staged"],
+        out_ref.at[part, pl.ds(token, cut.rows), pl.ds(expert, config.experts)],
+    )
+    plgpu.wait_smem_to_gmem(0)
+
+
+def product_scratch(cut: Cut) -> dict[str, Any]:
+    """The memory of multiply_part."""
+    experts, stages = cut.config.experts, cut.stages
+    scratch: dict[str, Any] = {
+        "tokens": _tiled((stages, cut.rows, _STEP), jnp.bfloat16, _STEP),
+        "weights": _tiled((stages, experts, _STEP), jnp.bfloat16, _STEP),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "staged": _tiled((cut.rows, experts), jnp.float32, 16),
+    }
+    if cut.is_sm100:
+        scratch["sums"] = plgpu.TMEM((cut.rows, experts), jnp.float32)
+        scratch["done"] = plgpu.Barrier(orders_tensor_core=True)
+    return scratch
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any, columns: int) -> Any:

@@ -133,7 +133,7 @@ def test_what_is_not_a_number_still_picks_experts_that_exist() -> None:
 
 def test_shapes_that_are_not_supported_are_named() -> None:
     x, weight, bias = draw(0, 2, 384, 24)
-    with pytest.raises(NotImplementedError, match=r"weight.shape=\(2, 24, 384\)"):
+    with pytest.raises(NotImplementedError, match="width=384"):
         run("sm90", x, weight, bias, 0, 8)
     x, weight, bias = draw(0, 2, 256, 8)
     with pytest.raises(ValueError, match="num_experts_per_tok=9"):
