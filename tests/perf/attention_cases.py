@@ -25,11 +25,19 @@ _HEAD = 128
 _EPS, _ROTARY, _THETA = 1e-5, 64, 1e6
 
 
-def _pages(key: jax.Array, sizes: Sizes, rows: int, pages_per_row: int, dtype: Any) -> Any:
-    """Keys and values of every layer, and each row's pages, scattered over the pool."""
+def _pages(
+    key: jax.Array, sizes: Sizes, rows: int, pages_per_row: int, dtype: Any, more_bytes: int = 0
+) -> Any:
+    """Keys and values of every layer, and each row's pages, scattered over the pool.
+
+    Args:
+      more_bytes: of layers that follow those, at least.
+    """
     keys = jax.random.split(key, 3)
     num_pages = rows * pages_per_row
-    shape = (sizes.heavy_layers, num_pages, 1, sizes.page_size, _HEAD)
+    layer_bytes = num_pages * sizes.page_size * _HEAD * jnp.dtype(dtype).itemsize
+    num_layers = sizes.heavy_layers - -more_bytes // layer_bytes
+    shape = (num_layers, num_pages, 1, sizes.page_size, _HEAD)
     k_pages, v_pages = (jax.random.normal(k, shape, jnp.bfloat16).astype(dtype) for k in keys[:2])
     page_table = jax.random.permutation(keys[2], num_pages).astype(jnp.int32)
     return k_pages, v_pages, page_table.reshape(rows, pages_per_row)
@@ -80,6 +88,56 @@ def decode_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
                 operations=4 * rows * length * sizes.query_groups * _HEAD,
                 alternatives={"XLA": _attention_reference},
                 peers=peers.attention(rows, 1, length, sizes.query_groups),
+            )
+
+
+def write_and_attend_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
+    """The same with the new token's keys and values written on the way, as an engine's steps do."""
+    heads = sizes.query_groups + 2
+    # Pages are copied before a call. What is copied last fills the L2 cache, and no call reads it.
+    spare = 0 if interpret else 1 << 26
+
+    def draw(rows: int, length: int, key: jax.Array) -> Any:
+        keys = jax.random.split(key, 3)
+        qkv = jax.random.normal(keys[0], (rows, 1, 1, heads, _HEAD), jnp.bfloat16)
+        norms = 1 + jax.random.normal(keys[1], (2, sizes.heavy_layers, _HEAD), jnp.bfloat16) / 4
+        pages = _pages(keys[2], sizes, rows, length // sizes.page_size, FP8, spare)
+        return (qkv, *norms, *pages, jnp.full((rows, 1), length - 1, jnp.int32))
+
+    def step(operands: Any, layer: jax.Array) -> jax.Array:
+        qkv, q_norm, k_norm, k_pages, v_pages, table, positions = operands
+        counters = None if interpret else decode_attention.make_counters(len(qkv), 1)
+        angles = kv_write.rotary_table(positions, _ROTARY, _THETA)
+        out, *_ = decode_attention.write_and_attend(
+            qkv, (q_norm, k_norm), angles, k_pages, v_pages, layer, table, positions, eps=_EPS,
+            is_quantized=False, chip=chip, counters=counters, interpret=interpret,
+        )  # fmt: skip
+        return out
+
+    def reference(operands: Any, layer: jax.Array) -> jax.Array:
+        qkv, q_norm, k_norm, k_pages, v_pages, table, positions = operands
+        norms = HeadNorms(q_norm, k_norm, _EPS, _ROTARY, _THETA)
+        q, k, v = ops.split_heads(qkv, norms, positions, layer)
+        written = kv_cache.write(KVCache(k_pages, v_pages), layer, table, positions, k, v)
+        return ops.paged_attention(q, *written, layer, table, positions)
+
+    for length in sizes.contexts:
+        for rows in sizes.tokens:
+            if rows == sizes.prefill:
+                continue
+            yield Case(
+                kernel="decode_attention.write_and_attend",
+                shape=f"B={rows} S={length}",
+                draw=partial(draw, rows, length),
+                num_layers=sizes.heavy_layers,
+                step=step,
+                reference=reference,
+                errors=_attention_errors,
+                tolerance=1e-2,
+                bytes=rows
+                * (2 * length * _HEAD + (2 * heads + 2 * sizes.query_groups + 2) * _HEAD),
+                is_timed_alone=True,
+                operations=4 * rows * length * sizes.query_groups * _HEAD,
             )
 
 
