@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from glm_jax import ops
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
-from glm_jax.kernels import Kernels
+from glm_jax.kernels import AttentionPlan, Kernels
 from glm_jax.layers import Linear, RMSNorm
 from glm_jax.operands import Partials
 from glm_jax.ops import HeadNorms, Layer, Rows
@@ -25,12 +25,13 @@ class Pages(NamedTuple):
 
     Attributes:
       table: the pages of each row, in order.
-      rotary, counters: what the layers of a step share, from Attention.prepare.
+      rotary, counters, plan: what the layers of a step share, from Attention.prepare.
     """
 
     table: Int32[Array, "B P"]
     rotary: Float[Array, "B T 2 half"] | None = None
     counters: jax.Ref | None = None
+    plan: AttentionPlan | None = None
 
 
 # (layer, q [B, T, K, G, H], k [B, T, K, H], v, cache) -> (attended [B, T, K, G, H], cache)
@@ -99,7 +100,8 @@ class Attention(nnx.Module):
         rotary = self.kernels.rotary_table(positions, *self.rotary[1:])
         kv_heads = self.qkv_proj.weights()[0].shape[1]
         counters = self.kernels.attention_counters(positions.shape, kv_heads)
-        return attend._replace(rotary=rotary, counters=counters)
+        plan = self.kernels.attention_plan(positions, self.query_groups)
+        return attend._replace(rotary=rotary, counters=counters, plan=plan)
 
     def __call__(
         self,
@@ -157,7 +159,9 @@ class Attention(nnx.Module):
     ) -> tuple[Rows, KVCache]:
         assert cache is not None, "pages are those of a cache"
         operands = qkv, self._norms(), positions, pages.table, layer, cache, pages.rotary
-        return self.kernels.write_and_attend(*operands, is_fp8=self.is_fp8, counters=pages.counters)
+        return self.kernels.write_and_attend(
+            *operands, is_fp8=self.is_fp8, counters=pages.counters, plan=pages.plan
+        )
 
     def _rows(self, attended: Float[Array, "B T K G H"]) -> Rows:
         kv_heads = attended.shape[2]

@@ -46,6 +46,7 @@ from glm_jax.selection import Selection
 
 # What a kernel asks device memory for while it has other work.
 Asked = tuple[ahead.Later, ...]
+AttentionPlan = prefill_attention.Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +256,15 @@ class Kernels(Selection):
             return None
         return decode_attention.make_counters(num_rows, kv_heads)
 
+    def attention_plan(
+        self, positions: Int32[Array, "B T"], query_groups: int
+    ) -> AttentionPlan | None:
+        """What every layer's attention of a prefill step needs to know of the positions."""
+        chip = self._chip()
+        if self._interprets or chip is None or positions.shape[1] == 1:
+            return None
+        return prefill_attention.make_plan(positions, query_groups, chip=chip)
+
     def write_and_attend(
         self,
         qkv: Float[Array, "B T K G2 H"],
@@ -267,11 +277,13 @@ class Kernels(Selection):
         *,
         is_fp8: bool,
         counters: jax.Ref | None = None,
+        plan: AttentionPlan | None = None,
     ) -> tuple[Rows, KVCache]:
         """`write`, then attends over the pages: rows for o_proj, with a scale for each kv head.
 
         Args:
           counters: as attention_counters makes them; then one kernel does both.
+          plan: as attention_plan makes it; without one, a prefill step's layer makes its own.
         """
         num_rows, num_tokens, kv_heads = qkv.shape[:3]
         where = layer, page_table, positions
@@ -299,7 +311,8 @@ class Kernels(Selection):
                 return of_decode(made), KVCache(*pages)
             q, written = self.write(*operands)
             if num_tokens > 1:
-                return as_rows(prefill_attention.attend(q, *written, *where, **on)), written
+                attended = prefill_attention.attend(q, *written, *where, plan=plan, **on)
+                return as_rows(attended), written
             attend: Any = decode_attention.attend_quantized if is_fp8 else decode_attention.attend
             return of_decode(attend(q, *written, *where, **on)), written
 
