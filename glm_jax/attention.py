@@ -89,10 +89,6 @@ class Attention(nnx.Module):
         self.query_groups = groups
         self.rotary = (config.rms_norm_eps, config.rotary_dim, config.rope_theta)
 
-    def reads_first(self) -> tuple[Array, ...]:
-        """The stacks that are read first, whole."""
-        return (self.qkv_proj.weights()[0],)
-
     def prepare(self, attend: Attend, positions: Int32[Array, "B T"]) -> Attend:
         """attend, with what depends on positions alone; to be made once, outside the layers."""
         if not isinstance(attend, Pages):

@@ -3,7 +3,6 @@
 Knows no layer and no model. The choice is bound when a step is made, and travels with the model.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,6 @@ from glm_jax.operands import (
 )
 from glm_jax.ops import HeadNorms, NormedRows, Rows
 from glm_jax.pallas import (
-    ahead,
     all_reduce,
     decode_attention,
     dense_matmul,
@@ -44,8 +42,6 @@ from glm_jax.pallas import (
 from glm_jax.pallas.chip import Chip
 from glm_jax.selection import Selection
 
-# What a kernel asks device memory for while it has other work.
-Asked = tuple[ahead.Later, ...]
 AttentionPlan = prefill_attention.Plan
 
 
@@ -78,19 +74,6 @@ class Kernels(Selection):
             box = inbox.make_inbox(num_rows, width, **on)
         routing = route_stage.make_words(num_rows, num_local)
         return Workspace(routing, grid.make_counter(), box, first)
-
-    def later(self, stacks: Sequence[Array], num_rows: int, *, shift: int = 0) -> Asked:
-        """What sums of so many rows are to ask for ahead: stacked weights that later kernels read.
-
-        Nothing on a single device, where sums wait for no one.
-
-        Args:
-          shift: from the norm's place in its stack to the place in these.
-        """
-        is_waiting = self._fuses_sums(num_rows) and sharding.num_devices() > 1
-        if self._interprets or self._chip() is None or not is_waiting:
-            return ()
-        return tuple(ahead.later_of(stack, shift) for stack in stacks)
 
     def add_norm(
         self,
@@ -127,7 +110,6 @@ class Kernels(Selection):
         eps: float,
         is_fp8: bool,
         workspace: Workspace | None = None,
-        later: Asked = (),
     ) -> tuple[NormedRows, ops.Layer]:
         """add_norm of what is pending on all devices, summed; and the place that layer names, as one number."""
 
@@ -151,7 +133,7 @@ class Kernels(Selection):
                 residual, weight, at, eps=eps, axis_name=sharding.MESH_AXIS,
                 num_devices=sharding.num_devices(), chip=chip, shift=shift,
                 inbox=box,
-                tells_place=shift != 0, later=later, interpret=self._interprets,
+                tells_place=shift != 0, interpret=self._interprets,
             )  # fmt: skip
             return _as_ours(normed, is_fp8), at if normed.place is None else normed.place
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from glm_jax.attention import Attend, Attention
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
-from glm_jax.kernels import PLAIN_KERNELS, Asked, Kernels
+from glm_jax.kernels import PLAIN_KERNELS, Kernels
 from glm_jax.layers import NormStack, RMSNorm, VocabTable
 from glm_jax.moe import MLP, MoE, Routing
 from glm_jax.operands import Pending, Shifted, Workspace
@@ -93,10 +93,9 @@ class DecoderLayers(nnx.Module):
         norm: RMSNorm,
         layer: Layer,
         workspace: Workspace | None = None,
-        later: Asked = (),
     ) -> NormedRows:
         """residual + what is pending on all devices, normed for the sub-layer that follows."""
-        return self._add(pending, residual, norm, layer, workspace, later)[0]
+        return self._add(pending, residual, norm, layer, workspace)[0]
 
     def follow(
         self,
@@ -108,8 +107,7 @@ class DecoderLayers(nnx.Module):
     ) -> tuple[NormedRows, Layer]:
         """The same at the end of a layer: what the layer after it takes, and which one that is."""
         following = self.kernels.shifted(layer, 1)
-        later = self.kernels.later(self.self_attn.reads_first(), len(residual))
-        return self._add(pending, residual, norms, following, workspace, later)
+        return self._add(pending, residual, norms, following, workspace)
 
     def _add(
         self,
@@ -118,11 +116,10 @@ class DecoderLayers(nnx.Module):
         norm: RMSNorm | NormStack,
         layer: Layer | Shifted,
         workspace: Workspace | None,
-        later: Asked,
     ) -> tuple[NormedRows, Layer]:
         return self.kernels.sum_add_norm(
             pending, residual, norm.stacked(), layer, eps=norm.eps, is_fp8=self.is_fp8,
-            workspace=workspace, later=later,
+            workspace=workspace,
         )  # fmt: skip
 
     def norms_between(self, last: RMSNorm) -> NormStack:
@@ -138,16 +135,11 @@ class DecoderLayers(nnx.Module):
         cache: KVCache | None,
         attend: Attend,
         workspace: Workspace | None = None,
-        later: Asked = (),
     ) -> tuple[NormedRows, KVCache | None]:
-        """The residual stream with attention added, normed for the MLP, which reads `later`."""
+        """The residual stream with attention added, normed for the MLP."""
         partials, cache = self.self_attn(normed.rows, positions, layer, cache, attend)
         norm = self.post_attention_layernorm
-        return self.add(partials, normed.residual, norm, layer, workspace, later), cache
-
-    def later_of_experts(self, num_rows: int) -> Asked:
-        """What a layer's experts read first, as attention_block is to ask for it."""
-        return self.kernels.later(self.moe.reads_first(), num_rows, shift=-self.num_dense)
+        return self.add(partials, normed.residual, norm, layer, workspace), cache
 
     def mlp_block(
         self,
@@ -209,9 +201,8 @@ class Glm4Moe(nnx.Module):
 
         def run(is_dense: bool, carry: Carry, _: None) -> tuple[Carry, Layerwise | None]:
             layer, normed, cache = carry
-            later = () if is_dense else layers.later_of_experts(tokens.size)
             normed, cache = layers.attention_block(
-                normed, positions, layer, cache, attend, workspace, later
+                normed, positions, layer, cache, attend, workspace
             )
             pending, routing = layers.mlp_block(normed, layer, is_dense, workspace)
             normed, layer = layers.follow(pending, normed.residual, norms, layer, workspace)

@@ -181,10 +181,6 @@ class MoE(nnx.Module):
         width = config.shared_width
         self.shared_experts = MLP(config, num_layers, width, dtype, kernels, rngs=rngs)
 
-    def reads_first(self) -> tuple[Array, ...]:
-        """The stacks that are read whole whatever is picked: the router's and the shared expert's first."""
-        return self.gate.weight[...], self.shared_experts.gate_up_proj.weights()[0]
-
     def __call__(
         self, rows: Rows, layer: Layer, workspace: Workspace | None = None
     ) -> tuple[Pending, Routing]:
