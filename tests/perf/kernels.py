@@ -36,6 +36,7 @@ _SUITES = (
     small_cases.norm_cases,
     small_cases.sum_cases,
     small_cases.router_cases,
+    attention_cases.write_and_attend_cases,
     attention_cases.write_cases,
 )
 # So slow that a case is called once.
