@@ -120,19 +120,19 @@ def matmul(
                 lax.rem(tile, tiles) * config.tile_rows, lax.div(tile, tiles) * config.tokens
             )
 
-        def fetch_weights(place: _Place, step: jax.Array, weights: Any, barrier: Any) -> None:
+        def fetch_weights(place: _Place, step: jax.Array, weights: list[Any], barrier: Any) -> None:
             columns = pl.ds(step * config.step, config.step)
             rows = pl.ds(place.row, config.tile_rows)
             plgpu.copy_gmem_to_smem(
                 values_ref.at[layer_index, rows, columns],
-                weights.at[0, pl.ds(0, config.tile_rows)],
+                weights[0].at[0, pl.ds(0, config.tile_rows)],
                 barrier,
             )
 
-        def fetch_tokens(place: _Place, step: jax.Array, tokens: Any, barrier: Any) -> None:
+        def fetch_tokens(place: _Place, step: jax.Array, tokens: list[Any], barrier: Any) -> None:
             columns = pl.ds(step * config.step, config.step)
             plgpu.copy_gmem_to_smem(
-                x_ref.at[pl.ds(place.token, config.tokens), columns], tokens, barrier
+                x_ref.at[pl.ds(place.token, config.tokens), columns], tokens[0], barrier
             )
 
         def fetch_scales(place: _Place, slot: jax.Array, barrier: Any) -> None:
@@ -188,6 +188,7 @@ def matmul(
         halves=1,
         num_copies=2,
         num_scale_copies=2 + (bias is not None),
+        interpret=interpret,
     )
     scratch["x_scales"] = fp8_product.token_scales(config)
     rows = config.cta_rows

@@ -38,6 +38,18 @@ def _tiled(columns: int, dtype: Any) -> tuple[plgpu.Transform, ...]:
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
+def _swizzles(chip: Chip, widths: Sequence[int], interpret: bool) -> list[int]:
+    """Columns of each swizzle that the ring is used with, the wider first.
+
+    TMA cuts what is in device memory along the swizzle, so each K must be a multiple of its own. Down of 64
+    tokens takes 38.6 us on one H200 where weights come in lines of 128, 41.6 where in halves of them.
+    """
+    needed = {LINE if width % LINE == 0 else LINE // 2 for width in widths}
+    # The interpreter takes memory that is used in turns for a race, and knows no swizzle.
+    is_shared = chip.architecture == "sm90" and not interpret
+    return sorted(needed, reverse=True) if is_shared else [min(needed)]
+
+
 def padding(num_tokens: int) -> int:
     """Tokens to add so that TMA, which counts them by eights, can address the last ones."""
     return -num_tokens % 8 if num_tokens > 8 else 0
@@ -51,14 +63,13 @@ def scratch_types(
     halves: int,
     num_copies: int,
     num_scale_copies: int,
-    parts: int = 1,
+    interpret: bool,
 ) -> dict[str, Any]:
     """The main loop's own memory and barriers.
 
     Args:
       widths: every K that is walked.
       halves: 1, or 2 where gate rows and up rows are multiplied side by side.
-      parts: the most that a stage of any product has.
       num_copies: copies that fetch_weights and fetch_tokens issue.
       num_scale_copies: copies that fetch_scales issues.
     """
@@ -66,11 +77,13 @@ def scratch_types(
     stages, warpgroups, step = config.stages, config.warpgroups, config.step
     # Who takes turns never waits for what the other one reads, so barriers of one's own count that.
     readers, teams = (1, warpgroups) if config.takes_turns else (warpgroups, 1)
-    # TMA cuts what is in device memory along the swizzle, so each K must be a multiple of it.
-    transforms = _tiled(LINE if all(width % LINE == 0 for width in widths) else LINE // 2, FP8)
+    shapes = (stages, halves, config.cta_rows, step), (stages, config.tokens, step)
+    rings = [
+        [plgpu.SMEM(shape, FP8, transforms=_tiled(columns, FP8)) for shape in shapes]
+        for columns in _swizzles(chip, widths, interpret)
+    ]
     types = {
-        "weights": plgpu.SMEM((stages, halves, config.cta_rows, step), FP8, transforms=transforms),
-        "tokens": plgpu.SMEM((stages, config.tokens, parts * step), FP8, transforms=transforms),
+        "ring": plgpu.RefUnion(*rings) if len(rings) > 1 else rings,
         "full": plgpu.Barrier(num_arrivals=num_copies, num_barriers=teams * stages),
         "empty": plgpu.Barrier(
             num_arrivals=1 if is_sm100 else readers,
@@ -153,34 +166,6 @@ def stream(
         _stream_sm100(loop, warpgroup, is_feeder)
 
 
-def stream_two(
-    chip: Chip,
-    configs: tuple[TuningConfig, TuningConfig],
-    num_ctas: int,
-    streams: tuple[Streams, Streams],
-    scratch: Mapping[str, Any],
-    num_steps: int,
-    between: Callable[[], None],
-) -> None:
-    """Runs the main loop of two products through one ring, only on sm90.
-
-    Weights of the second fill the ring while `between` makes its tokens.
-
-    Args:
-      configs: alike in all that memory is made of.
-      num_steps: of every tile of the first.
-      between: what all threads do when they have finished the first.
-    """
-    warpgroup = lax.axis_index("warpgroup")
-    is_feeder = warpgroup == configs[0].warpgroups
-    first = Loop(chip, configs[0], num_ctas, streams[0], scratch)
-    begin = first.num_mine(), first.num_mine() * num_steps
-    second = Loop(chip, configs[1], num_ctas, streams[1], scratch, begin, configs[1].stages)
-    _stream_sm90(first, warpgroup, is_feeder, second.feed_ahead)
-    between()
-    _stream_sm90(second, warpgroup, is_feeder)
-
-
 def _take_registers(config: TuningConfig, count: int) -> None:
     """Shares out registers where three warpgroups would have 168 each, too few for large tiles."""
     if config.warpgroups == 2:
@@ -191,12 +176,9 @@ def _stream_sm90(
     loop: Loop,
     warpgroup: jax.Array,
     is_feeder: jax.Array,
-    after_feed: Callable[[], None] = lambda: None,
 ) -> None:
     """wgmma: each warpgroup issues its own products and keeps them in registers."""
-    config, scratch, parts = loop.config, loop.scratch, loop.streams.parts
-    weights, tokens = scratch["weights"], scratch["tokens"]
-    empty = scratch["empty"]
+    config, empty = loop.config, loop.scratch["empty"]
     blocks = [
         (half, pl.ds(config.first_row(warpgroup) + first, WGMMA_ROWS))
         for first in range(0, config.rows, WGMMA_ROWS)
@@ -208,7 +190,6 @@ def _stream_sm90(
         _take_registers(config, 40)
         if not config.is_fed_by_warp:
             loop.feed()
-            after_feed()
             return
 
         @plgpu.warp_map
@@ -216,13 +197,13 @@ def _stream_sm90(
             @pl.when(warp == 0)
             def _():
                 loop.feed()
-                after_feed()
 
     @pl.when(jnp.logical_not(is_feeder))
     def _():
         _take_registers(config, 232)
 
-        def multiply_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
+        def multiply_with(ring: Any, number: jax.Array, place: Any, first_step: jax.Array) -> None:
+            weights, tokens = ring
             num_steps = loop.streams.num_steps(place)
 
             def multiply(*accumulators: Any) -> list[jax.Array]:
@@ -230,15 +211,13 @@ def _stream_sm90(
                     stage = loop.stage(first_step + index)
                     plgpu.barrier_wait(loop.full(number, stage))
                     for (half, rows), accumulator in zip(blocks, accumulators, strict=True):
-                        for part in range(parts):
-                            columns = pl.ds(part * config.step, config.step)
-                            plgpu.wgmma(
-                                accumulator,
-                                weights.at[stage, half * parts + part, rows],
-                                tokens.at[stage, :, columns].transpose((1, 0)),
-                            )
+                        plgpu.wgmma(
+                            accumulator,
+                            weights.at[stage, half, rows],
+                            tokens.at[stage].transpose((1, 0)),
+                        )
                     # All but this step's products are done: the stage before is free.
-                    plgpu.wgmma_wait(len(accumulators) * parts)
+                    plgpu.wgmma_wait(len(accumulators))
 
                     @pl.when(index > 0)
                     def _():
@@ -260,6 +239,19 @@ def _stream_sm90(
                 return [half[:, first : first + count] for half in mine]
 
             loop.finish(number, place, warpgroup, of_block)
+
+        def multiply_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
+            if loop.streams.is_narrow is None or len(loop.rings) == 1:
+                multiply_with(loop.rings[0], number, place, first_step)
+                return
+            is_narrow = loop.streams.is_narrow(place)
+            for ring, is_of in zip(
+                loop.rings, (jnp.logical_not(is_narrow), is_narrow), strict=True
+            ):
+
+                @pl.when(is_of)
+                def _(ring: Any = ring):
+                    multiply_with(ring, number, place, first_step)
 
         def multiply_mine(number: jax.Array, place: Any, first_step: jax.Array) -> None:
             @pl.when(loop.turn(number) == warpgroup)
@@ -341,7 +333,7 @@ def _multiply_sm100(
 ) -> None:
     """Issues the products of one tile; the tensor core itself frees each stage when it has read it."""
     config, scratch = loop.config, loop.scratch
-    weights, tokens = scratch["weights"], scratch["tokens"]
+    [(weights, tokens)] = loop.rings
 
     def step(index: jax.Array, _: None) -> None:
         stage = loop.stage(first_step + index)

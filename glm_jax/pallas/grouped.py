@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import ahead, fp8_product, grid
+from glm_jax.pallas import fp8_product, grid
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
 from glm_jax.pallas.product_loop import SCALE_SLOTS, Streams
 from glm_jax.pallas.quantize import GROUP, quantize_groups, quantized_types
-from glm_jax.pallas.tiling import TuningConfig
+from glm_jax.pallas.tiling import LINE, TuningConfig
 
 
 class Weights(NamedTuple):
@@ -30,24 +30,6 @@ class Weights(NamedTuple):
     scale: Float32[Array, "L E H N"]
 
 
-class LaterTiles(NamedTuple):
-    """What a product of experts that comes later reads first: columns of its first tiles.
-
-    Attributes:
-      values: the experts' weights, all places and experts on one axis.
-      num_experts: of each place.
-      num_tiles: tiles of tokens that its CTAs begin with.
-      columns: of a piece, which has all rows of an expert.
-      num_pieces: how many are worth asking for.
-    """
-
-    values: Float8e4m3fn[Array, "LE N K"]
-    num_experts: int
-    num_tiles: int
-    columns: int
-    num_pieces: int
-
-
 class Tokens(NamedTuple):
     """Quantized tokens and the scale of each."""
 
@@ -55,7 +37,7 @@ class Tokens(NamedTuple):
     scale: Float32[Array, "T 1"]
 
 
-Inputs = tuple[Any, Any, Any, Any]
+_Inputs = tuple[Any, Any, Any, Any]
 
 
 class _Place(NamedTuple):
@@ -65,7 +47,7 @@ class _Place(NamedTuple):
     token: jax.Array
 
 
-class Side(NamedTuple):
+class _Side(NamedTuple):
     """The refs of one kind of tile, routed or shared."""
 
     tokens: Any
@@ -124,7 +106,7 @@ def product(
     operands = [
         operand
         for tokens, side in sides
-        for operand in (tokens.values, tokens.scale.reshape(-1), *flat(side))
+        for operand in (tokens.values, tokens.scale.reshape(-1), *_flat(side))
     ]
 
     counters = [] if counter is None else [counter]
@@ -142,18 +124,19 @@ def product(
         counter_refs, inputs = inputs[: len(counters)], inputs[len(counters) :]
         outs, quantized = refs[num_operands:][: len(sides)], refs[num_operands:][len(sides) :]
         side_refs = [
-            Side(*cast(Inputs, inputs[4 * index : 4 * index + 4]), out, side.values.shape[1])
+            _Side(*cast(_Inputs, inputs[4 * index : 4 * index + 4]), out, side.values.shape[1])
             for index, (out, (_, side)) in enumerate(zip(outs, sides, strict=True))
         ]
-        walk = Walk(config, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
-        loads = Loads(config, side_refs, layer_ref[0] + shift, scratch)
+        walk = _Walk(config, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
+        loads = _Loads(config, side_refs, layer_ref[0] + shift, scratch)
 
-        streams = streams_of(walk, loads, combine_halves)
+        streams = _streams_of(walk, loads, combine_halves)
+        # Read ahead: when all have met, nothing else is to be waited for.
+        in_use = num_tiles_ref[0] * (config.tokens // GROUP)
         fp8_product.stream(chip, config, num_ctas, streams, scratch)
         if counters:
             plgpu.wait_smem_to_gmem(0)
             grid.wait_for_all(counter_refs[0], num_ctas)
-            in_use = num_tiles_ref[0] * (config.tokens // GROUP)
             warpgroups = config.warpgroups + 1
             first = lax.axis_index("cta") * warpgroups + lax.axis_index("warpgroup")
             quantize_groups(in_use, outs, quantized, first, num_ctas * warpgroups)
@@ -165,6 +148,7 @@ def product(
         halves=halves,
         num_copies=halves + 1,
         num_scale_copies=halves + 1,
+        interpret=interpret,
     )
     all_rows = config.cta_rows
     scratch["token_scales"] = fp8_product.token_scales(config)
@@ -190,47 +174,7 @@ def product(
     return pairs[0], pairs[1] if shared else None
 
 
-def ask_tiles(
-    ref: Any,
-    later: LaterTiles,
-    place: jax.Array,
-    expert_of: Callable[[jax.Array], jax.Array],
-    num_tiles: jax.Array,
-    share: jax.Array,
-    num_shares: int,
-    sink_ref: Any,
-    *,
-    is_warp: bool = False,
-) -> None:
-    """Asks for one of num_shares shares of what a later product reads first.
-
-    For all threads of a warpgroup, or of a warp inside warp_map.
-
-    Args:
-      ref: of later.values.
-      place: in the stacks of weights.
-      expert_of: the expert of a tile of tokens, of the first num_tiles.
-      num_tiles: tiles of tokens in use.
-      sink_ref: as ahead.ask takes it.
-    """
-    _, num_rows, width = ref.shape
-    # Every thread has a row to ask for.
-    rows = min(num_rows, pl.cdiv(num_rows, num_shares))
-    first = jnp.minimum(share * rows, num_rows - rows)
-    begun = jnp.minimum(num_tiles, later.num_tiles)
-
-    def ask(number: jax.Array, _: None) -> None:
-        # The first columns of all tiles, then the next ones.
-        expert = expert_of(lax.rem(number, begun))
-        columns = pl.ds(lax.div(number, begun) * later.columns, later.columns)
-        at = place * later.num_experts + expert
-        ahead.fetch(ref.at[at, pl.ds(first, rows), columns], sink_ref, is_warp=is_warp)
-
-    count = jnp.minimum(begun * (width // later.columns), later.num_pieces)
-    lax.fori_loop(0, count, ask, None)
-
-
-def flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
+def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
     """Layers, experts and halves as one axis: a view, since TMA takes few dimensions."""
     return (
         weights.values.reshape(-1, *weights.values.shape[-2:]),
@@ -238,7 +182,7 @@ def flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
     )
 
 
-class Walk:
+class _Walk:
     """Tile numbers to places: row tiles vary fastest, so that CTAs side by side share their tokens."""
 
     def __init__(
@@ -276,91 +220,75 @@ class Walk:
         )
 
 
-class Loads:
-    """The copies of a place, from the refs of its side.
-
-    Args:
-      parts: as Streams has them.
-    """
+class _Loads:
+    """The copies of a place, from the refs of its side."""
 
     def __init__(
-        self,
-        config: TuningConfig,
-        sides: list[Side],
-        layer: jax.Array,
-        scratch: dict[str, Any],
-        parts: int = 1,
+        self, config: TuningConfig, sides: list[_Side], layer: jax.Array, scratch: dict[str, Any]
     ) -> None:
         self.config = config
         self.sides = sides
         self.layer = layer
         self.scratch = scratch
-        self.parts = parts
-        self.halves = scratch["weights"].shape[1] // parts
+        self.halves = scratch["row_scales"].shape[1]
 
-    @property
-    def columns(self) -> int:
-        """Of a step."""
-        return self.parts * self.config.step
-
-    def index(self, side: Side, place: _Place, half: int) -> jax.Array:
+    def index(self, side: _Side, place: _Place, half: int) -> jax.Array:
         return (self.layer * side.num_experts + place.expert) * self.halves + half
 
-    def fetch_weights(self, place: _Place, step: jax.Array, weights: Any, barrier: Any) -> None:
-        width = self.config.step
+    def fetch_weights(
+        self, place: _Place, step: jax.Array, weights: list[Any], barrier: Any
+    ) -> None:
+        columns = pl.ds(step * self.config.step, self.config.step)
         rows = pl.ds(place.row, self.config.tile_rows)
         for is_shared, side in enumerate(self.sides):
 
             @pl.when(place.is_shared == bool(is_shared))
-            def _(side: Side = side):
-                for number in range(self.halves * self.parts):
-                    half, part = divmod(number, self.parts)
-                    columns = pl.ds(step * self.columns + part * width, width)
+            def _(side: _Side = side):
+                for half in range(self.halves):
                     plgpu.copy_gmem_to_smem(
                         side.values.at[self.index(side, place, half), rows, columns],
-                        weights.at[number, pl.ds(0, self.config.tile_rows)],
+                        _of(side, weights).at[half, pl.ds(0, self.config.tile_rows)],
                         barrier,
                     )
 
-    def fetch_tokens(self, place: _Place, step: jax.Array, tokens: Any, barrier: Any) -> None:
-        columns = pl.ds(step * self.columns, self.columns)
-        if tokens.shape[1] > self.columns:
-            tokens = tokens.at[:, pl.ds(0, self.columns)]
+    def fetch_tokens(self, place: _Place, step: jax.Array, tokens: list[Any], barrier: Any) -> None:
+        columns = pl.ds(step * self.config.step, self.config.step)
         for is_shared, side in enumerate(self.sides):
 
             @pl.when(place.is_shared == bool(is_shared))
-            def _(side: Side = side):
+            def _(side: _Side = side):
                 plgpu.copy_gmem_to_smem(
                     side.tokens.at[pl.ds(place.token, self.config.tokens), columns],
-                    tokens,
+                    _of(side, tokens),
                     barrier,
                 )
 
     def fetch_scales(self, place: _Place, slot: jax.Array, barrier: Any) -> None:
-        # As many copies whatever a stage is filled with: barriers count them.
-        count = self.config.cta_rows // self.parts
+        rows = pl.ds(place.row, self.config.cta_rows)
         for is_shared, side in enumerate(self.sides):
 
             @pl.when(place.is_shared == bool(is_shared))
-            def _(side: Side = side):
+            def _(side: _Side = side):
                 plgpu.copy_gmem_to_smem(
                     side.token_scales.at[pl.ds(place.token, self.config.tokens)],
                     self.scratch["token_scales"].at[slot, pl.ds(0, self.config.tokens)],
                     barrier,
                 )
-                for number in range(self.halves * self.parts):
-                    half, part = divmod(number, self.parts)
+                for half in range(self.halves):
                     plgpu.copy_gmem_to_smem(
-                        side.scales.at[
-                            self.index(side, place, half), pl.ds(place.row + part * count, count)
-                        ],
-                        self.scratch["row_scales"].at[slot, half, pl.ds(part * count, count)],
+                        side.scales.at[self.index(side, place, half), rows],
+                        self.scratch["row_scales"].at[slot, half],
                         barrier,
                     )
 
 
-def streams_of(
-    walk: Walk, loads: Loads, combine_halves: Callable[[list[jax.Array]], jax.Array]
+def _of(side: _Side, refs: list[Any]) -> Any:
+    """The refs of a stage that have the swizzle a side's K is a multiple of."""
+    return refs[0] if side.values.shape[-1] % LINE == 0 else refs[-1]
+
+
+def _streams_of(
+    walk: _Walk, loads: _Loads, combine_halves: Callable[[list[jax.Array]], jax.Array]
 ) -> Streams:
     """What the main loop is to know of a product's tiles."""
     config, sides = loads.config, loads.sides
@@ -375,10 +303,10 @@ def streams_of(
         for is_shared, side in enumerate(sides):
 
             @pl.when(place.is_shared == bool(is_shared))
-            def _(side: Side = side):
+            def _(side: _Side = side):
                 fp8_product.send(config, staged, side.out, place.token + first, row)
 
-    num_steps = [pl.cdiv(side.values.shape[-1], loads.columns) for side in sides]
+    num_steps = [pl.cdiv(side.values.shape[-1], config.step) for side in sides]
     return Streams(
         num_tiles=walk.num_tiles(),
         look_up=walk.expert,
@@ -393,7 +321,8 @@ def streams_of(
         fetch_scales=loads.fetch_scales,
         finish=finish,
         send=send,
-        parts=loads.parts,
+        # Where there are two rings, one side is narrow and the other is not.
+        is_narrow=lambda place: place.is_shared == (sides[-1].values.shape[-1] % LINE > 0),
     )
 
 

@@ -3,7 +3,6 @@
 Knows neither routing nor quantization of what it makes.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -13,13 +12,8 @@ from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 from glm_jax.pallas import grouped
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
-from glm_jax.pallas.grouped import LaterTiles, Tokens, Weights
+from glm_jax.pallas.grouped import Tokens, Weights
 from glm_jax.pallas.tiling import LINE, TuningConfig, fitting_stages
-
-# Worth asking for: what the cache holds, and device memory brings while tokens are sorted.
-AHEAD = 24 << 20
-# The experts' rows that CTAs begin with have so many columns in it, then so many more.
-_COLUMNS = 512
 
 
 def default_config(chip: Chip, tile: int, width: int, num_tokens: int) -> TuningConfig:
@@ -96,25 +90,12 @@ def grouped_gate_up(
         shared,
         dispatch,
         layer,
-        gated_silu,
+        _gated_silu,
         chip=chip,
         config=config,
         shift=shift,
         counter=counter,
         interpret=interpret,
-    )
-
-
-def later_tiles(values: Float8e4m3fn[Array, "L E 2 F D"], chip: Chip) -> LaterTiles:
-    """What the kernel reads first, for kernels before it to ask for."""
-    _, num_experts, halves, rows, width = values.shape
-    columns = math.gcd(width, _COLUMNS)
-    return LaterTiles(
-        values.reshape(-1, halves * rows, width),
-        num_experts,
-        num_tiles=-(-chip.num_cores * 64 // rows),
-        columns=columns,
-        num_pieces=AHEAD // (halves * rows * columns),
     )
 
 
@@ -124,7 +105,7 @@ def quantizes(dispatch: Dispatch) -> bool:
     return dispatch.tile <= 32
 
 
-def gated_silu(products: list[jax.Array]) -> jax.Array:
+def _gated_silu(products: list[jax.Array]) -> jax.Array:
     gate, up = (_rounded(product) for product in products)
     return _rounded(gate / (1 + jnp.exp(-gate))) * up
 

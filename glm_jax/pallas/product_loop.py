@@ -34,25 +34,26 @@ class Streams:
       look_up: what must be read from memory to locate a tile, of any index: it is asked for one tile ahead.
       locate: the place of a tile, from its index and what look_up said of it.
       num_steps: steps along K at a place.
-      fetch_weights: copies the weights of (place, step) to a weight ref, on barrier.
+      fetch_weights: copies the weights of (place, step) to one of a stage's refs, one a swizzle, on
+        barrier.
       fetch_tokens: the same of tokens.
       fetch_scales: copies the scales of a place to a slot, on barrier.
       finish: what becomes of (slot, row, first, products), float32[rows, count] of products that holds
         the same for each half, for the rows from row on of a stage and the tokens from first on of a tile.
       send: stores what was staged of (place, warpgroup, first, staged), from a tile's first token on.
-      parts: steps' worth of columns that fill a stage, where rows have no other half to fill it with.
+      is_narrow: whether a place's operands are those of the narrower swizzle, where a ring has both.
     """
 
     num_tiles: jax.Array | int
     look_up: Callable[[jax.Array], Any]
     locate: Callable[[jax.Array, Any], Any]
     num_steps: Callable[[Any], jax.Array | int]
-    fetch_weights: Callable[[Any, jax.Array, Any, Any], None]
-    fetch_tokens: Callable[[Any, jax.Array, Any, Any], None]
+    fetch_weights: Callable[[Any, jax.Array, list[Any], Any], None]
+    fetch_tokens: Callable[[Any, jax.Array, list[Any], Any], None]
     fetch_scales: Callable[[Any, jax.Array, Any], None]
     finish: Callable[[jax.Array, jax.Array | int, int, list[jax.Array]], jax.Array]
     send: Callable[[Any, jax.Array, int, Any], None]
-    parts: int = 1
+    is_narrow: Callable[[Any], jax.Array] | None = None
 
 
 class Loop:
@@ -65,10 +66,7 @@ class Loop:
         num_ctas: int,
         streams: Streams,
         scratch: Mapping[str, Any],
-        begin: tuple[jax.Array | int, jax.Array | int] = (0, 0),
-        num_ahead: int = 0,
     ) -> None:
-        """begin: tiles and steps before; num_ahead: steps whose weights come by feed_ahead."""
         self.config = config
         is_sm90 = chip.architecture == "sm90"
         self.block_rows = WGMMA_ROWS if is_sm90 else config.rows
@@ -77,31 +75,24 @@ class Loop:
         self.num_ctas = num_ctas
         self.streams = streams
         self.scratch = scratch
-        self.halves = scratch["weights"].shape[1] // streams.parts
-        self.begin = begin
-        self.num_ahead = num_ahead
+        # The ring as each swizzle sees it: weights and tokens.
+        self.rings: list[Any] = [*scratch["ring"]]
+        self.halves = self.rings[0][0].shape[1]
 
-    def num_mine(self) -> jax.Array:
-        """Tiles of this CTA."""
-        num_tiles = jnp.int32(self.streams.num_tiles)
-        rest = num_tiles - lax.axis_index("cta") + self.num_ctas - 1
-        return lax.div(rest, jnp.int32(self.num_ctas))
-
-    def over_tiles(
-        self, visit: Callable[[jax.Array, Any, jax.Array], None], most: int | None = None
-    ) -> None:
+    def over_tiles(self, visit: Callable[[jax.Array, Any, jax.Array], None]) -> None:
         """Calls visit(number of the tile in this CTA, place, steps before it)."""
         cta = lax.axis_index("cta")
-        count = self.num_mine() if most is None else jnp.minimum(self.num_mine(), most)
+        num_tiles = jnp.int32(self.streams.num_tiles)
+        count = lax.div(num_tiles - cta + self.num_ctas - 1, jnp.int32(self.num_ctas))
 
         def step(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             first_step, known = carry
             following = self.streams.look_up(cta + (number + 1) * self.num_ctas)
             place = self.streams.locate(cta + number * self.num_ctas, known)
-            visit(self.begin[0] + number, place, first_step)
+            visit(number, place, first_step)
             return first_step + self.streams.num_steps(place), following
 
-        lax.fori_loop(0, count, step, (jnp.int32(self.begin[1]), self.streams.look_up(cta)))
+        lax.fori_loop(0, count, step, (jnp.int32(0), self.streams.look_up(cta)))
 
     def stage(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.config.stages))
@@ -118,6 +109,7 @@ class Loop:
 
     def feed(self) -> None:
         """Keeps every stage of the ring under way."""
+        empty = self.scratch["empty"]
         scales_full, scales_empty = self.scratch["scales_full"], self.scratch["scales_empty"]
 
         def feed_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
@@ -131,12 +123,14 @@ class Loop:
                 step = first_step + index
                 stage = self.stage(step)
 
-                @pl.when(step - self.begin[1] >= self.num_ahead)
+                @pl.when(step >= self.config.stages)
                 def _():
-                    self.feed_weights(number, place, index, step)
+                    plgpu.barrier_wait(empty.at[stage])
 
-                tokens = self.scratch["tokens"].at[stage]
-                self.streams.fetch_tokens(place, index, tokens, self.full(number, stage))
+                weights, tokens = ([ring[i].at[stage] for ring in self.rings] for i in range(2))
+                full = self.full(number, stage)
+                self.streams.fetch_weights(place, index, weights, full)
+                self.streams.fetch_tokens(place, index, tokens, full)
 
                 # Scales are wanted last, but must not wait for the ring to come round.
                 @pl.when(index == 0)
@@ -146,32 +140,6 @@ class Loop:
             lax.fori_loop(0, self.streams.num_steps(place), feed_step, None)
 
         self.over_tiles(feed_tile)
-
-    def feed_weights(
-        self, number: jax.Array, place: Any, index: jax.Array, step: jax.Array
-    ) -> None:
-        """Copies the weights of a tile's step to its stage, once that is free."""
-        stage = self.stage(step)
-
-        @pl.when(step >= self.config.stages)
-        def _():
-            plgpu.barrier_wait(self.scratch["empty"].at[stage])
-
-        weights = self.scratch["weights"].at[stage]
-        self.streams.fetch_weights(place, index, weights, self.full(number, stage))
-
-    def feed_ahead(self) -> None:
-        """Fills the ring with weights, as its stages come free, whose tokens are not there yet."""
-
-        def feed_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
-            def feed_step(index: jax.Array, _: None) -> None:
-                @pl.when(first_step + index - self.begin[1] < self.num_ahead)
-                def _():
-                    self.feed_weights(number, place, index, first_step + index)
-
-            lax.fori_loop(0, self.streams.num_steps(place), feed_step, None)
-
-        self.over_tiles(feed_tile, self.num_ahead)
 
     def finish(
         self, number: jax.Array, place: Any, warpgroup: jax.Array, products: Products
