@@ -87,17 +87,25 @@ class Probes:
     copies: dict[int, Program]
 
 
+def _copy(operands: jax.Array, layer: jax.Array) -> jax.Array:
+    # XLA leaves out what adds 0, and the copy with it.
+    return operands + (layer + 1).astype(jnp.float32)
+
+
 def compile_probes(chip: Chip) -> Probes:
     """Compiles all of them."""
-
-    def copy(operands: jax.Array, layer: jax.Array) -> jax.Array:
-        # XLA leaves out what adds 0, and the copy with it.
-        return operands + (layer + 1).astype(jnp.float32)
-
     squares = {name: _compiled(_square, _square_of(dtype)) for name, dtype in _DTYPES.items()}
     copies = {size: _compiled(_copy_layer, _layers_of(size)) for size in _SIZES}
     empty = _compiled(partial(_empty, chip), jax.ShapeDtypeStruct((1,), jnp.float32))
-    return Probes(_compiled(copy, _LARGE), empty, squares, copies)
+    return Probes(_compiled(_copy, _LARGE), empty, squares, copies)
+
+
+def measure_copy() -> Card:
+    """A card of which nothing but the large copy is known."""
+    device = jax.devices()[0]
+    seconds = _seconds(_compiled(_copy, _LARGE), _LARGE, 1)
+    num_bytes = 2 * _LARGE.size * _LARGE.dtype.itemsize
+    return Card(device.device_kind, chip_of(device), num_bytes / seconds, {})
 
 
 def measure_card(probes: Probes | None = None) -> Card:
