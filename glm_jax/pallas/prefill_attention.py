@@ -5,8 +5,8 @@ Knows neither requests nor how the pages were filled.
 Queries that share a KV head are rows of one matrix, tokens times heads of the group, cut without
 regard to tokens: each row has its own last visible position. A CTA takes some warpgroups' rows past
 the keys they see (prefill_consumer), first those that all of them see, then those that need masks. One
-more warpgroup brings pages ahead (prefill_producer). A prompt alone has as many CTAs as there are
-multiprocessors, and they go through its tiles of queries, each with the next one's loads under way.
+more warpgroup brings pages ahead (prefill_producer). On sm90 there are as many CTAs as
+multiprocessors, and they go through the tiles of queries, each with the next one's loads under way.
 """
 
 import math
@@ -59,14 +59,13 @@ class Plan(NamedTuple):
 
     Attributes:
       visible: each query row's last position.
-      bounds: of each tile, the least of its rows' and the largest. Rows at -1 do not count for the least.
-      num_used: tiles, from the first on, that hold what sees anything, -1 being a prompt's end.
+      items: of each tile of query rows, its row of positions, its number there, and the least and the
+        largest of its rows' last positions; the largest first. Rows at -1 do not count for the least.
       last: of each row of positions, the largest.
     """
 
     visible: Int32[Array, "B padded"]
-    bounds: Int32[Array, "B tiles 2"]
-    num_used: Int32[Array, " B"]
+    items: Int32[Array, "items 4"]
     last: Int32[Array, " B"]
 
 
@@ -87,8 +86,14 @@ def make_plan(
     tiles = rows.reshape(rows.shape[0], -1, tile_rows)
     least = jnp.where(tiles >= 0, tiles, jnp.iinfo(jnp.int32).max - 1).min(-1)
     last = tiles.max(-1)
-    num_used = jnp.sum(last >= 0, axis=-1, dtype=jnp.int32)
-    return Plan(rows, jnp.stack([least, last], axis=-1), num_used, last.max(-1))
+    row, number = (lax.broadcasted_iota(jnp.int32, last.shape, axis) for axis in range(2))
+    items = jnp.stack([row, number, least, last], axis=-1).reshape(-1, 4)
+    # Few enough that counting what comes before each is less than a sort is to XLA.
+    ours, others = last.reshape(-1, 1), last.reshape(1, -1)
+    is_earlier = jnp.tri(last.size, k=-1, dtype=bool)
+    place = jnp.sum((others > ours) | ((others == ours) & is_earlier), axis=1)
+    ordered = jnp.zeros_like(items).at[place].set(items, unique_indices=True)
+    return Plan(rows, ordered, last.max(-1))
 
 
 def attend(
@@ -137,7 +142,8 @@ def attend(
         k_pages, v_pages = widen_pages(*pages, layers, page_table, plan.last, interpret=interpret)
         dtype = jnp.dtype(k_pages.dtype)
     kernel = _kernel(queries.shape, page_size, dtype, in_order, chip, config, interpret)
-    attended = kernel(queries, *plan[:3], layers, page_table, k_pages, v_pages)
+    operands = plan.visible, plan.items, layers, page_table, k_pages, v_pages
+    attended = kernel(queries, *operands)
     return attended.reshape(num_rows, kv_heads, num_tokens, query_groups, HEAD_DIM).swapaxes(1, 2)
 
 
@@ -168,17 +174,16 @@ def _kernel(
     tile, stages, warpgroups = config.tile_size, config.stages, config.warpgroups
     consumer = _consumer_of(chip)(interpret)
     wg_rows = consumer.rows
-    num_groups = num_rows * kv_heads
-    num_items = pl.cdiv(num_queries, wg_rows * warpgroups) * num_groups
-    # Prompts are of any lengths: where there are several, CTAs begin as others end.
-    walks = num_groups == 1 and consumer.keeps_queries
+    num_items = pl.cdiv(num_queries, wg_rows * warpgroups) * num_rows * kv_heads
+    walks = consumer.keeps_queries
+    registers = consumer.widening_registers if cache_dtype == FP8 else consumer.registers
     num_ctas = min(chip.num_cores, num_items) if walks else num_items
     is_fp8 = cache_dtype == FP8
     # FP8 numbers are exact in float16, and widen two at a time.
     operand = jnp.float16 if is_fp8 else cache_dtype
 
     def body(
-        q_gmem, visible_gmem, bounds_gmem, used_gmem, layer_gmem, table_gmem, k_gmem, v_gmem,
+        q_gmem, visible_gmem, items_gmem, layer_gmem, table_gmem, k_gmem, v_gmem,
         out_gmem, q_smem, out_smem, tiles_smem, narrow_smem, q_barrier, landed, full, empty, scratch,
     ):  # fmt: skip
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -187,13 +192,8 @@ def _kernel(
             """CTAs go through all there are, the longest first, in turns back and forth."""
             place = jnp.where(lax.rem(turn, 2) == 0, cta, num_ctas - 1 - cta)
             place = jnp.minimum(turn * num_ctas + place, num_items - 1)
-            group = place % num_groups
-            row, number = group // kv_heads, place // num_groups
-            num_used = used_gmem[row]
-            # The last ones see most; what sees nothing comes last.
-            number = jnp.where(number < num_used, num_used - 1 - number, number)
-            bounds = (bounds_gmem[row, number, i] for i in range(2))
-            return Item(row, group % kv_heads, number, *bounds)
+            row, *rest = (items_gmem[place // kv_heads, i] for i in range(4))
+            return Item(row, place % kv_heads, *rest)
 
         whole, rest = divmod(num_items, num_ctas)
         is_in_last = cta < rest if whole % 2 == 0 else num_ctas - 1 - cta < rest
@@ -209,12 +209,12 @@ def _kernel(
         # Also where there is nothing to bring: the others' increase waits for the registers given up here.
         @pl.when(wg == warpgroups)
         def _produce():
-            plgpu.set_max_registers(consumer.registers[0], action="decrease")
+            plgpu.set_max_registers(registers[0], action="decrease")
             producer.bring(num_turns, item_at)
 
         @pl.when(wg < warpgroups)
         def _consume():
-            plgpu.set_max_registers(consumer.registers[1], action="increase")
+            plgpu.set_max_registers(registers[1], action="increase")
             my_q = q_smem.at[wg]
             my_out = out_smem.at[wg] if consumer.keeps_queries else my_q
             consumer.begin(scratch, wg)
@@ -226,10 +226,10 @@ def _kernel(
                 rows = q_gmem.at[item.row, item.kv_head, rows_of(item)]
                 plgpu.copy_gmem_to_smem(rows, my_q, q_barrier.at[wg])
 
-            def visit(turn: Array, carry: tuple[Array, Item]) -> tuple[Array, Item]:
-                begun, item = carry
+            def visit(turn: Array, begun: Array) -> Array:
+                # Asked for again, not kept: it is near by now, and registers are full.
+                item = item_at(turn)
                 num_tiles = producer.num_tiles(item)
-                following = item_at(turn + 1)
                 visible = plgpu.load(
                     visible_gmem.at[item.row, rows_of(item)],
                     layout=consumer.layout.reduce(1),
@@ -238,7 +238,7 @@ def _kernel(
                 plgpu.barrier_wait(q_barrier.at[wg])
                 queries = consumer.prepare(my_q, operand, scratch, wg)
                 if walks:
-                    pl.when(turn + 1 < num_turns)(lambda: fetch_queries(following))
+                    pl.when(turn + 1 < num_turns)(lambda: fetch_queries(item_at(turn + 1)))
                 consumer.consume(
                     Tiles(
                         queries=queries,
@@ -261,12 +261,11 @@ def _kernel(
                 plgpu.commit_smem()
                 rows = out_gmem.at[item.row, item.kv_head, rows_of(item)]
                 plgpu.copy_smem_to_gmem(my_out, rows)
-                return begun + num_tiles, following
+                return begun + num_tiles
 
             zero = jnp.int32(0)
-            item = item_at(zero)
-            fetch_queries(item)
-            lax.fori_loop(0, num_turns, visit, (zero, item))
+            fetch_queries(item_at(zero))
+            lax.fori_loop(0, num_turns, visit, zero)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def memory(*shape: int, dtype: Any) -> Any:

@@ -100,8 +100,8 @@ class Wgmma:
     rows = 64
     tile_size = 128
     layout = plgpu.Layout.WGMMA
-    # Of a thread of the producer, and of one of these.
-    registers = 56, 224
+    # Of a thread of the producer, which may have to widen, and of one of these.
+    widening_registers, registers = (56, 224), (40, 232)
     # Queries are read before answers come, so that the next ones may be on their way.
     keeps_queries = True
 
@@ -181,9 +181,9 @@ class Wgmma:
         scores = self._scores(tiles.queries, tiles.keys.at[first], end_turn)
         plgpu.barrier_arrive(tiles.k_empty.at[first])
         nothing = _nothing(self.rows, self.layout)
-        largest, total, _, shares = self._soften(
-            tiles, scores, jnp.int32(0), *nothing, is_masked=True
-        )
+        # 0, which the compiler must not know: it would make the mask's columns ahead, and fill registers.
+        zero = tiles.begun >> 31
+        largest, total, _, shares = self._soften(tiles, scores, zero, *nothing, is_masked=True)
         plgpu.barrier_wait(tiles.v_full.at[first])
         out = plgpu.layout_cast(jnp.zeros((self.rows, HEAD_DIM), jnp.float32), self.layout)
         carry = largest, total, out, shares.astype(operand)
@@ -267,7 +267,7 @@ class Tcgen05:
     rows = 128
     tile_size = 64
     layout = plgpu.Layout.TCGEN05
-    registers = 104, 200
+    widening_registers = registers = 104, 200
     keeps_queries = False
 
     def __init__(self, interpret: bool) -> None:

@@ -6,6 +6,7 @@ to the tensor cores, once for all warpgroups.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jaxtyping import Array
 
 from glm_jax.pallas.widen import widen
 
-_ROWS_AT_ONCE = 64
+# Rows and columns of values in registers, of which there are few.
+_AT_ONCE = 64
 
 
 class Item(NamedTuple):
@@ -134,8 +136,9 @@ class Producer:
 
         @pl.when(first + self._tile > last + 1)
         def _() -> None:
-            for start in range(0, self._tile, _ROWS_AT_ONCE):
-                part = values.at[pl.ds(start, _ROWS_AT_ONCE)]
+            parts = product(range(0, self._tile, _AT_ONCE), range(0, values.shape[1], _AT_ONCE))
+            for start, column in parts:
+                part = values.at[pl.ds(start, _AT_ONCE), pl.ds(column, _AT_ONCE)]
                 some = plgpu.load(part, layout=plgpu.Layout.WGMMA)
                 key = plgpu.broadcasted_iota(jnp.int32, some.shape, 0, layout=plgpu.Layout.WGMMA)
                 part[...] = jnp.where(first + start + key <= last, some, 0)
@@ -182,24 +185,29 @@ class Producer:
         num_tiles = self.num_tiles(item)
         barriers = self.full[0], self.landed
 
-        def start(index: Array | int, pages: _Pages) -> None:
+        def start(which: int, index: Array | int, pages: _Pages) -> None:
             slot = lax.rem(begun + index, self._stages)
-            for which, barrier in enumerate(barriers):
-                self._await_empty(which, begun + index)
-                self._fetch(pages, item, which, self.tiles[which].at[slot], barrier.at[slot])
+            self._await_empty(which, begun + index)
+            self._fetch(pages, item, which, self.tiles[which].at[slot], barriers[which].at[slot])
 
         def visit(index: Array, pages: _Pages) -> _Pages:
+            ahead = index + self._stages - 1
+            pl.when(ahead < num_tiles)(lambda: start(0, ahead, pages))
             slot = lax.rem(begun + index, self._stages)
             plgpu.barrier_wait(self.landed.at[slot])
             self._silence(index, item.last, self.tiles[1].at[slot])
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.full[1].at[slot])
-            ahead = index + self._stages - 1
-            pl.when(ahead < num_tiles)(lambda: start(ahead, pages))
+            # Last, since nobody is done with earlier values before these have been handed on.
+            pl.when(ahead < num_tiles)(lambda: start(1, ahead, pages))
             return self._pages_of(item, ahead + 1)
 
         for index in range(self._stages - 1):
-            pl.when(index < num_tiles)(
-                lambda index=index: start(index, self._pages_of(item, index))
-            )
+
+            @pl.when(index < num_tiles)
+            def _(index: int = index) -> None:
+                pages = self._pages_of(item, index)
+                start(0, index, pages)
+                start(1, index, pages)
+
         lax.fori_loop(0, num_tiles, visit, self._pages_of(item, self._stages - 1))

@@ -46,20 +46,22 @@ def test_answers_are_the_references(
     ("num_cores", "positions"),
     [
         # Five tiles of queries for two CTAs; up to three of keys, whose places are used again.
-        (2, [*range(100, 152), -1]),
+        (2, [[*range(100, 152), -1]]),
         # Of seven tiles only the first sees anything.
-        (3, [0, 1, 2, *[-1] * 70]),
+        (3, [[0, 1, 2, *[-1] * 70]]),
         # As many tiles as CTAs.
-        (2, [*range(300, 321)]),
+        (2, [[*range(300, 321)]]),
+        # Prompts of different lengths.
+        (2, [[*range(12)], [*range(200, 211), -1], [-1] * 12]),
     ],
 )
-def test_few_ctas_go_through_a_prompt_that_is_alone(num_cores: int, positions: list[int]) -> None:
-    step = some_step(4, [positions], 1, 12, 64, FP8)
+def test_few_ctas_go_through_all_prompts(num_cores: int, positions: list[list[int]]) -> None:
+    step = some_step(4, positions, 1, 12, 64, FP8)
     config = TuningConfig(tile_size=64, stages=2, warpgroups=2)
     chip = Chip("sm90", num_cores)
     got = prefill_attention.attend(*step, chip=chip, config=config, interpret=True)
     assert_as_close_as_rounding(got, ops.paged_attention(*step))
-    assert not np.asarray(got, np.float32)[np.asarray([positions]) < 0].any()
+    assert not np.asarray(got, np.float32)[np.asarray(positions) < 0].any()
 
 
 @pytest.mark.parametrize("positions", [[[*range(60, 72)], [-1] * 12], [[*range(300, 311), -1]]])
@@ -116,15 +118,20 @@ def test_a_config_that_cannot_be_is_the_callers_mistake(wrong: dict[str, int]) -
 
 
 def deployment_programs(chip: Chip) -> dict[str, Program]:
-    """8192 tokens of one device of eight."""
+    """8192 tokens of one device of eight: many prompts' whose pages are widened in every tile, or one."""
     pages = jax.ShapeDtypeStruct((92, 4096, 1, 64, HEAD_DIM), FP8)
-    q = jax.ShapeDtypeStruct((64, 128, 1, 12, HEAD_DIM), jnp.bfloat16)
-    integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (64, 128), (64, 128)))
 
     def attend(*arguments):
         return prefill_attention.attend(*arguments, chip=chip)
 
-    return {"float8": (attend, (q, pages, pages, *integers))}
+    programs: dict[str, Program] = {}
+    for rows in (64, 1):
+        tokens = 8192 // rows
+        q = jax.ShapeDtypeStruct((rows, tokens, 1, 12, HEAD_DIM), jnp.bfloat16)
+        shapes = (), (rows, 128), (rows, tokens)
+        integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+        programs[f"{rows} prompts"] = attend, (q, pages, pages, *integers)
+    return programs
 
 
 @needs_compiler
@@ -133,8 +140,9 @@ def deployment_programs(chip: Chip) -> dict[str, Program]:
     ("target", "instruction"), [("b200", "tcgen05.mma"), ("h200", "wgmma.mma_async")]
 )
 def test_it_compiles_for_the_deployment_without_local_memory(target: str, instruction: str) -> None:
-    kernels = compile_programs(target, deployment_programs)["float8"]
-    (kernel,) = (one for one in kernels if one.name == "prefill_attention")
-    for one in kernels:
-        assert not one.uses_local_memory, str(one)
-    assert instruction in kernel.ptx
+    programs = compile_programs(target, deployment_programs)
+    names = [sorted(kernel.name for kernel in kernels) for kernels in programs.values()]
+    assert names == [["prefill_attention"], ["prefill_attention", "widen_pages"]]
+    for kernel in (kernel for kernels in programs.values() for kernel in kernels):
+        assert not kernel.uses_local_memory, str(kernel)
+        assert instruction in kernel.ptx or kernel.name == "widen_pages"
