@@ -65,14 +65,15 @@ class Kernels(Selection):
 
     def workspace(self, num_rows: int, width: int, num_local: int) -> Workspace | None:
         """What kernels of so many rows and experts of this device share; None where each does without."""
-        if self._interprets or self._chip() is None or num_rows > route_stage.MAX_TOKENS:
+        chip = self._chip()
+        if self._interprets or chip is None or num_rows > route_stage.MAX_TOKENS:
             return None
         first = sharding.device_index() * num_local
         devices, box = sharding.num_devices(), None
         if devices > 1 and self._fuses_sums(num_rows) and width % inbox.UNIT == 0:
             on = {"axis_name": sharding.MESH_AXIS, "num_devices": devices}
             box = inbox.make_inbox(num_rows, width, **on)
-        routing = route_stage.make_words(num_rows, num_local)
+        routing = route_stage.make_memory(num_rows, width, num_local, chip)
         return Workspace(routing, grid.make_counter(), box, first)
 
     def add_norm(

@@ -13,6 +13,7 @@ from glm_jax import ops
 from glm_jax.ops import Rows
 from glm_jax.pallas.dispatch import Dispatch
 from glm_jax.pallas.inbox import Inbox
+from glm_jax.pallas.route_stage import Memory
 
 # A stacked weight: its values, and their scale where they are FP8.
 Weight = tuple[Array, Array | None]
@@ -58,12 +59,12 @@ class Workspace(NamedTuple):
     """Memory that the kernels of a step share, made once, outside of its layers.
 
     Attributes:
-      routing, gate_up: words and a counter of these kernels, whose CTAs wait for each other.
+      routing, gate_up: memory and a counter of these kernels, whose CTAs wait for each other.
       inbox: where devices write rows for each other; None on one, and where XLA sums.
       first_expert: of this device.
     """
 
-    routing: jax.Ref
+    routing: Memory
     gate_up: jax.Ref
     inbox: Inbox | None
     first_expert: Int32[Array, ""]

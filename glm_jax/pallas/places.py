@@ -25,10 +25,8 @@ from glm_jax.pallas.router import Choice
 _WARP, _WARPGROUP = 32, 128
 # A warp's lanes are picks of a token, which are added up eight at a time.
 MAX_PICKS = 8
-# Of the words' memory, lines of their own: for the number of the last call, and for how many CTAs that
-# make something for all tokens have made it, in all calls.
-_HEADER = 256
-_MADE = 128
+# Of the words' memory, what the number of the last call has for itself: a line.
+_HEADER = 128
 _ALL = "0xffffffff"
 _TRANSPOSED = {16: 0x0000FFFF, 8: 0x00FF00FF, 4: 0x0F0F0F0F, 2: 0x33333333, 1: 0x55555555}
 
@@ -102,36 +100,6 @@ setp.eq.u32 is_in, thread, 0;
 done:
 }}"""
     _inline(code, [*inputs[:3]], [smem["biases"], smem["known"]])
-
-
-def tell_made(words: Any) -> None:
-    """Says that what this CTA made for all tokens is written, after its copies are done: 128 threads."""
-    code = f"""{{
-.reg .pred is_first;
-.reg .b32 thread;
-mov.u32 thread, %tid.x;
-setp.eq.u32 is_first, thread, 0;
-fence.proxy.async;
-bar.sync 0;
-@is_first fence.acq_rel.gpu;
-@is_first red.release.gpu.global.add.u32 [$0+{_MADE}], 1;
-}}"""
-    _inline(code, [words], [])
-
-
-def await_made(words: Any, num_makers: int) -> None:
-    """Waits until num_makers CTAs of this call have told that they are done: each thread for itself."""
-    code = f"""{{
-.reg .pred is_early;
-.reg .b32 number, made;
-ld.relaxed.gpu.global.u32 number, [$0];
-mad.lo.u32 number, number, {num_makers}, {num_makers};
-again:
-ld.acquire.gpu.global.u32 made, [$0+{_MADE}];
-setp.ne.u32 is_early, made, number;
-@is_early bra again;
-}}"""
-    _inline(code, [words], [])
 
 
 def place(

@@ -16,13 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import places, router
+from glm_jax.pallas import handover, places, router
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch, Sizes, default_tile, max_tiles
-from glm_jax.pallas.places import MAX_PICKS, Inputs, Outputs, make_words
+from glm_jax.pallas.places import MAX_PICKS, Inputs, Outputs
 from glm_jax.pallas.router import Choice, Cut
-
-__all__ = ["MAX_TOKENS", "Local", "make_words", "route_and_stage"]
 
 # The most tokens that are counted by every CTA for itself.
 MAX_TOKENS = 256
@@ -31,6 +29,8 @@ _CTAS_PER_SM = 2
 # Of an SM, and what a CTA takes of it beside products' and a token: scores, counts, the system's own.
 _SHARED_MEMORY = 228 * 1024
 _OTHERS = 8 * 1024
+# Whose products are handed over.
+_MOST_EXPERTS = 256
 _LANES = 128
 
 
@@ -39,6 +39,26 @@ class Local(NamedTuple):
 
     first: Int32[Array, ""]
     number: int
+
+
+class Memory(NamedTuple):
+    """What the CTAs of calls with so many tokens tell each other by, made once, outside of every loop.
+
+    Attributes:
+      words: of places.make_words.
+      products: float32[parts, tokens, experts] of handover.make_empty, experts up to _MOST_EXPERTS.
+    """
+
+    words: jax.Ref
+    products: jax.Ref
+
+
+def make_memory(num_tokens: int, width: int, num_local: int, chip: Chip) -> Memory:
+    """The memory for so many tokens of that width, and experts of this device."""
+    rows = router.tile_rows(chip)
+    padded_tokens = -(-num_tokens // rows) * rows
+    products = handover.make_empty(router.num_chunks(width), padded_tokens, _MOST_EXPERTS)
+    return Memory(places.make_words(num_tokens, num_local), products)
 
 
 class _Parts(NamedTuple):
@@ -64,7 +84,7 @@ def route_and_stage(
     layer: Int32[Array, ""],
     choice: Choice,
     local: Local,
-    words: Any,
+    memory: Memory,
     *,
     chip: Chip,
     shift: int = 0,
@@ -76,12 +96,12 @@ def route_and_stage(
     Args:
       quantized: the tokens' values and scales, to be copied.
       layer, shift: their sum is the place in the stacks.
-      words: of make_words, for as many tokens and local experts.
+      memory: of make_memory, for as many tokens and local experts.
 
     Raises:
       NotImplementedError: more tokens than MAX_TOKENS or than the chip takes at once, more picks than
         MAX_PICKS, or shapes that router.route or dispatch.stage refuses.
-      ValueError: the words are for other numbers.
+      ValueError: the memory is for other numbers.
     """
     num_tokens, width = x.shape
     values, scale = quantized
@@ -91,21 +111,25 @@ def route_and_stage(
             f"{x.shape=}, {choice.num_picks} picks: up to {limit} tokens whose width is a multiple of "
             f"{_LANES}, {MAX_PICKS} picks"
         )
+    words, products = memory
     if words.shape != (places.num_words(num_tokens, local.number),):
         raise ValueError(f"{words.shape=}: of {num_tokens} tokens, {local.number} local experts?")
     cut = router.cut_of(num_tokens, width, choice, chip)
     # Those that multiply wait for nobody: it is enough that one finds room beside all tokens' CTAs.
     most_running = _SHARED_MEMORY // (cut.shared_memory + width + _OTHERS) * chip.num_cores
-    num_makers = math.prod(cut.grid) if num_tokens < most_running else 0
+    is_whole = num_tokens < most_running and choice.num_experts <= _MOST_EXPERTS
+    num_makers = math.prod(cut.grid) if is_whole else 0
     sizes = _sizes(num_tokens, width, choice, local.number, chip)
     parts = _Parts(sizes, choice, cut, shift, num_makers)
     operands = [layer.reshape(1), words, bias, local.first.reshape(1), values, scale.reshape(-1)]
     if num_makers:
-        operands += [router.whole_eights(x), weight]
+        if products.shape != (cut.grid[2], cut.grid[0] * cut.rows, _MOST_EXPERTS):
+            raise ValueError(f"{products.shape=}: of {x.shape=}?")
+        operands += [products, router.whole_eights(x), weight]
     else:
         operands.append(router.multiply(x, weight, layer, choice, chip=chip, shift=shift))
     experts, weights, copied, copied_scale, *fields = _launch(parts, operands)
-    plan = Dispatch(*fields[:4])._replace(values=copied, scale=copied_scale[:, None])
+    plan = Dispatch(*fields)._replace(values=copied, scale=copied_scale[:, None])
     asked = slice(None, choice.num_picks)
     if choice.num_picks < choice.padded_picks:
         plan = plan._replace(rows=plan.rows[:, asked])
@@ -130,26 +154,25 @@ def _launch(parts: _Parts, operands: Sequence[Any]) -> Sequence[Array]:
     ]
     smem = places.scratch(sizes, parts.choice) | {"arrived": plgpu.Barrier()}
     if num_makers:
-        out_types.append(parts.cut.products_type())
-        smem |= router.product_scratch(parts.cut)
+        smem |= router.sum_scratch(parts.cut)
 
     def body(*refs: Any, **scratch: Any) -> None:
+        inputs, products_ref, others = refs[:6], refs[6], refs[7:]
         if not num_makers:
-            _route(parts, refs[:6], refs[6], refs[7:], scratch)
+            _route(parts, inputs, products_ref, others, scratch)
             return
-        x_ref, weight_ref, *outs, products_ref = refs[6:]
+        x_ref, weight_ref, *outs = others
         cta = lax.axis_index("cta")
 
         @pl.when(cta < num_makers)
         def _make() -> None:
-            layer_ref, words_ref, *_ = refs
-            product_refs = x_ref, weight_ref, layer_ref, products_ref
             rest, tokens = lax.div(cta, parts.cut.grid[0]), lax.rem(cta, parts.cut.grid[0])
             place = tokens, lax.rem(rest, parts.cut.grid[1]), lax.div(rest, parts.cut.grid[1])
-            router.multiply_part(parts.cut, place, product_refs, parts.shift, scratch)
-            places.tell_made(words_ref)
+            product_refs = x_ref, weight_ref, inputs[0]
+            sums = router.sum_part(parts.cut, place, product_refs, parts.shift, scratch)
+            _store(products_ref.at[parts.cut.part_of(place)], sums)
 
-        pl.when(cta >= num_makers)(lambda: _route(parts, refs[:6], products_ref, outs, scratch))
+        pl.when(cta >= num_makers)(lambda: _route(parts, inputs, products_ref, outs, scratch))
 
     kernel = plgpu.kernel(
         body,
@@ -178,27 +201,34 @@ def _route(
         oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
     )
     inputs = Inputs(bias_ref.at[layer_ref[0] + parts.shift], first_ref, words_ref, x_scale_ref)
-    pieces, products = _pieces(choice), []
-
-    def load() -> None:
-        products.extend(router.load_products(products_ref, token, piece) for piece in pieces)
-
     if num_makers:
         places.ask(inputs, smem, choice.num_experts)
-        places.await_made(words_ref, num_makers)
-        load()
+        logits = handover.sum_of(products_ref.at[:, token], choice.num_experts)
+        for number, piece in enumerate(logits):
+            smem["scores"][pl.ds(number * _LANES, _LANES)] = router.score([piece])
+        handover.clear(products_ref.at[:, token], choice.num_experts)
     else:
-        # What is asked for begins with the layer, which takes its time.
-        load()
+        pieces = _pieces(choice)
+        products = [router.load_products(products_ref, token, piece) for piece in pieces]
+        # What is asked for begins with the layer, which takes its time: after the products.
         places.ask(inputs, smem, choice.num_experts)
-    for piece, summands in zip(pieces, products, strict=True):
-        smem["scores"][piece] = router.score(summands)
+        for piece, summands in zip(pieces, products, strict=True):
+            smem["scores"][piece] = router.score(summands)
     plgpu.barrier_wait(smem["arrived"])
     outputs = Outputs(
         experts.at[token], weights.at[token], rows.at[token],
         copied, copied_scale, tokens, tile_experts, num_tiles,
     )  # fmt: skip
     places.place(inputs, outputs, smem, parts.sizes, choice, num_makers)
+
+
+def _store(ref: Any, sums: jax.Array) -> None:
+    """Stores sums as the tensor cores leave them, which the compiler takes for an oversight."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, sums, optimized=False)
+    else:
+        # jax before 0.12 does not look, and knows no such word.
+        ref[...] = sums
 
 
 def _pieces(choice: Choice) -> list[Any]:

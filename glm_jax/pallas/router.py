@@ -181,19 +181,28 @@ class Cut(NamedTuple):
     def grid(self) -> tuple[int, int, int]:
         """Tiles of tokens, tiles of experts, parts of D."""
         experts = pl.cdiv(self.num_experts, self.config.experts)
-        parts = self.width // _CHUNK // self.chunks_per_cta
+        parts = num_chunks(self.width) // self.chunks_per_cta
         return pl.cdiv(self.num_tokens, self.rows), experts, parts
+
+    def part_of(self, place: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a CTA makes of the products."""
+        token, expert, part = place[0] * self.rows, place[1] * self.config.experts, place[2]
+        return part, pl.ds(token, self.rows), pl.ds(expert, self.config.experts)
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of product_scratch, barriers aside."""
-        ring = self.stages * (self.rows + self.config.experts) * _STEP * 2
-        return ring + self.rows * self.config.experts * 4
+        """Bytes of sum_scratch, barriers aside."""
+        return self.stages * (self.rows + self.config.experts) * _STEP * 2
 
     def products_type(self) -> jax.ShapeDtypeStruct:
         """Of the products of each part."""
         shape = self.grid[2], self.num_tokens, self.padded_experts
         return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def num_chunks(width: int) -> int:
+    """Of D: as many parts the products of few tokens have."""
+    return pl.cdiv(width, _CHUNK)
 
 
 def cut_of(
@@ -209,10 +218,15 @@ def cut_of(
     if num_picks > num_experts:
         raise ValueError(f"num_experts_per_tok={num_picks} of {num_experts=}")
     num_tokens += -num_tokens % 8 if num_tokens > 8 else 0
-    is_sm100 = chip.architecture == "sm100"
     config = config or default_config(chip, num_tokens, num_experts)
-    rows = 128 if is_sm100 else 64
-    return Cut(config, num_tokens, width, num_experts, choice.padded_experts, rows, is_sm100)
+    is_sm100 = chip.architecture == "sm100"
+    padded_experts, rows = choice.padded_experts, tile_rows(chip)
+    return Cut(config, num_tokens, width, num_experts, padded_experts, rows, is_sm100)
+
+
+def tile_rows(chip: Chip) -> int:
+    """Tokens of a tile: what an instruction takes."""
+    return 128 if chip.architecture == "sm100" else 64
 
 
 def multiply_part(
@@ -224,7 +238,18 @@ def multiply_part(
       place: within the cut's grid.
       refs: of tokens, weights, layer and products.
     """
-    x_ref, weight_ref, layer_ref, out_ref = refs
+    *inputs, out_ref = refs
+    scratch["staged"][...] = sum_part(cut, place, inputs, shift, scratch)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(scratch["staged"], out_ref.at[cut.part_of(place)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def sum_part(
+    cut: Cut, place: tuple[Any, ...], refs: Sequence[Any], shift: int, scratch: dict[str, Any]
+) -> jax.Array:
+    """A CTA's sums of products, in registers."""
+    x_ref, weight_ref, layer_ref = refs
     config, full = cut.config, scratch["full"]
     num_steps, stages = cut.chunks_per_cta * _STEPS_PER_CHUNK, cut.stages
     token, expert, part = place[0] * cut.rows, place[1] * config.experts, place[2]
@@ -256,23 +281,22 @@ def multiply_part(
         fetch(step)
     layout = plgpu.Layout.TCGEN05 if cut.is_sm100 else plgpu.Layout.WGMMA
     zeros = plgpu.layout_cast(jnp.zeros((cut.rows, config.experts), jnp.float32), layout)
-    scratch["staged"][...] = lax.fori_loop(0, cut.chunks_per_cta, sum_chunk, zeros)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(
-        scratch["staged"],
-        out_ref.at[part, pl.ds(token, cut.rows), pl.ds(expert, config.experts)],
-    )
-    plgpu.wait_smem_to_gmem(0)
+    return lax.fori_loop(0, cut.chunks_per_cta, sum_chunk, zeros)
 
 
 def product_scratch(cut: Cut) -> dict[str, Any]:
     """The memory of multiply_part."""
+    staged = _tiled((cut.rows, cut.config.experts), jnp.float32, 16)
+    return sum_scratch(cut) | {"staged": staged}
+
+
+def sum_scratch(cut: Cut) -> dict[str, Any]:
+    """The memory of sum_part."""
     experts, stages = cut.config.experts, cut.stages
     scratch: dict[str, Any] = {
         "tokens": _tiled((stages, cut.rows, _STEP), jnp.bfloat16, _STEP),
         "weights": _tiled((stages, experts, _STEP), jnp.bfloat16, _STEP),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "staged": _tiled((cut.rows, experts), jnp.float32, 16),
     }
     if cut.is_sm100:
         scratch["sums"] = plgpu.TMEM((cut.rows, experts), jnp.float32)

@@ -44,7 +44,9 @@ TARGETS = ("b200x8", "h200x8")
 FP8, BF16, F32, I32 = jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32, jnp.int32
 PAGE_DTYPES = {"fp8": FP8, "bf16": BF16}
 FP8_PRODUCTS = {"dense_matmul", "grouped_gate_up", "grouped_down"}
-ATTENTION = {"decode_attention_split", "decode_attention_combine", "prefill_attention"}
+ATTENTION = {
+    "decode_attention_split", "decode_attention_combine", "prefill_attention", "widen_pages",
+}  # fmt: skip
 SMALL = {"add_norm_quantize_kernel", "router_products", "router_picks", "kv_write"}
 MOVERS = {
     "all_reduce_add_norm",
@@ -53,6 +55,7 @@ MOVERS = {
     "dispatch",
     "quantize_hidden",
     "router_picks_dispatch",
+    "empty_products",
 }
 REGISTERS_OF_AN_SM = 65536
 SHARED_MEMORY_OF_A_CTA = 227 * 1024
@@ -145,9 +148,9 @@ def _route_and_stage(
 ) -> Array:
     choice = router.Choice(EXPERTS, PICKS, norm_topk_prob=True, routed_scaling_factor=2.5)
     local = route_stage.Local(jnp.int32(0), LOCAL_EXPERTS)
-    words = route_stage.make_words(STEPS["decode"], LOCAL_EXPERTS)
+    memory = route_stage.make_memory(STEPS["decode"], HIDDEN, LOCAL_EXPERTS, chip)
     _, weights, plan = route_stage.route_and_stage(
-        x, (values, scale), weight, bias, layer, choice, local, words, chip=chip
+        x, (values, scale), weight, bias, layer, choice, local, memory, chip=chip
     )
     return weights.sum() + plan.rows.sum().astype(F32)
 

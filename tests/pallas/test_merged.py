@@ -56,10 +56,10 @@ def test_routing_and_sorting(num_tokens: int) -> None:
 
     def merged(*operands: Array) -> Any:
         quantized = quantize_rows(operands[0])
-        words = route_stage.make_words(num_tokens, LOCAL)
         x, weight, bias = operands
         chip = chip_in_trace()
         assert chip is not None
+        memory = route_stage.make_memory(num_tokens, WIDTH, LOCAL, chip)
         return repeated(
             lambda: route_stage.route_and_stage(
                 x,
@@ -69,7 +69,7 @@ def test_routing_and_sorting(num_tokens: int) -> None:
                 jnp.int32(0),
                 choice,
                 local,
-                words,
+                memory,
                 chip=chip,
                 shift=1,
             )  # fmt: skip

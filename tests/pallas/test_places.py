@@ -20,7 +20,7 @@ _EACH = ("experts", "weights", "rows")
 
 
 def codes(monkeypatch: pytest.MonkeyPatch, sizes: Sizes, choice: Choice) -> list[Any]:
-    """The PTX of tell_made, then of what a token's CTA runs, with the names of its operands."""
+    """The PTX of what a token's CTA runs, with the names of its operands."""
     found: list[Any] = []
 
     def keep(code: str, device_refs: list[Any], shared_refs: list[Any]) -> None:
@@ -30,9 +30,7 @@ def codes(monkeypatch: pytest.MonkeyPatch, sizes: Sizes, choice: Choice) -> list
     inputs = places.Inputs(*places.Inputs._fields)
     outputs = places.Outputs(*places.Outputs._fields)
     shared = {name: f"shared {name}" for name in _SHARED}
-    places.tell_made(inputs.words)
     places.ask(inputs, shared, choice.num_experts)
-    places.await_made(inputs.words, MAKERS)
     places.place(inputs, outputs, shared, sizes, choice, MAKERS)
     return found
 
@@ -79,7 +77,7 @@ def test_tokens_come_to_their_places(
     arrays |= {"first": np.array([first], np.int32), "biases": np.zeros(num_experts, np.float32)}
     arrays["x_scale"] = draw.random(num_tokens, np.float32)
     addresses = {name: device.add(array) for name, array in arrays.items()}
-    told, *code = codes(monkeypatch, sizes, choice)
+    code = codes(monkeypatch, sizes, choice)
     for call in range(CALLS):
         scores, x = drawn(draw, kind, arrays["biases"], num_tokens, range(first, first + num_local))
 
@@ -93,7 +91,6 @@ def test_tokens_come_to_their_places(
                 own[f"shared {name}"] = shared.add(array)
             return addresses | own | {"shared row": shared.add(x[token].copy())}
 
-        ptx_machine.run([told], range(MAKERS), device, lambda *_: addresses, seed=call)
         ptx_machine.run(code, range(MAKERS, MAKERS + num_tokens), device, operands, seed=call)
         check(sizes, choice, first, arrays, scores, x)
         assert arrays["words"][0] == call + 1

@@ -89,7 +89,7 @@ def block_step(
         staged = None
     else:
         workspace = _workspace(
-            routing=route_stage.make_words(len(plain), num_local),
+            routing=route_stage.make_memory(len(plain), plain.shape[1], num_local, chip),
             gate_up=grid.make_counter(),
             first_expert=jnp.int32(0),
         )
