@@ -75,7 +75,7 @@ def _parsed(line: str) -> _Instruction:
     name, _, rest = line.partition(" ")
     operands = [part.strip() for part in re.split(r",(?![^{]*\})", rest)]
     is_off = predicate is not None and predicate.startswith("!")
-    words = ["free"] if name in _FREE or name.startswith("fence") else name.split(".")
+    words = ["free"] if name in _FREE else name.split(".")
     return _Instruction(predicate and predicate.removeprefix("!"), is_off, words, operands)
 
 
@@ -160,7 +160,7 @@ class _Warp:
             self.at = self.program.labels[operands[0]] if mask.all() else self.at
         elif words[0] == "bar":
             self.is_waiting = True
-        elif words[0] in ("ld", "st", "red", "cp"):
+        elif words[0] in ("ld", "st", "cp"):
             self._move(words, operands, mask)
         elif words[0] in ("redux", "shfl", "vote"):
             assert mask.all(), "all lanes take part"
@@ -188,8 +188,7 @@ class _Warp:
             return
         values = self.read(operands[1])
         for lane in lanes:
-            there = self.bytes_of(space, address, lane, size).view(dtype)
-            there[0] = values[lane].astype(dtype) + (there[0] if words[0] == "red" else 0)
+            self.bytes_of(space, address, lane, size).view(dtype)[0] = values[lane].astype(dtype)
 
     def _exchange(self, words: list[str], operands: list[str]) -> None:
         every, lane = _ALL_LANES, np.arange(WARP)
