@@ -42,20 +42,22 @@ def make_empty(num_parts: int, num_rows: int, num_columns: int) -> jax.Ref:
     return jax.new_ref(empty)
 
 
-def sum_of(ref: Any, num_columns: int) -> list[Float32[Array, "128"]]:
+def sum_of(ref: Any, num_columns: int, *, is_one_of_many: bool) -> list[Float32[Array, "128"]]:
     """The sum of all parts, in order, of the first columns of a row, once they are there.
 
     By all threads of a warpgroup, each column by one; columns past the last are anything.
 
     Args:
       ref: float32[parts, columns].
+      is_one_of_many: whether so many wait at once that reading all places over and over would be in the
+        way of those who write: the last part is waited for first.
     """
     num_pieces = -(-num_columns // _THREADS)
 
     def wait(_: Any, ref: Any) -> Any:
         num_parts, stride = _parts(ref)
         kinds = [ir.F32Type.get()] * num_pieces
-        code = "\n".join(_sum_code(num_parts, stride, num_columns))
+        code = "\n".join(_sum_code(num_parts, stride, num_columns, is_one_of_many))
         sums = utils.inline_ptx(
             code, utils.memref_ptr(ref), result_types=kinds, has_side_effects=True, convergent=True
         )
@@ -116,7 +118,7 @@ def _clear_code(num_parts: int, stride: int, num_columns: int) -> Iterator[str]:
     yield "}"
 
 
-def _sum_code(num_parts: int, stride: int, num_columns: int) -> Iterator[str]:
+def _sum_code(num_parts: int, stride: int, num_columns: int, is_one_of_many: bool) -> Iterator[str]:
     offsets = _offsets(num_parts, stride, num_columns)
     num_pieces = len(offsets) // num_parts
     words = [f"w{number}" for number in range(len(offsets))]
@@ -125,6 +127,13 @@ def _sum_code(num_parts: int, stride: int, num_columns: int) -> Iterator[str]:
     yield f".reg .b32 {', '.join(words)};"
     for word, (piece, _) in zip(words, offsets, strict=True):
         yield f"selp.b32 {word}, {_EMPTY}, 0, in{piece};"
+    if is_one_of_many:
+        last, (_, offset) = words[num_parts - 1], offsets[num_parts - 1]
+        yield "not_yet:"
+        yield f"@in0 ld.relaxed.gpu.global.b32 {last}, [at+{offset}];"
+        yield f"setp.eq.u32 is_early, {last}, {_EMPTY};"
+        yield "vote.sync.any.pred is_early, is_early, 0xffffffff;"
+        yield "@is_early bra not_yet;"
     yield "again:"
     for word, (_, offset) in zip(words, offsets, strict=True):
         yield f"setp.eq.u32 is_early, {word}, {_EMPTY};"

@@ -29,6 +29,8 @@ _CTAS_PER_SM = 2
 # Of an SM, and what a CTA takes of it beside products' and a token: scores, counts, the system's own.
 _SHARED_MEMORY = 228 * 1024
 _OTHERS = 8 * 1024
+# Tokens up to which their CTAs may look for all products over and over.
+_FEW_TOKENS = 128
 # Whose products are handed over.
 _MOST_EXPERTS = 256
 _LANES = 128
@@ -203,7 +205,11 @@ def _route(
     inputs = Inputs(bias_ref.at[layer_ref[0] + parts.shift], first_ref, words_ref, x_scale_ref)
     if num_makers:
         places.ask(inputs, smem, choice.num_experts)
-        logits = handover.sum_of(products_ref.at[:, token], choice.num_experts)
+        logits = handover.sum_of(
+            products_ref.at[:, token],
+            choice.num_experts,
+            is_one_of_many=parts.sizes.num_tokens > _FEW_TOKENS,
+        )
         for number, piece in enumerate(logits):
             smem["scores"][pl.ds(number * _LANES, _LANES)] = router.score([piece])
         handover.clear(products_ref.at[:, token], choice.num_experts)

@@ -11,7 +11,8 @@ PARTS, COLUMNS, ROOM = 5, 160, 256
 EMPTY = np.uint32(0xFFFFFFFF)
 
 
-def test_parts_are_added_in_order_once_all_are_there() -> None:
+@pytest.mark.parametrize("is_one_of_many", [False, True])
+def test_parts_are_added_in_order_once_all_are_there(is_one_of_many: bool) -> None:
     draw = np.random.default_rng(0)
     parts = draw.standard_normal((PARTS, ROOM), np.float32)
     parts[:, COLUMNS:].view(np.uint32)[:] = EMPTY
@@ -20,7 +21,7 @@ def test_parts_are_added_in_order_once_all_are_there() -> None:
     sums = np.zeros((2, 128), np.float32)
     at = {"parts": device.add(parts), "sums": device.add(sums)}
     # What the code would leave in registers is stored instead.
-    code = "\n".join(handover._sum_code(PARTS, 4 * ROOM, COLUMNS)).removesuffix("}")
+    code = "\n".join(handover._sum_code(PARTS, 4 * ROOM, COLUMNS, is_one_of_many)).removesuffix("}")
     code = code.replace("$2", "$0").replace("mov.b32 $0,", "mov.b32 sum0,")
     code = code.replace("mov.b32 $1,", "mov.b32 sum1,") + (
         ".reg .b32 sum0, sum1;\nmad.wide.u32 at, thread, 4, $1;\n"
