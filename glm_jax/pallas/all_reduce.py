@@ -6,7 +6,7 @@ first added up here, row by row, before the peers get it. A row is one CTA's, th
 how it waits for its peers, and why that ends, inbox says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
-from glm_jax.pallas import ahead
 from glm_jax.pallas.chip import Chip
-from glm_jax.pallas.inbox import Inbox, receive, send
+from glm_jax.pallas.inbox import Inbox, receive, send, this_device
 from glm_jax.pallas.norm import (
     NormedRows,
     check_width,
@@ -32,7 +31,6 @@ from glm_jax.pallas.row_words import UNIT, load_rows
 
 # Of more rows the sum is XLA's: not all CTAs would run at once on 132 multiprocessors.
 MAX_ROWS = 256
-_LEAST_ASKING = 64
 # Experts' rows that a thread loads before it adds them up.
 _TOGETHER = 4
 # Of 5120 numbers, what NVLink moves while a row is on its way: 1.2 us at 310 GB/s, on two H200s.
@@ -70,7 +68,6 @@ def all_reduce_add_norm(
     shift: int = 0,
     inbox: Inbox | None = None,
     tells_place: bool = False,
-    later: Sequence[ahead.Later] = (),
     interpret: bool = False,
 ) -> NormedRows:
     """residual + the sum of all devices' partial, its RMSNorm, and the quantized form of that.
@@ -87,7 +84,6 @@ def all_reduce_add_norm(
       inbox: as make_inbox makes it, for at least T rows of D; needed where there are peers.
       tells_place: whether the answer has that sum too, as the kernels of the layer that begins there
         take it: an addition by XLA would be one more launch.
-      later: asked for on the way; its shifts are from the norm's place.
 
     Raises:
       NotImplementedError: T is over 256 or over what the device runs at once, D no multiple of 128, or
@@ -113,45 +109,26 @@ def all_reduce_add_norm(
     outputs = [jax.ShapeDtypeStruct(residual.shape, residual.dtype), *normed_types(num_rows, width)]
     if tells_place:
         outputs.append(jax.ShapeDtypeStruct((1,), jnp.int32))
-    asked = [each.weights for each in later]
-    # Few rows' CTAs alone could not ask for much.
-    num_ctas = max(num_rows, _LEAST_ASKING) if later else num_rows
 
-    def all_reduce_add_norm_kernel(*refs: Any, sink: Any = None) -> None:
+    def all_reduce_add_norm_kernel(*refs: Any) -> None:
         own, others = refs[: len(operands)], refs[len(operands) :]
-        asked_refs, others = others[: len(asked)], others[len(asked) :]
         residual_ref, weight_ref, layer_ref, *rest = others
         mail_refs, outs = rest[: len(mail)], rest[len(mail) :]
         total_ref, normed_ref, values_ref, scale_ref, *place_refs = outs
         row, place = lax.axis_index("row"), layer_ref[0] + shift
 
-        def ask() -> None:
-            if later:
-                ahead.ask(asked_refs, later, place, row, num_ctas, sink)
-
-        def reduce_row() -> None:
-            summed = load_summed(own, row, interpret=interpret) if has_summands else None
-            before, weight_row = load_row(residual_ref, row), load_row(weight_ref, place)
-            if is_exchanged:
-                mine = load_row(own[0], row) if summed is None else summed
-                operand = len(operands) + len(asked) + 3
-                addends = _exchange(
-                    mine, mail_refs, operand, row, num_rows, axis_name, num_devices, ask
-                )
-            elif is_gathered:
-                addends = [load_row(own[0].at[device], row) for device in range(num_devices)]
-            else:
-                addends = [load_row(own[0], row) if summed is None else summed]
-                ask()
-            total = before + _sum(addends)
-            total_ref[row] = total
-            store_normed(total, weight_row, eps, row, normed_ref, values_ref, scale_ref)
-
-        if num_ctas == num_rows:
-            reduce_row()
+        summed = load_summed(own, row, interpret=interpret) if has_summands else None
+        before, weight_row = load_row(residual_ref, row), load_row(weight_ref, place)
+        if is_exchanged:
+            mine = load_row(own[0], row) if summed is None else summed
+            addends = _exchange(mine, mail_refs, row, num_rows, num_devices)
+        elif is_gathered:
+            addends = [load_row(own[0].at[device], row) for device in range(num_devices)]
         else:
-            pl.when(row < num_rows)(reduce_row)
-            pl.when(row >= num_rows)(ask)
+            addends = [load_row(own[0], row) if summed is None else summed]
+        total = before + _sum(addends)
+        total_ref[row] = total
+        store_normed(total, weight_row, eps, row, normed_ref, values_ref, scale_ref)
         for place_ref in place_refs:
 
             @pl.when(row == 0)
@@ -161,58 +138,47 @@ def all_reduce_add_norm(
     found = plgpu.kernel(
         all_reduce_add_norm_kernel,
         out_type=outputs,
-        scratch_types={"sink": ahead.sink()} if later else {},
-        grid=(num_ctas,),
+        grid=(num_rows,),
         grid_names=("row",),
-        compiler_params=plgpu.CompilerParams(skip_device_barrier=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="all_reduce_add_norm",
-    )(*operands, *asked, residual, weight, layer.reshape(1), *mail)
+    )(*operands, residual, weight, layer.reshape(1), *mail)
     normed = NormedRows(*found[:4])
     return normed._replace(place=found[-1].reshape(())) if tells_place else normed
 
 
 def _exchange(
     own: BFloat16[Array, " D"],
-    mail: Sequence[Any],
-    operand: int,
+    inbox: Sequence[Any],
     row: Array,
     num_rows: int,
-    axis_name: str,
     num_devices: int,
-    meanwhile: Callable[[], None],
 ) -> list[Array]:
-    """A row of every device, device 0's first, or their sum.
-
-    Args:
-      operand: which of the kernel's the inbox's rows are.
-      meanwhile: called when the row is on its way.
-    """
-    rows_ref, turns_ref = mail
-    mine, slot = lax.axis_index(axis_name), turns_ref[row]
-    write = partial(send, ref=rows_ref.at[slot, mine, row], operand=operand)
-    read = partial(receive, mail, slot, index=row)
+    """A row of every device, device 0's first, or their sum."""
+    mine, slot = this_device(inbox), inbox[1][row]
+    write = partial(send, inbox=inbox, slot=slot, index=row)
+    read = partial(receive, inbox, slot, index=row)
     everyone = [jnp.int32(device) for device in range(num_devices)]
-    others = [lax.rem(mine + far, jnp.int32(num_devices)) for far in range(1, num_devices)]
     if takes_two_steps(num_rows, num_devices):
         owner = lax.rem(row, jnp.int32(num_devices))
 
         def add_and_tell() -> Array:
             total = _sum(read(senders=everyone))
-            write(total, peers=others)
+            write(total, distances=range(1, num_devices))
             return total
 
         def be_told() -> Array:
             return read(senders=[owner])[0]
 
-        write(own, peers=[owner])
-        meanwhile()
+        write(own, distances=[lax.rem(owner - mine + num_devices, jnp.int32(num_devices))])
         return [lax.cond(owner == mine, add_and_tell, be_told)]
-    # Of two addends the order does not matter; of more, its own takes its place among them.
-    is_pair = num_devices == 2
-    write(own, peers=others if is_pair else [mine, *others])
-    meanwhile()
-    return [own, *read(senders=others)] if is_pair else read(senders=everyone)
+    if num_devices == 2:
+        # Of two addends the order does not matter.
+        write(own, distances=[1])
+        return [own, *read(senders=[1 - mine])]
+    # Its own takes its place among them.
+    write(own, distances=range(num_devices))
+    return read(senders=everyone)
 
 
 def takes_two_steps(num_rows: int, num_devices: int) -> bool:

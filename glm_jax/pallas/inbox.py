@@ -12,6 +12,7 @@ Why a slot is empty when a row comes:
   their exchange n had ended.
 - A step's first rows: `make_inbox` empties all slots, then holds XLA's barrier between the devices. That
   also keeps a device that is ahead out of memory that another's earlier kernels still use.
+- Kernels change the slots in place, so XLA leaves them where they are, through loops too.
 - After a step's last exchange nobody writes: what was written to a device is what it waited for.
 A device may so be ahead of another by one exchange, and what runs between makes no difference. All
 devices make the same exchanges in the same order; none ends before its rows have come, and since
@@ -27,8 +28,8 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxtyping import Array, BFloat16
+from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array, BFloat16, Int32
 
 from glm_jax.pallas.row_words import UNIT, RowWords
 
@@ -45,10 +46,13 @@ class Inbox(NamedTuple):
     Attributes:
       rows: bfloat16[2, num_devices, T, D], the second dimension by sender.
       turns: int32[T], which half is next for a row; the same on all devices.
+      places: int32[2 * num_devices + 1], where rows lie on this device and those after it, in two words
+        each; and which device this is. Were kernels to ask XLA, the host would tell each in every step.
     """
 
     rows: jax.Ref
     turns: jax.Ref
+    places: Int32[Array, " words"]
 
 
 def make_inbox(num_rows: int, width: int, *, axis_name: str, num_devices: int) -> Inbox:
@@ -78,48 +82,91 @@ def make_inbox(num_rows: int, width: int, *, axis_name: str, num_devices: int) -
         grid_names=("row",),
         kernel_name="empty_inbox",
     )()
-    inbox = Inbox(jax.new_ref(rows), jax.new_ref(turns))
+    rows, turns = jax.new_ref(rows), jax.new_ref(turns)
 
-    def meet(rows_ref: Any, turns_ref: Any) -> None:
-        # A kernel that knows its device is one for which XLA holds the barrier.
-        turns_ref[0] = lax.axis_index(axis_name) * turns_ref[0]
-        _touch(rows_ref)
+    # A kernel that knows its peers is one before which XLA holds the barrier.
+    def meet(rows_ref: Any, places_ref: Any) -> None:
+        _tell_places(rows_ref, places_ref, num_devices)
+        places_ref[2 * num_devices] = lax.axis_index(axis_name)
 
-    plgpu.kernel(meet, out_type=(), grid=(1,), grid_names=("cta",), kernel_name="meet")(*inbox)
-    return inbox
+    (places,) = plgpu.kernel(
+        meet,
+        out_type=[jax.ShapeDtypeStruct((2 * num_devices + 1,), jnp.int32)],
+        grid=(1,),
+        grid_names=("cta",),
+        kernel_name="meet",
+    )(rows)
+    return Inbox(rows, turns, places)
 
 
-def send(row: BFloat16[Array, " D"], ref: Any, peers: Sequence[Array], *, operand: int) -> None:
-    """Writes a row to some devices.
+def _tell_places(rows_ref: Any, places_ref: Any, num_devices: int) -> None:
+    def tell(context: Any, rows_ref: Any, places_ref: Any) -> None:
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        begin, places = utils.memref_ptr(rows_ref), utils.memref_ptr(places_ref)
+        for distance in range(num_devices):
+            after = arith.addi(context.device_id(), utils.c(distance, i32))
+            device = arith.remui(after, utils.c(num_devices, i32))
+            # The rows are the kernel's first operand.
+            found = context.to_remote(begin, device, _kernel_arg_idx=0)
+            code = f"st.global.b64 [$0+{8 * distance}], $1;"
+            place = llvm.ptrtoint(i64, found)
+            utils.inline_ptx(code, places, place, has_side_effects=True)
+
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    inline(tell)(rows_ref, places_ref)
+
+
+def this_device(inbox: Sequence[Any]) -> Array:
+    """Which device this is, in a kernel that has the refs of an inbox."""
+    places_ref = inbox[2]
+    return places_ref[places_ref.shape[0] - 1]
+
+
+def send(
+    row: BFloat16[Array, " D"],
+    inbox: Sequence[Any],
+    slot: Array,
+    index: Array,
+    distances: Sequence[Array | int],
+) -> None:
+    """Writes a row to devices so far after this one, whose slot must be empty.
 
     Args:
-      ref: the slot that the row would have on this device.
-      operand: which of the kernel's the inbox's rows are.
+      inbox: its refs, in the kernel.
+      index: of the row.
     """
     cut = RowWords(row.shape[0])
+    rows_ref, _, places_ref = inbox
 
-    def write(context: Any, row: Any, ref: Any, *peers: Any) -> None:
+    def write(_: Any, row: Any, own_ref: Any, places_ref: Any, *distances: Any) -> None:
+        i64 = ir.IntegerType.get_signless(64)
+        places = utils.memref_ptr(places_ref)
+        own = llvm.load(i64, places)
+        # As far into a peer's rows as on this device.
+        offset = arith.subi(cut.address(utils.memref_ptr(own_ref)), own)
         # No row may have the word that says that a slot is empty.
         largest = _word(_EMPTY - 1)
         pieces = [[arith.minui(word, largest) for word in piece] for piece in cut.split(row)]
-        for peer in (peer.registers.item() for peer in peers):
-            # A store by Pallas itself would be one of two bytes at a time, in jax 0.11.
-            begin = context.to_remote(utils.memref_ptr(ref), peer, _kernel_arg_idx=operand)
-            address = cut.address(begin)
+        for distance in distances:
+            place = utils.getelementptr(places, [distance.registers.item()], i64)
+            address = arith.addi(llvm.load(i64, place), offset)
             for number, piece in enumerate(pieces):
                 code = f"st.relaxed.sys.global{cut.suffix} [$0+{number * cut.step}], {cut.numbered(1)};"
                 utils.inline_ptx(code, address, *piece, has_side_effects=True)
 
-    numbers = [plgpu.Layout.WG_SPLAT] * len(peers)
-    inline: Any = plgpu.inline_mgpu(arg_types=(cut.layout, plgpu.RefType(), *numbers))
-    inline(write)(row, ref, *peers)
+    numbers = [plgpu.Layout.WG_SPLAT] * len(distances)
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(cut.layout, plgpu.RefType(), plgpu.RefType(), *numbers)
+    )
+    own_ref = rows_ref.at[slot, this_device(inbox), index]
+    inline(write)(row, own_ref, places_ref, *(jnp.int32(distance) for distance in distances))
 
 
 def receive(
-    mail: Sequence[Any], slot: Array, senders: Sequence[Array], index: Array
+    inbox: Sequence[Any], slot: Array, senders: Sequence[Array], index: Array
 ) -> list[Array]:
     """A row of each sender, once it is there; their slots are empty then, and it is the others' turn."""
-    rows_ref, turns_ref = mail
+    rows_ref, turns_ref, _ = inbox
     refs = [rows_ref.at[slot, sender, index] for sender in senders]
     found: list[Array] = []
     for first in range(0, len(refs), _TOGETHER):
@@ -195,12 +242,6 @@ def _poll(cut: RowWords, count: int) -> str:
             "}",
         ]
     )
-
-
-def _touch(ref: Any) -> None:
-    """Says to XLA that a kernel uses ref."""
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    inline(lambda _, ref: None)(ref)
 
 
 def _word(bits: int) -> Any:
