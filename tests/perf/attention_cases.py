@@ -138,6 +138,7 @@ def write_and_attend_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterato
                 * (2 * length * _HEAD + (2 * heads + 2 * sizes.query_groups + 2) * _HEAD),
                 is_timed_alone=True,
                 operations=4 * rows * length * sizes.query_groups * _HEAD,
+                peers=peers.write_and_attend(rows, length, sizes.query_groups),
             )
 
 
