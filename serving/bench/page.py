@@ -224,7 +224,7 @@ def _medians(
 
 def _kernels(result: Result, path: Path) -> Iterator[str]:
     head = (
-        "kernel", "shape", "error", "µs", "of the floor", "copy of as much, µs",
+        "kernel", "shape", "error", "µs (in a graph)", "of the floor", "copy of as much, µs",
         "best alternative, µs",
     )  # fmt: skip
     yield from _table(head, map(_kernel_cells, result["results"]))
@@ -237,14 +237,21 @@ def _kernel_cells(found: Result) -> Sequence[str]:
     others = {name: times["us"] for name, times in found["alternatives"].items()}
     best = min((others | found["peers_us"]).items(), key=lambda item: item[1], default=None)
     wrong = "" if found["is_right"] else " **wrong**"
+
+    def graph(times: Result) -> str:
+        return f"{times['us_graph']:.1f}" if "us_graph" in times else ""
+
+    ours = graph(found)
+    theirs = "" if best is None else graph(found.get("peers", {}).get(best[0], {}))
+    in_graph = f", {theirs} in a graph" * bool(theirs)
     return (
         *cells,
         f"{found['error']:.1e}{wrong}",
-        f"{found['us']:.1f}",
+        f"{found['us']:.1f}" + f" ({ours})" * bool(ours),
         f"{found['floor_us'] / found['us']:.0%}",
         # Measured since 2026-11-29.
         f"{found['small_floor_us']:.1f}" if "small_floor_us" in found else "-",
-        "-" if best is None else f"{best[1]:.1f} ({best[0]})",
+        "-" if best is None else f"{best[1]:.1f} ({best[0]}{in_graph})",
     )
 
 
@@ -285,6 +292,7 @@ def _card_conditions(result: Result, path: Path) -> Iterator[str]:
     if "empty_kernel_us" in result:
         yield "A copy of as much moves as many bytes by itself, from a cold L2 cache, or is an empty"
         yield f"kernel ({result['empty_kernel_us']:.1f} µs) where that takes longer."
+        yield "In a graph a call has the gaps between its kernels too; else they are left out, ours and others'."
     if others := result.get("others"):
         yield f"Alternatives were measured {others['date']} at commit {others['commit']} on {others['device']}."
     yield f"Command: `{result['command']}`. File: `results/{path.name}`."
