@@ -15,6 +15,7 @@ from jaxtyping import Array
 from glm_jax.pallas.decode_cut import (
     FP8,
     HEAD_DIM,
+    LOWEST,
     WHOLE_ROWS,
     Answers,
     Cut,
@@ -22,13 +23,12 @@ from glm_jax.pallas.decode_cut import (
     load,
     nothing_of_rows,
     put,
-    where_below,
 )
 
 _FP8_MAX = 448.0
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-# Partial answers that are under way at a time.
-_AHEAD = 8
+# Partial answers that are under way at a time, the first of these that is enough or else the last.
+_AHEAD = 2, 4, 8
 
 
 def result_types(cut: Cut, is_quantized: bool) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -69,8 +69,22 @@ def combine(
     """
 
     def by(is_leaves: bool) -> None:
+        config = cut.config
+        per_split = config.leaves_per_split if is_leaves else 1
+        size = config.leaf_size if is_leaves else config.split_size
+        num_parts = (last + size) // size
+        steps = sorted({max(ahead // per_split, 1) * per_split for ahead in _AHEAD})
+        # As few as there are at least: what is past the end is folded too, for nothing.
+        for fewer, step_size in zip([-1, *steps], steps, strict=False):
+            is_enough = (num_parts <= step_size) | (step_size == steps[-1])
+            pl.when((num_parts > fewer) & is_enough)(
+                lambda step_size=step_size: fold_all(num_parts, per_split, step_size)
+            )
+
+    def fold_all(num_parts: Array, per_split: int, step_size: int) -> None:
         for token in range(cut.num_tokens):
-            answers = _fold_parts(cut, (row, kv_head), token, last, partials, is_leaves)
+            parts = num_parts, per_split, step_size
+            answers = _fold_parts(cut, (row, kv_head), token, partials, *parts)
             _write(cut, (row, kv_head), token, answers, results, smem)
         if cut.token_rows != cut.query_groups:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -84,12 +98,15 @@ def combine(
 
 
 def _fold_parts(
-    cut: Cut, at: tuple[Array, Array], token: int, last: Array, partials: Any, is_leaves: bool
+    cut: Cut,
+    at: tuple[Array, Array],
+    token: int,
+    partials: Any,
+    num_parts: Array,
+    per_split: int,
+    step_size: int,
 ) -> Answers:
-    size = cut.config.leaf_size if is_leaves else cut.config.split_size
-    per_split = cut.config.leaves_per_split if is_leaves else 1
-    step_size = max(_AHEAD // per_split, 1) * per_split
-    num_parts = (last + size) // size
+    """Folds num_parts partial answers, step_size at a time: per_split of them to a split, then those."""
     rows = pl.ds(token * cut.query_groups, cut.token_rows)
 
     def visit(step: Array, carry: Answers) -> Answers:
@@ -99,19 +116,26 @@ def _fold_parts(
             load(partials, rows, (*at, jnp.minimum(first + i, num_parts - 1)))
             for i in range(step_size)
         ]
-        found = [where_below(first + i, num_parts, some) for i, some in enumerate(found)]
+        found = [_silenced_from(first + i, num_parts, answers) for i, answers in enumerate(found)]
         for split in range(0, step_size, per_split):
             if per_split == 1:
                 carry = fold(carry, found[split])
                 continue
-            of_split = nothing_of_rows(cut.token_rows)
-            for of_leaf in found[split : split + per_split]:
+            of_split, *others = found[split : split + per_split]
+            for of_leaf in others:
                 of_split = fold(of_split, of_leaf)
             carry = fold(carry, of_split)
         return carry
 
     num_steps = (num_parts + step_size - 1) // step_size
     return lax.fori_loop(0, num_steps, visit, nothing_of_rows(cut.token_rows))
+
+
+def _silenced_from(number: Array, limit: Array, answers: Answers) -> Answers:
+    """Answers, which weigh nothing beside others if number >= limit."""
+    largest, total, out = answers
+    is_there = jnp.full(largest.shape, number, jnp.int32) < limit
+    return jnp.where(is_there, largest, LOWEST), total, out
 
 
 def _write(

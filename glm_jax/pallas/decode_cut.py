@@ -176,7 +176,10 @@ def fold(carry: Answers, more: Answers) -> Answers:
     """Adds a softmax over some keys to that over the keys before them."""
     (largest, total, out), (more_largest, more_total, more_out) = carry, more
     new_largest = jnp.maximum(largest, more_largest)
-    fade, share = jnp.exp2(largest - new_largest), jnp.exp2(more_largest - new_largest)
+    # One of the two stays as it is: an exponential for both.
+    is_less = largest < more_largest
+    less = jnp.exp2(jnp.minimum(largest, more_largest) - new_largest)
+    fade, share = jnp.where(is_less, less, 1.0), jnp.where(is_less, 1.0, less)
     out = out * lax.broadcast_in_dim(fade, out.shape, [0])
     out = out + more_out * lax.broadcast_in_dim(share, out.shape, [0])
     return new_largest, total * fade + more_total * share, out

@@ -5,6 +5,7 @@ the warps share out a tile's keys, keep a softmax and a sum each (warp_products)
 order once a leaf. The same code serves sm90 and sm100.
 """
 
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from jaxlib.mlir import ir
 from jaxtyping import Array, Int32
 
 from glm_jax.pallas.decode_cut import (
-    FP8,
     HEAD_DIM,
     SCALE,
     Answers,
@@ -34,7 +34,7 @@ from glm_jax.pallas.decode_write import NewToken
 from glm_jax.pallas.warp_products import ROWS, WarpProducts
 
 # Not put off, moved or left out.
-_LOAD = "ld.volatile.global.b32 $0, [$1];"
+_LOAD = "ld.global.b32 $0, [$1];"
 _SCALAR = plgpu.Layout.WG_SPLAT
 
 
@@ -221,6 +221,7 @@ def attend_part(
     span = cut.choose(last, [jnp.int32(size) for size in cut.spans])
     first = part.number * span
     num_tiles = jnp.minimum(span, last + 1 - first + tile - 1) // tile
+    turning: Any = None
     if new is None:
         for token in range(cut.num_tokens):
             plgpu.copy_gmem_to_smem(
@@ -229,7 +230,7 @@ def attend_part(
                 scratch.query_barrier,
             )
     else:
-        new.fetch(row, part.kv_head)
+        turning = new.fetch(row, part.kv_head, layer)
 
     def fetch(index: Array, pages: list[Array]) -> None:
         slot = lax.rem(index, config.stages)
@@ -243,27 +244,44 @@ def attend_part(
                     gmem.at[layer, page, part.kv_head], smem.at[slot, at], barrier.at[slot]
                 )
 
+    def pages_of(index: Array | int) -> list[Array]:
+        places = _places_of_tile(cut, first + index * tile)
+        return [_page(inputs, inputs.page_table[row, at]) for at in places]
+
     firsts = [
         [cut.choose(last, choice) for choice in zip(*page, strict=True)]
         for page in zip(*part.ahead, strict=True)
     ]
+
+    def new_place() -> tuple[Any, ...]:
+        position = jnp.maximum(last, 0)
+        word = inputs.page_table[row, position // cut.page_size]
+        at = pl.ds(position % cut.page_size, 1)
+        return layer, _page(inputs, word), part.kv_head, at
+
     # A tile that is still to be written comes last.
     is_owner = (last >= 0) & (last < first + span)
     num_ready = num_tiles if new is None else num_tiles - is_owner.astype(jnp.int32)
+
+    def fetch_firsts(is_time: Callable[[int], Array], before: Callable[[], None]) -> None:
+        for index, pages in enumerate(firsts):
+
+            @pl.when(is_time(index))
+            def _fetch(index: int = index, pages: list[Array] = pages) -> None:
+                before()
+                fetch(jnp.int32(index), pages)
+
     # Every place is filled before anything is waited for.
-    for index, some in enumerate(firsts):
-        pl.when(index < num_ready)(lambda index=index, some=some: fetch(jnp.int32(index), some))
+    fetch_firsts(lambda index: index < num_ready, lambda: None)
     if new is None:
         plgpu.barrier_wait(scratch.query_barrier)
     else:
-        q_smem = new.turn(row, layer).at[pl.ds(0, query_rows)]
-        word = inputs.page_table[row, jnp.maximum(last, 0) // cut.page_size]
-        place = pl.ds(jnp.maximum(last, 0) % cut.page_size, 1)
-        place = (layer, _page(inputs, word), part.kv_head, place)
-        new.store(is_owner, inputs.k_pages.at[place], inputs.v_pages.at[place])
-        for index, some in enumerate(firsts):
-            is_held = (index >= num_ready) & (index < num_tiles)
-            pl.when(is_held)(lambda index=index, some=some: fetch(jnp.int32(index), some))
+        place = new_place()
+        places = inputs.k_pages.at[place], inputs.v_pages.at[place]
+        q_smem = new.turn(turning, is_owner, *places).at[pl.ds(0, query_rows)]
+        fetch_firsts(
+            lambda index: (index >= num_ready) & (index < num_tiles), new.wait_until_written
+        )
     queries = plgpu.load(q_smem, layout=products.query_layout, optimized=False)
     products.keep(queries, kept_smem)
     row_of, column_of = (
@@ -278,16 +296,11 @@ def attend_part(
             last_visible = jnp.where(is_earlier, row_positions[token], last_visible)
         return start + row_of // query_rows * warp_keys + column_of <= last_visible
 
-    silenced = plgpu.Layout.WGMMA_UPCAST_2X if cut.cache_dtype == FP8 else plgpu.Layout.WGMMA
-
     def silence(start: Array, values_smem: Any) -> None:
         # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
         @pl.when(start + tile > last + 1)
         def _silence() -> None:
-            values = plgpu.load(values_smem, layout=silenced)
-            key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=silenced)
-            wide = jnp.where(start + key <= last, values.astype(jnp.float32), 0.0)
-            values_smem[...] = wide.astype(values.dtype)
+            products.silence(values_smem, last + 1 - start)
             plgpu.commit_smem()
 
     def visit(index: Array, carry: Any, *, is_masked: bool) -> Any:
@@ -297,10 +310,13 @@ def attend_part(
         ahead = index + config.stages - 1
         # Where the next copies go, the tile before may still be read.
         plgpu.commit_smem()
+        if new is not None:
+            # Before the last tile is copied, and before warps' answers take the place of its key.
+            is_time = index == min(tiles_per_leaf - 1, 1)
+            pl.when(is_owner & is_time)(new.wait_until_written)
         pl.when((index > 0) & (ahead < num_tiles))(lambda: fetch(ahead, pages))
         # For the next tile's turn to fetch, by when they are here.
-        places = _places_of_tile(cut, first + (ahead + 1) * tile)
-        pages = [_page(inputs, inputs.page_table[row, at]) for at in places]
+        pages = pages_of(ahead + 1)
         plgpu.barrier_wait(scratch.key_barrier.at[slot])
         scores = products.scores(kept_smem, scratch.keys.at[slot])
         if is_masked:

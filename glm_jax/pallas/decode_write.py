@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from glm_jax.pallas.token_heads import Scratch, TokenHeads
+from glm_jax.pallas.token_heads import Scratch, TokenHeads, Turning
 
 # What copies have written, other copies of this CTA read.
 _BETWEEN_COPIES = "fence.proxy.async;"
@@ -44,27 +44,29 @@ class NewToken:
     barrier: Any
     interpret: bool
 
-    def fetch(self, row: Array, kv_head: Array) -> None:
-        """Starts copying the token's heads."""
+    def fetch(self, row: Array, kv_head: Array, layer: Array) -> Turning:
+        """Starts copying the token's heads, and loads what turning them takes."""
         self.heads.fetch(self.refs.qkv.at[row, 0, kv_head], self.scratch, self.barrier)
+        return self.heads.load(self.refs.angles.at[row, 0], self.refs.norms, layer)
 
-    def turn(self, row: Array, layer: Array) -> Any:
-        """Makes queries, key and value; returns where the queries are, rows of bfloat16, committed."""
-        angles, norms = self.refs.angles.at[row, 0], self.refs.norms
-        self.heads.turn(angles, norms, layer, self.scratch, self.barrier)
+    def turn(self, turning: Turning, is_here: Array, k_place: Any, v_place: Any) -> Any:
+        """Makes queries, and where is_here starts writing key and value.
+
+        Returns where the queries are, rows of bfloat16, committed.
+        """
+        plgpu.barrier_wait(self.barrier)
+        self.heads.turn_queries(turning, self.scratch)
+        pl.when(is_here)(lambda: self.heads.turn_key(turning, self.scratch))
         plgpu.commit_smem()
+        pl.when(is_here)(lambda: self.heads.store(self.scratch, k_place, v_place))
         return self.scratch.turned
 
-    def store(self, is_here: Array, k_place: Any, v_place: Any) -> None:
-        """Writes key and value where is_here; copies that start after it find them there."""
-
-        @pl.when(is_here)
-        def _store() -> None:
-            self.heads.store(self.scratch, k_place, v_place)
-            plgpu.wait_smem_to_gmem(0)
-            if not self.interpret:
-                inline: Any = plgpu.inline_mgpu()
-                inline(_fence)()
+    def wait_until_written(self) -> None:
+        """Copies that start after this find key and value there."""
+        plgpu.wait_smem_to_gmem(0)
+        if not self.interpret:
+            inline: Any = plgpu.inline_mgpu()
+            inline(_fence)()
 
 
 def _fence(_: Any) -> None:

@@ -93,7 +93,10 @@ def _kernel(qkv_shape, cache_dtype, page_size, rotary_dim, eps, has_norms, inter
         row, column = token // num_tokens, token % num_tokens
         layer = layer_gmem[0]
         of_token.fetch(qkv_gmem.at[row, column, kv_head], scratch, barrier)
-        of_token.turn(table_gmem.at[row, column], norms, layer, scratch, barrier)
+        turning = of_token.load(table_gmem.at[row, column], norms, layer)
+        plgpu.barrier_wait(barrier)
+        of_token.turn_queries(turning, scratch)
+        of_token.turn_key(turning, scratch)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
             scratch.turned.at[pl.ds(0, query_groups)], q_gmem.at[row, column, kv_head]

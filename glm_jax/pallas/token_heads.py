@@ -15,6 +15,7 @@ from jaxtyping import Array, Float32
 
 HEAD_DIM = 128
 _FP8_MAX = 448.0
+_WARPS = 4
 # A warp takes a head at a time, its lanes 32 neighbors: partners of the rotation, half a rotary width
 # apart, then sit in one thread, and a head's norm is a sum over the lanes.
 _ROWS = plgpu.Layout.TILED(
@@ -31,6 +32,14 @@ class Scratch(NamedTuple):
     heads: Any
     turned: Any
     kept: Any
+
+
+class Turning(NamedTuple):
+    """Cosines and sines [half], and the norms' weights of each piece of a head."""
+
+    cos: Array
+    sin: Array
+    weights: list[list[Array]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +65,7 @@ class TokenHeads:
         return self.query_groups + 2
 
     def scratch_types(self) -> Scratch:
-        tile = (max(pl.cdiv(self.num_heads, 4) * 4, self.least_rows), HEAD_DIM)
+        tile = (max(pl.cdiv(self.num_heads, _WARPS) * _WARPS, self.least_rows), HEAD_DIM)
         kept = tile if self._is_fp8 else (1, 32)
         return Scratch(
             plgpu.SMEM(tile, jnp.bfloat16, transforms=_IN_ORDER),
@@ -68,55 +77,73 @@ class TokenHeads:
         """Copies a token's heads, a ref of [heads, HEAD_DIM]."""
         plgpu.copy_gmem_to_smem(token, scratch.heads.at[pl.ds(0, self.num_heads)], barrier)
 
-    def turn(
-        self, angles: Any, norms: tuple[Any, ...], layer: Array, scratch: Scratch, barrier: Any
-    ) -> None:
-        """Norms and rotates queries and key, once they have come. Whoever reads scratch commits it first.
+    def load(self, angles: Any, norms: tuple[Any, ...], layer: Array) -> Turning:
+        """What turning takes beside heads.
 
         Args:
           angles: ref of [2, half], cosines and sines.
           norms: none, or refs of [L, HEAD_DIM] for queries and keys.
         """
-        half = self.rotary_dim // 2
-        # Pieces of a head: the two that turn into each other, then what passes through.
-        pieces = [pl.ds(0, half), pl.ds(half, half)]
-        if self.rotary_dim < HEAD_DIM:
-            pieces.append(pl.ds(self.rotary_dim, HEAD_DIM - self.rotary_dim))
         cos, sin = (_vector(angles.at[i]) for i in range(2))
-        weights = [[_vector(norm.at[layer, piece]) for norm in norms] for piece in pieces]
-        plgpu.barrier_wait(barrier)
+        weights = [[_vector(norm.at[layer, piece]) for norm in norms] for piece in self._pieces]
+        return Turning(cos, sin, weights)
+
+    def turn_queries(self, by: Turning, scratch: Scratch) -> None:
+        """Norms and rotates queries. Whoever reads scratch commits it first."""
+        rows = pl.ds(0, pl.cdiv(self.query_groups, _WARPS) * _WARPS)
+        for piece, x in zip(self._pieces, self._turned(by, scratch, rows), strict=True):
+            scratch.turned[rows, piece] = x.astype(jnp.bfloat16)
+
+    def turn_key(self, by: Turning, scratch: Scratch) -> None:
+        """The key likewise, and the value as it is, both as the cache keeps them."""
+        first = self.query_groups // _WARPS * _WARPS
+        rows = pl.ds(first, pl.cdiv(self.num_heads, _WARPS) * _WARPS - first)
+        for piece, x in zip(self._pieces, self._turned(by, scratch, rows), strict=True):
+            if self._is_fp8:
+                kept = jnp.clip(x, -_FP8_MAX, _FP8_MAX).astype(self.cache_dtype)
+                scratch.kept[rows, piece] = kept
+            else:
+                scratch.turned[rows, piece] = x.astype(jnp.bfloat16)
+
+    def _turned(self, by: Turning, scratch: Scratch, rows: Any) -> list[Array]:
+        """Pieces of some rows' heads."""
         heads = [
-            plgpu.load(scratch.heads.at[:, piece], layout=_ROWS).astype(jnp.float32)
-            for piece in pieces
+            plgpu.load(scratch.heads.at[rows, piece], layout=_ROWS).astype(jnp.float32)
+            for piece in self._pieces
         ]
         turned = list(heads)
-        if norms:
+        if by.weights[0]:
             squares = sum((x * x).sum(axis=1) for x in heads)
             inverse = lax.rsqrt(squares / HEAD_DIM + self.eps)
             turned = []
-            for of_piece, x in zip(weights, heads, strict=True):
+            for of_piece, x in zip(by.weights, heads, strict=True):
                 q_weight, k_weight = (_along_heads(weight, x) for weight in of_piece)
-                weight = jnp.where(_head_of(x) < self.query_groups, q_weight, k_weight)
+                weight = jnp.where(_head_of(x, rows) < self.query_groups, q_weight, k_weight)
                 normed = _rounded(x * lax.broadcast_in_dim(inverse, x.shape, [0]))
                 turned.append(_rounded(normed * weight))
         first, second = turned[:2]
-        cos, sin = _along_heads(cos, first), _along_heads(sin, first)
+        cos, sin = _along_heads(by.cos, first), _along_heads(by.sin, first)
         turned[:2] = [
             _rounded(_rounded(first * cos) - _rounded(second * sin)),
             _rounded(_rounded(second * cos) + _rounded(first * sin)),
         ]
-        for piece, x, original in zip(pieces, turned, heads, strict=True):
-            x = jnp.where(_head_of(x) <= self.query_groups, x, original)
-            scratch.turned[:, piece] = x.astype(jnp.bfloat16)
-            if self._is_fp8:
-                kept = jnp.clip(x, -_FP8_MAX, _FP8_MAX).astype(self.cache_dtype)
-                scratch.kept[:, piece] = kept
+        return [
+            jnp.where(_head_of(x, rows) <= self.query_groups, x, original)
+            for x, original in zip(turned, heads, strict=True)
+        ]
 
     def store(self, scratch: Scratch, k_place: Any, v_place: Any) -> None:
         """Starts copying key and value, refs of [1, HEAD_DIM], once scratch is committed."""
         kept = scratch.kept if self._is_fp8 else scratch.turned
         for head, place in enumerate((k_place, v_place), self.query_groups):
             plgpu.copy_smem_to_gmem(kept.at[pl.ds(head, 1)], place)
+
+    @property
+    def _pieces(self) -> list[Any]:
+        """Pieces of a head: the two that turn into each other, then what passes through."""
+        half, rest = self.rotary_dim // 2, HEAD_DIM - self.rotary_dim
+        pieces = [pl.ds(0, half), pl.ds(half, half)]
+        return [*pieces, pl.ds(self.rotary_dim, rest)] if rest else pieces
 
     @property
     def _is_fp8(self) -> bool:
@@ -143,5 +170,5 @@ def _along_heads(vector: Array, like: Array) -> Array:
     return lax.broadcast_in_dim(vector, like.shape, [1])
 
 
-def _head_of(like: Array) -> Array:
-    return plgpu.broadcasted_iota(jnp.int32, like.shape, 0, layout=_ROWS)
+def _head_of(like: Array, rows: Any) -> Array:
+    return rows.start + plgpu.broadcasted_iota(jnp.int32, like.shape, 0, layout=_ROWS)

@@ -53,6 +53,7 @@ cvt.rn.f16x2.e4m3x2 $0, low;
 cvt.rn.f16x2.e4m3x2 $1, high;
 }"""
 _LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+_ZERO = "@$1 st.shared.v4.b32 [$0], {0, 0, 0, 0};"
 _MMA = (
     "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
     "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
@@ -166,6 +167,19 @@ class WarpProducts:
             ),
         )
         return inline(lambda _, *operands: self._emit_add(*operands))(out, shares, values)
+
+    def silence(self, values: Any, first: Array) -> None:
+        """Zeros in place of a tile's values from key `first` on; who reads them commits them first."""
+        if self.interpret:
+            is_there = jnp.arange(self.tile_size)[:, None] < first
+            values[...] = jnp.where(is_there, values[...].astype(jnp.float32), 0.0).astype(
+                self.cache_dtype
+            )
+            return
+        inline: Any = plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(self.transforms), plgpu.Layout.WG_SPLAT)
+        )
+        inline(lambda _, *operands: self._emit_silence(*operands))(values, first)
 
     @property
     def _is_fp8(self) -> bool:
@@ -293,6 +307,23 @@ class WarpProducts:
                             answers[index], lhs[4 * step : 4 * step + 4], block
                         )
         return _fragmented(self._pack(answers), out.registers.shape, out.layout)
+
+    def _emit_silence(self, values: Any, first: Any) -> None:
+        """Emits stores of zeros; a thread has a key, whose lines are whole whatever the swizzle."""
+        i32 = ir.IntegerType.get_signless(32)
+        key = arith.remui(utils.thread_idx(), utils.c(_WARPS * 32, i32))
+        is_in = arith.cmpi(arith.CmpIPredicate.ult, key, utils.c(self.tile_size, i32))
+        is_late = arith.cmpi(arith.CmpIPredicate.sge, key, first.registers.item())
+        is_mine = arith.andi(is_in, is_late)
+        atom = arith.muli(arith.divui(key, utils.c(8, i32)), utils.c(self._lines * _ATOM, i32))
+        line = arith.muli(arith.remui(key, utils.c(8, i32)), utils.c(_LINE, i32))
+        place = _at(utils.memref_ptr(values), arith.addi(atom, line))
+        address = llvm.ptrtoint(i32, place)
+        for number in range(self._lines):
+            for chunk in range(0, _LINE, _LANE_BYTES):
+                offset = utils.c(number * _ATOM + chunk, i32)
+                at = arith.addi(address, offset)
+                utils.inline_ptx(_ZERO, at, is_mine, has_side_effects=True)
 
     def _values(self, place: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
         """Operands of 16 keys by eight places in the head each, from 16 keys by 32 bytes."""
