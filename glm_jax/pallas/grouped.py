@@ -128,7 +128,7 @@ def product(
             for index, (out, (_, side)) in enumerate(zip(outs, sides, strict=True))
         ]
         walk = _Walk(config, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
-        loads = _Loads(config, side_refs, layer_ref[0] + shift, scratch)
+        loads = _Loads(config, side_refs, layer_ref[0] + shift, scratch, halves)
 
         streams = _streams_of(walk, loads, combine_halves)
         # Read ahead: when all have met, nothing else is to be waited for.
@@ -141,18 +141,21 @@ def product(
             first = lax.axis_index("cta") * warpgroups + lax.axis_index("warpgroup")
             quantize_groups(in_use, outs, quantized, first, num_ctas * warpgroups)
 
+    stage_halves = 1 if config.is_stacked else halves
     scratch = fp8_product.scratch_types(
         chip,
         config,
         [side.values.shape[-1] for _, side in sides],
-        halves=halves,
+        halves=stage_halves,
         num_copies=halves + 1,
         num_scale_copies=halves + 1,
         interpret=interpret,
     )
     all_rows = config.cta_rows
     scratch["token_scales"] = fp8_product.token_scales(config)
-    scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, halves, all_rows), jnp.float32)
+    scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, stage_halves, all_rows), jnp.float32)
+    if config.is_stacked:
+        scratch["stacked"] = plgpu.SMEM((2 * config.rows, config.store_tokens), jnp.float32)
     if counters:
         out_types += [out for each in out_types for out in quantized_types(*each.shape)]
     kernel = fp8_product.launch(
@@ -224,16 +227,26 @@ class _Loads:
     """The copies of a place, from the refs of its side."""
 
     def __init__(
-        self, config: TuningConfig, sides: list[_Side], layer: jax.Array, scratch: dict[str, Any]
+        self,
+        config: TuningConfig,
+        sides: list[_Side],
+        layer: jax.Array,
+        scratch: dict[str, Any],
+        halves: int,
     ) -> None:
         self.config = config
         self.sides = sides
         self.layer = layer
         self.scratch = scratch
-        self.halves = scratch["row_scales"].shape[1]
+        self.halves = halves
 
     def index(self, side: _Side, place: _Place, half: int) -> jax.Array:
         return (self.layer * side.num_experts + place.expert) * self.halves + half
+
+    def place_of(self, half: int, count: int) -> tuple[int, Any]:
+        """Where in a stage so many rows of a half are: below the other's, or beside them."""
+        is_stacked = self.config.is_stacked
+        return (0, pl.ds(half * count, count)) if is_stacked else (half, pl.ds(0, count))
 
     def fetch_weights(
         self, place: _Place, step: jax.Array, weights: list[Any], barrier: Any
@@ -247,7 +260,7 @@ class _Loads:
                 for half in range(self.halves):
                     plgpu.copy_gmem_to_smem(
                         side.values.at[self.index(side, place, half), rows, columns],
-                        _of(side, weights).at[half, pl.ds(0, self.config.tile_rows)],
+                        _of(side, weights).at[self.place_of(half, self.config.tile_rows)],
                         barrier,
                     )
 
@@ -264,7 +277,8 @@ class _Loads:
                 )
 
     def fetch_scales(self, place: _Place, slot: jax.Array, barrier: Any) -> None:
-        rows = pl.ds(place.row, self.config.cta_rows)
+        count = self.config.tile_rows if self.config.is_stacked else self.config.cta_rows
+        rows = pl.ds(place.row, count)
         for is_shared, side in enumerate(self.sides):
 
             @pl.when(place.is_shared == bool(is_shared))
@@ -277,7 +291,7 @@ class _Loads:
                 for half in range(self.halves):
                     plgpu.copy_gmem_to_smem(
                         side.scales.at[self.index(side, place, half), rows],
-                        self.scratch["row_scales"].at[slot, half],
+                        self.scratch["row_scales"].at[(slot, *self.place_of(half, count))],
                         barrier,
                     )
 
@@ -296,7 +310,8 @@ def _streams_of(
     def finish(
         slot: jax.Array, row: jax.Array | int, first: int, products: list[jax.Array]
     ) -> jax.Array:
-        return combine_halves(_scaled(loads.scratch, slot, row, first, products))
+        scaled = _scaled(loads.scratch, slot, row, first, products)
+        return combine_halves(_unstacked(loads.scratch, *scaled) if config.is_stacked else scaled)
 
     def send(place: _Place, warpgroup: jax.Array, first: int, staged: Any) -> None:
         row = place.row + config.first_row(warpgroup)
@@ -342,3 +357,18 @@ def _scaled(
         row_scales = scratch["row_scales"][slot, half, mine]
         scaled.append(values * token_scales * lax.broadcast_in_dim(row_scales, shape, (0,)))
     return scaled
+
+
+def _unstacked(scratch: dict[str, Any], stacked: jax.Array) -> list[jax.Array]:
+    """Both halves of rows that are stacked, each followed by as many others that mean nothing.
+
+    Rows cannot leave their warp but through memory.
+    """
+    rows, memory = stacked.shape[0], scratch["stacked"]
+    for copy in range(2):
+        memory[pl.ds(copy * rows, rows)] = stacked
+    plgpu.commit_smem()
+    below = plgpu.load(
+        memory.at[pl.ds(rows // 2, rows)], layout=plgpu.Layout.WGMMA, optimized=False
+    )
+    return [stacked, below]

@@ -36,6 +36,8 @@ class TuningConfig:
         other, or a warpgroup, which arrives 128 times and meets before each. Only for sm90: on sm100 it
         is always one.
       ctas_per_sm: how many CTAs, each with so much less room, share an SM.
+      is_stacked: whether rows of two halves, gate above up, share a warpgroup's rows, in tiles of half as
+        many: finer tiles with as much in flight.
     """
 
     tokens: int
@@ -48,6 +50,7 @@ class TuningConfig:
     store: int | None = None
     is_fed_by_warp: bool = False
     ctas_per_sm: int = 1
+    is_stacked: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens not in (8, 16, 32, 64, 128, 256):
@@ -64,6 +67,8 @@ class TuningConfig:
             raise ValueError(f"fill={self.fill} is no multiple of 8 up to 64")
         if self.fill and self.warpgroups != 1:
             raise ValueError(f"fill={self.fill} is for one warpgroup alone")
+        if self.is_stacked and (self.rows != 64 or self.fill != 32):
+            raise ValueError(f"is_stacked is for 32 of 64 rows, {self.rows=}, {self.fill=}")
         if self.step % LINE or not LINE <= self.step <= 8 * LINE:
             raise ValueError(f"step={self.step} is no multiple of {LINE} up to {8 * LINE}")
         if self.takes_turns and self.warpgroups != 2:

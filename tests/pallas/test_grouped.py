@@ -174,9 +174,13 @@ def test_ways_to_cut_the_work_make_the_same_bits() -> None:
     wide = TuningConfig(tokens=32, rows=64, stages=2, step=256)
     by_warp = TuningConfig(tokens=32, rows=64, stages=3, ctas_per_sm=2, is_fed_by_warp=True)
     turns = TuningConfig(tokens=32, rows=64, warpgroups=2, stages=2, takes_turns=True, store=16)
-    for run_of in (hidden, answers):
+    stacked = TuningConfig(tokens=32, rows=64, stages=3, fill=32, is_stacked=True)
+    for run_of, others in (
+        (hidden, (wide, by_warp, turns, stacked)),
+        (answers, (wide, by_warp, turns)),
+    ):
         expected = run_of(plain)
-        for config in (wide, by_warp, turns):
+        for config in others:
             for out, want in zip(run_of(config), expected, strict=True):
                 np.testing.assert_array_equal(out, want)
 
