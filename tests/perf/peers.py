@@ -73,8 +73,8 @@ def attention(rows: int, tokens: int, length: int, heads: int) -> dict[str, Peer
 
 def write_and_attend(rows: int, length: int, heads: int) -> dict[str, Peer]:
     """Head norms, rotary, the write, attention and quantization of one token a row."""
-    of_torch = partial(_write_and_attend, rows, length, heads)
-    return _there({"torch.compile, sdpa": of_torch}, {})
+    both = partial(_of_module, "triton_peers", "write_and_attend", rows, length, heads)
+    return _there({}, {"Triton, torch sdpa": both})
 
 
 def norm(tokens: int, width: int) -> dict[str, Peer]:
@@ -178,52 +178,6 @@ def _sdpa(rows: int, tokens: int, length: int, heads: int, layers: int) -> Made:
 
     def call(layer: int) -> Any:
         return attend(q, *caches[layer], is_causal=tokens > 1, enable_gqa=True)
-
-    return Made({"": call})
-
-
-def _write_and_attend(rows: int, length: int, heads: int, layers: int) -> Made:
-    """Compiled but for attention itself, over bfloat16 keys that lie in one piece."""
-    torch = _torch()
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def normed(x: Any, weight: Any) -> Any:
-        wide = x.float()
-        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + _EPS)
-        return wide.bfloat16() * weight
-
-    def turned(x: Any, cos: Any, sin: Any) -> Any:
-        first, second, rest = x[..., :32].float(), x[..., 32:64].float(), x[..., 64:]
-        both = (first * cos - second * sin, second * cos + first * sin)
-        return torch.cat([*(part.bfloat16() for part in both), rest], -1)
-
-    def write(
-        qkv: Any, norms: Any, cos: Any, sin: Any, row: Any, position: Any, keys: Any, values: Any
-    ) -> Any:
-        keys[row, 0, position] = turned(normed(qkv[:, heads], norms[1]), cos, sin)
-        values[row, 0, position] = qkv[:, heads + 1]
-        return turned(normed(qkv[:, :heads], norms[0]), cos[:, None], sin[:, None])
-
-    def quantize(x: Any) -> Any:
-        wide = x.reshape(rows, -1).float()
-        scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448.0
-        return (wide / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
-
-    write, quantize = (torch.compile(part, dynamic=False) for part in (write, quantize))
-
-    def draw(*shape: int) -> Any:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    qkv, norms = draw(rows, heads + 2, 128), draw(layers, 2, 128)
-    caches = [(draw(rows, 1, length, 128), draw(rows, 1, length, 128)) for _ in range(layers)]
-    angles = torch.rand(rows, 32, device="cuda")
-    cos, sin = angles.cos(), angles.sin()
-    row = torch.arange(rows, device="cuda")
-    position = torch.full((rows,), length - 1, device="cuda")
-
-    def call(layer: int) -> Any:
-        q = write(qkv, norms[layer], cos, sin, row, position, *caches[layer])
-        return quantize(attend(q[:, :, None], *caches[layer], enable_gqa=True))
 
     return Made({"": call})
 

@@ -275,6 +275,38 @@ def combine(
     tl.store(out + token * N + columns, acc.to(tl.bfloat16))
 
 
+@triton.jit(do_not_specialize=["length"])
+def write_heads(
+    qkv, q_norm, k_norm, cos, sin, positions, q, keys, values, length, H: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """A row's queries, normed and turned; its key, treated so, and its value where they belong."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    dims = tl.arange(0, D)
+    partner = tl.where(dims < 2 * HALF, dims ^ HALF, dims)
+    source = qkv + (row * (H + 2) + head) * D
+    x = tl.load(source + dims)
+    place = (row * length + tl.load(positions + row)) * D + dims
+    if head <= H:
+        norm = q_norm if head < H else k_norm
+        wide, other = x.to(tl.float32), tl.load(source + partner).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(wide * wide, 0) / D + EPS)
+        wide = (wide * factor).to(tl.bfloat16).to(tl.float32)
+        other = (other * factor).to(tl.bfloat16).to(tl.float32)
+        wide *= tl.load(norm + dims).to(tl.float32)
+        other *= tl.load(norm + partner).to(tl.float32)
+        at = row * HALF + dims % HALF
+        sign = tl.where(dims < HALF, -1.0, 1.0)
+        turned = wide * tl.load(cos + at) + sign * other * tl.load(sin + at)
+        x = tl.where(dims < 2 * HALF, turned, wide).to(tl.bfloat16)
+        if head < H:
+            tl.store(q + (row * H + head) * D + dims, x)
+        else:
+            tl.store(keys + place, x)
+    else:
+        tl.store(values + place, x)
+
+
 @triton.jit(do_not_specialize=["pages_per_row"])
 def decode_attention(
     q, k_pages, v_pages, table, lengths, out, part, part_max, part_sum, arrived, pages_per_row,

@@ -132,6 +132,54 @@ def attention_cuts(rows: int, length: int) -> list[tuple[int, ...]]:
     ]
 
 
+def write_and_attend(rows: int, length: int, heads: int, layers: int, device: str = "cuda") -> Made:
+    """Norms, rotary and write by one kernel, PyTorch's attention, and a compiled quantization.
+
+    Keys and values are bfloat16 and lie in one piece.
+    """
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    def quantize(x: Any) -> Any:
+        wide = x.reshape(rows, -1).float()
+        scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448.0
+        return (wide / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+    quantize = torch.compile(quantize, dynamic=False)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    qkv, norms = draw(rows, heads + 2, _HEAD), draw(layers, 2, _HEAD)
+    caches = [(draw(rows, 1, length, _HEAD), draw(rows, 1, length, _HEAD)) for _ in range(layers)]
+    angles = torch.rand(rows, _HEAD // 4, device=device)
+    cos, sin, q = angles.cos(), angles.sin(), draw(rows, heads, 1, _HEAD)
+    positions = torch.full((rows,), length - 1, device=device, dtype=torch.int32)
+
+    def call(layer: int) -> Any:
+        kernels.write_heads[rows, heads + 2](
+            qkv, norms[layer, 0], norms[layer, 1], cos, sin, positions, q, *caches[layer], length,
+            H=heads, D=_HEAD, HALF=_HEAD // 4, EPS=1e-5, num_warps=1,
+        )  # fmt: skip
+        return quantize(attend(q, *caches[layer], enable_gqa=True))
+
+    def error(got: Any) -> float:
+        wide = qkv[:, : heads + 1].float()
+        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
+        which = torch.tensor([0] * heads + [1], device=device)
+        wide = wide * norms[0, which].float()
+        first, second, rest = wide[..., :32], wide[..., 32:64], wide[..., 64:]
+        c, s = cos[:, None], sin[:, None]
+        turned = torch.cat([first * c - second * s, second * c + first * s, rest], -1)
+        keys, values = (cache.float() for cache in caches[0])
+        wrote = relative(keys[:, 0, -1], turned[:, heads])
+        moved = relative(values[:, 0, -1], qkv[:, heads + 1].float())
+        scores = turned[:, :heads] @ keys[:, 0].mT / _HEAD**0.5
+        want = (scores.softmax(-1) @ values[:, 0]).reshape(rows, -1)
+        # Quantized, it is good for 3e-2.
+        return max(wrote, moved, relative(got[0].float() * got[1], want) / 8)
+
+    return Made({"": call}, error)
+
+
 def router(
     tokens: int, width: int, experts: int, picks: int, scaling: float, layers: int,
     device: str = "cuda",
