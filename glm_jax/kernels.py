@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from glm_jax import expert_kernels, host_kernels, ops, references, sharding
+from glm_jax import attention_kernels, expert_kernels, host_kernels, ops, references, sharding
 from glm_jax.cache import KVCache
 from glm_jax.operands import (
     ExpertRows,
@@ -71,8 +71,8 @@ class Kernels(Selection):
         first = sharding.device_index() * num_local
         devices, box = sharding.num_devices(), None
         if devices > 1 and self._fuses_sums(num_rows) and width % inbox.UNIT == 0:
-            on = {"axis_name": sharding.MESH_AXIS, "num_devices": devices}
-            box = inbox.make_inbox(num_rows, width, **on)
+            axis = sharding.MESH_AXIS
+            box = inbox.make_inbox(num_rows, width, axis_name=axis, num_devices=devices)
         routing = route_stage.make_memory(num_rows, width, num_local, chip)
         return Workspace(routing, grid.make_counter(), box, first)
 
@@ -96,9 +96,9 @@ class Kernels(Selection):
             )  # fmt: skip
             return _as_ours(normed, is_fp8)
 
+        operands = residual, added, weight
         return self._run(
-            kernel,
-            lambda: ops.add_norm(residual, added, weight, plain(layer), eps=eps, is_fp8=is_fp8),
+            kernel, lambda: ops.add_norm(*operands, plain(layer), eps=eps, is_fp8=is_fp8)
         )
 
     def sum_add_norm(
@@ -116,8 +116,7 @@ class Kernels(Selection):
 
         def apart() -> tuple[NormedRows, ops.Layer]:
             if isinstance(pending, ExpertRows):
-                summands = all_reduce.Summands(*pending)
-                own = all_reduce.add_up(summands, interpret=self._interprets)
+                own = all_reduce.add_up(all_reduce.Summands(*pending), interpret=self._interprets)
                 added = sharding.sum_in_order(own)
             elif self._chip() is not None and len(pending) == 1:
                 rounded = sharding.round_partials(pending, residual.dtype)
@@ -132,8 +131,7 @@ class Kernels(Selection):
             normed = all_reduce.all_reduce_add_norm(
                 all_reduce.Summands(*pending) if is_rows else pending[0],
                 residual, weight, at, eps=eps, axis_name=sharding.MESH_AXIS,
-                num_devices=sharding.num_devices(), chip=chip, shift=shift,
-                inbox=box,
+                num_devices=sharding.num_devices(), chip=chip, shift=shift, inbox=box,
                 tells_place=shift != 0, interpret=self._interprets,
             )  # fmt: skip
             return _as_ours(normed, is_fp8), at if normed.place is None else normed.place
@@ -163,9 +161,8 @@ class Kernels(Selection):
             )  # fmt: skip
             return out.reshape(-1, *outputs)
 
-        return self._run(
-            kernel, lambda: self._plain.product(rows, values, scale, bias, plain(layer))
-        )
+        operands = rows, values, scale, bias
+        return self._run(kernel, lambda: self._plain.product(*operands, plain(layer)))
 
     def partial_products(
         self, rows: Rows, weight: Weight, layer: Layer, group_size: int
@@ -221,15 +218,11 @@ class Kernels(Selection):
           rotary: of the positions, as rotary_table makes it.
         """
 
-        def kernel(chip: Chip) -> tuple[Array, KVCache]:
-            q, k_pages, v_pages = kv_write.write(
-                qkv, norms.q_norm, norms.k_norm, positions, page_table, layer, *cache,
-                eps=norms.eps, rotary_dim=norms.rotary_dim, theta=norms.theta, table=rotary,
-                chip=chip, interpret=self._interprets,
-            )  # fmt: skip
-            return q, KVCache(k_pages, v_pages)
-
         operands = (qkv, norms, positions, page_table, layer, cache, rotary)
+
+        def kernel(chip: Chip) -> tuple[Array, KVCache]:
+            return attention_kernels.write(chip, *operands, interpret=self._interprets)
+
         return self._run(kernel, lambda: self._plain.write(*operands))
 
     def attention_counters(self, batch: tuple[int, ...], kv_heads: int) -> jax.Ref | None:
@@ -243,8 +236,7 @@ class Kernels(Selection):
         self, positions: Int32[Array, "B T"], query_groups: int
     ) -> AttentionPlan | None:
         """What every layer's attention of a prefill step needs to know of the positions."""
-        chip = self._chip()
-        if self._interprets or chip is None or positions.shape[1] == 1:
+        if self._interprets or (chip := self._chip()) is None or positions.shape[1] == 1:
             return None
         return prefill_attention.make_plan(positions, query_groups, chip=chip)
 
@@ -268,40 +260,18 @@ class Kernels(Selection):
           counters: as attention_counters makes them; then one kernel does both.
           plan: as attention_plan makes it; without one, a prefill step's layer makes its own.
         """
-        num_rows, num_tokens, kv_heads = qkv.shape[:3]
-        where = layer, page_table, positions
         operands = qkv, norms, positions, page_table, layer, cache, rotary
 
-        def as_rows(attended: Float[Array, "B T K G H"]) -> Rows:
-            flat = attended.reshape(num_rows * num_tokens, -1)
-            return ops.as_rows(flat, is_fp8=is_fp8, num_groups=kv_heads)
-
-        def of_decode(attended: Any) -> Rows:
-            if not is_fp8:
-                return as_rows(attended)
-            values, scale = attended
-            return Rows(None, values.reshape(num_rows, -1), scale)
-
         def kernel(chip: Chip) -> tuple[Rows, KVCache]:
-            on: Any = {"chip": chip, "interpret": self._interprets}
-            if counters is not None:
-                weights: Any = () if norms.q_norm is None else norms[:2]
-                angles: Any = rotary
-                made, *pages = decode_attention.write_and_attend(
-                    qkv, weights, angles, *cache, *where, eps=norms.eps, is_quantized=is_fp8,
-                    counters=counters, **on,
-                )  # fmt: skip
-                return of_decode(made), KVCache(*pages)
-            q, written = self.write(*operands)
-            if num_tokens > 1:
-                attended = prefill_attention.attend(q, *written, *where, plan=plan, **on)
-                return as_rows(attended), written
-            attend: Any = decode_attention.attend_quantized if is_fp8 else decode_attention.attend
-            return of_decode(attend(q, *written, *where, **on)), written
+            return attention_kernels.write_and_attend(
+                chip, *operands, is_fp8=is_fp8, counters=counters, plan=plan,
+                interpret=self._interprets,
+            )  # fmt: skip
 
         def reference() -> tuple[Rows, KVCache]:
-            q, written = self._plain.write(*operands)
-            return as_rows(self._plain.paged_attention(q, *written, *where)), written
+            q, pages = self._plain.write(*operands)
+            attended = self._plain.paged_attention(q, *pages, layer, page_table, positions)
+            return attention_kernels.as_rows(attended, is_fp8), pages
 
         return self._run(kernel, reference)
 

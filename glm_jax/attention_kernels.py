@@ -1,0 +1,87 @@
+"""Attention on a GPU, from the QKV projection to rows for o_proj: which kernels, in which order.
+
+Knows no layer and no reference.
+"""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from glm_jax import ops
+from glm_jax.cache import KVCache
+from glm_jax.ops import HeadNorms, Rows
+from glm_jax.pallas import decode_attention, kv_write, prefill_attention
+from glm_jax.pallas.chip import Chip
+
+
+def write(
+    chip: Chip,
+    qkv: Float[Array, "B T K G2 H"],
+    norms: HeadNorms,
+    positions: Int32[Array, "B T"],
+    page_table: Int32[Array, "B P"],
+    layer: ops.Layer,
+    cache: KVCache,
+    rotary: Float[Array, "B T 2 half"] | None,
+    *,
+    interpret: bool,
+) -> tuple[Float[Array, "B T K G H"], KVCache]:
+    """Norms and rotates heads, stores keys and values in the pages; returns the queries."""
+    q, k_pages, v_pages = kv_write.write(
+        qkv, norms.q_norm, norms.k_norm, positions, page_table, layer, *cache,
+        eps=norms.eps, rotary_dim=norms.rotary_dim, theta=norms.theta, table=rotary,
+        chip=chip, interpret=interpret,
+    )  # fmt: skip
+    return q, KVCache(k_pages, v_pages)
+
+
+def write_and_attend(
+    chip: Chip,
+    qkv: Float[Array, "B T K G2 H"],
+    norms: HeadNorms,
+    positions: Int32[Array, "B T"],
+    page_table: Int32[Array, "B P"],
+    layer: ops.Layer,
+    cache: KVCache,
+    rotary: Float[Array, "B T 2 half"] | None,
+    *,
+    is_fp8: bool,
+    counters: jax.Ref | None,
+    plan: prefill_attention.Plan | None,
+    interpret: bool,
+) -> tuple[Rows, KVCache]:
+    """`write`, then attends over the pages; with counters, one kernel does both."""
+    num_rows, num_tokens = positions.shape
+    where = layer, page_table, positions
+    on: Any = {"chip": chip, "interpret": interpret}
+
+    def of_decode(attended: Any) -> Rows:
+        if not is_fp8:
+            return as_rows(attended, is_fp8)
+        values, scale = attended
+        return Rows(None, values.reshape(num_rows, -1), scale)
+
+    if counters is not None:
+        weights: Any = () if norms.q_norm is None else norms[:2]
+        angles: Any = rotary
+        made, *pages = decode_attention.write_and_attend(
+            qkv, weights, angles, *cache, *where, eps=norms.eps, is_quantized=is_fp8,
+            counters=counters, **on,
+        )  # fmt: skip
+        return of_decode(made), KVCache(*pages)
+    q, written = write(
+        chip, qkv, norms, positions, page_table, layer, cache, rotary, interpret=interpret
+    )
+    if num_tokens > 1:
+        attended = prefill_attention.attend(q, *written, *where, plan=plan, **on)
+        return as_rows(attended, is_fp8), written
+    attend: Any = decode_attention.attend_quantized if is_fp8 else decode_attention.attend
+    return of_decode(attend(q, *written, *where, **on)), written
+
+
+def as_rows(attended: Float[Array, "B T K G H"], is_fp8: bool) -> Rows:
+    """What o_proj takes, with a scale for each kv head."""
+    num_rows, num_tokens, kv_heads = attended.shape[:3]
+    flat = attended.reshape(num_rows * num_tokens, -1)
+    return ops.as_rows(flat, is_fp8=is_fp8, num_groups=kv_heads)
