@@ -278,7 +278,8 @@ def _layer_cells(found: Result) -> Iterator[Sequence[str]]:
 def _layer_conditions(result: Result, path: Path) -> Iterator[str]:
     yield f"Measured {result['date']} at commit {result['commit']} on {result['device']},"
     yield f"jax {result['jax']}, from steps of one layer and of five as XLA captures them: a layer is a"
-    yield "quarter of the difference, gaps are what its kernels do not fill. A floor is what this card's"
+    yield "quarter of the difference; gaps are what its kernels, timed outside of a graph, do not fill, and"
+    yield "below nothing where they take less inside. A floor is what this card's"
     yield f"large copy ({result['copy_bytes_per_second'] / 1e12:.2f} TB/s) would take for the bytes."
     yield f"Command: `{result['command']}`. File: `results/{path.name}`."
 
