@@ -3,7 +3,7 @@
 Knows no layer and no reference.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Int32
@@ -15,19 +15,28 @@ from glm_jax.pallas import decode_attention, kv_write, prefill_attention
 from glm_jax.pallas.chip import Chip
 
 
+class Inputs(NamedTuple):
+    """A layer's QKV, and where its keys and values go.
+
+    Attributes:
+      qkv: the heads of each token: queries, then the key, then the value.
+      rotary: of the positions, as kv_write.rotary_table makes it.
+    """
+
+    qkv: Float[Array, "B T K G2 H"]
+    norms: HeadNorms
+    positions: Int32[Array, "B T"]
+    page_table: Int32[Array, "B P"]
+    layer: ops.Layer
+    cache: KVCache
+    rotary: Float[Array, "B T 2 half"] | None
+
+
 def write(
-    chip: Chip,
-    qkv: Float[Array, "B T K G2 H"],
-    norms: HeadNorms,
-    positions: Int32[Array, "B T"],
-    page_table: Int32[Array, "B P"],
-    layer: ops.Layer,
-    cache: KVCache,
-    rotary: Float[Array, "B T 2 half"] | None,
-    *,
-    interpret: bool,
+    chip: Chip, inputs: Inputs, *, interpret: bool
 ) -> tuple[Float[Array, "B T K G H"], KVCache]:
     """Norms and rotates heads, stores keys and values in the pages; returns the queries."""
+    qkv, norms, positions, page_table, layer, cache, rotary = inputs
     q, k_pages, v_pages = kv_write.write(
         qkv, norms.q_norm, norms.k_norm, positions, page_table, layer, *cache,
         eps=norms.eps, rotary_dim=norms.rotary_dim, theta=norms.theta, table=rotary,
@@ -38,13 +47,7 @@ def write(
 
 def write_and_attend(
     chip: Chip,
-    qkv: Float[Array, "B T K G2 H"],
-    norms: HeadNorms,
-    positions: Int32[Array, "B T"],
-    page_table: Int32[Array, "B P"],
-    layer: ops.Layer,
-    cache: KVCache,
-    rotary: Float[Array, "B T 2 half"] | None,
+    inputs: Inputs,
     *,
     is_fp8: bool,
     counters: jax.Ref | None,
@@ -52,6 +55,7 @@ def write_and_attend(
     interpret: bool,
 ) -> tuple[Rows, KVCache]:
     """`write`, then attends over the pages; with counters, one kernel does both."""
+    qkv, norms, positions, page_table, layer, cache, rotary = inputs
     num_rows, num_tokens = positions.shape
     where = layer, page_table, positions
     on: Any = {"chip": chip, "interpret": interpret}
@@ -70,9 +74,7 @@ def write_and_attend(
             counters=counters, **on,
         )  # fmt: skip
         return of_decode(made), KVCache(*pages)
-    q, written = write(
-        chip, qkv, norms, positions, page_table, layer, cache, rotary, interpret=interpret
-    )
+    q, written = write(chip, inputs, interpret=interpret)
     if num_tokens > 1:
         attended = prefill_attention.attend(q, *written, *where, plan=plan, **on)
         return as_rows(attended, is_fp8), written

@@ -60,13 +60,13 @@ class Kernels(Selection):
 
     def _fuses_sums(self, num_rows: int) -> bool:
         # Other processes' memory is not within a kernel's reach.
-        is_alone = jax.process_count() == 1
-        return self.fused_all_reduce and is_alone and num_rows <= all_reduce.MAX_ROWS
+        reaches = jax.process_count() == 1 and num_rows <= all_reduce.MAX_ROWS
+        return self.fused_all_reduce and reaches
 
     def workspace(self, num_rows: int, width: int, num_local: int) -> Workspace | None:
         """What kernels of so many rows and experts of this device share; None where each does without."""
-        chip = self._chip()
-        if self._interprets or chip is None or num_rows > route_stage.MAX_TOKENS:
+        is_large = num_rows > route_stage.MAX_TOKENS
+        if is_large or self._interprets or (chip := self._chip()) is None:
             return None
         first = sharding.device_index() * num_local
         devices, box = sharding.num_devices(), None
@@ -217,13 +217,13 @@ class Kernels(Selection):
         Args:
           rotary: of the positions, as rotary_table makes it.
         """
-
-        operands = (qkv, norms, positions, page_table, layer, cache, rotary)
+        where = positions, page_table, layer
+        inputs = attention_kernels.Inputs(qkv, norms, *where, cache, rotary)
 
         def kernel(chip: Chip) -> tuple[Array, KVCache]:
-            return attention_kernels.write(chip, *operands, interpret=self._interprets)
+            return attention_kernels.write(chip, inputs, interpret=self._interprets)
 
-        return self._run(kernel, lambda: self._plain.write(*operands))
+        return self._run(kernel, lambda: self._plain.write(*inputs))
 
     def attention_counters(self, batch: tuple[int, ...], kv_heads: int) -> jax.Ref | None:
         """What every layer's attention can share, for [rows, tokens]; None where it does without."""
@@ -260,16 +260,17 @@ class Kernels(Selection):
           counters: as attention_counters makes them; then one kernel does both.
           plan: as attention_plan makes it; without one, a prefill step's layer makes its own.
         """
-        operands = qkv, norms, positions, page_table, layer, cache, rotary
+        where = positions, page_table, layer
+        inputs = attention_kernels.Inputs(qkv, norms, *where, cache, rotary)
 
         def kernel(chip: Chip) -> tuple[Rows, KVCache]:
             return attention_kernels.write_and_attend(
-                chip, *operands, is_fp8=is_fp8, counters=counters, plan=plan,
+                chip, inputs, is_fp8=is_fp8, counters=counters, plan=plan,
                 interpret=self._interprets,
             )  # fmt: skip
 
         def reference() -> tuple[Rows, KVCache]:
-            q, pages = self._plain.write(*operands)
+            q, pages = self._plain.write(*inputs)
             attended = self._plain.paged_attention(q, *pages, layer, page_table, positions)
             return attention_kernels.as_rows(attended, is_fp8), pages
 
@@ -351,8 +352,7 @@ class Kernels(Selection):
           group_size: experts for each partial sum.
           shared_group_size: columns of the shared expert's width for each partial sum.
         """
-        gate_up, down = experts
-        num_local = down[0].shape[1]
+        num_local = experts[1][0].shape[1]
         first = sharding.device_index() * num_local
 
         def kernel(chip: Chip) -> Pending:

@@ -26,6 +26,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float32
 
+from glm_jax.pallas.widen import WIDEN
+
 ROWS = 64
 WARP_ROWS = 16
 _WARPS = 4
@@ -37,12 +39,6 @@ _LINE = 128
 _KEPT = 8
 # Eight rows of 128 bytes, which TMA swizzles among themselves.
 _ATOM = 8 * _LINE
-_WIDEN = """{
-.reg .b16 low, high;
-mov.b32 {low, high}, $2;
-cvt.rn.f16x2.e4m3x2 $0, low;
-cvt.rn.f16x2.e4m3x2 $1, high;
-}"""
 # From two keys' neighbors in the head to two neighbors' pairs of keys.
 _WIDEN_PAIRS = """{
 .reg .b16 low, high;
@@ -267,7 +263,7 @@ class WarpProducts:
         if not self._is_fp8:
             return list(zip(words[::2], words[1::2], strict=True))
         i32 = ir.IntegerType.get_signless(32)
-        widened = (utils.inline_ptx(_WIDEN, word, result_types=(i32, i32)) for word in words)
+        widened = (utils.inline_ptx(WIDEN, word, result_types=(i32, i32)) for word in words)
         return [(first, second) for first, second in widened]
 
     def _emit_add(self, out: Any, shares: Any, values: Any) -> Any:

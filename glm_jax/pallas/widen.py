@@ -23,7 +23,8 @@ _CHUNK = 16
 _LINE = 128
 # Eight rows of 128 bytes, which are swizzled among themselves.
 _ATOM = 8 * _LINE
-_WIDEN = """{
+# Four numbers in one register to two pairs.
+WIDEN = """{
 .reg .b16 low, high;
 mov.b32 {low, high}, $2;
 cvt.rn.f16x2.e4m3x2 $0, low;
@@ -144,7 +145,7 @@ def _emit(narrow: Any, wide: Any, rows: int) -> None:
             pairs = []
             for i in range(4):
                 word = llvm.extractelement(loaded, const(i))
-                pairs += utils.inline_ptx(_WIDEN, word, result_types=(i32, i32))
+                pairs += utils.inline_ptx(WIDEN, word, result_types=(i32, i32))
             for i, target in enumerate(targets):
                 vector = llvm.mlir_undef(words)
                 for j, pair in enumerate(pairs[4 * i : 4 * i + 4]):
