@@ -25,8 +25,9 @@ FITS = "fits in memory"
 FEW_KERNELS = "few kernels a layer"
 ONE_GRAPH = "one command buffer a step"
 
-# Launches of a decode layer, sums among them, and beside them XLA's count of turns of the loop.
-MAX_LAYER_KERNELS, MAX_TURN_KERNELS = 10, 1
+# Launches of a decode layer, sums among them, and beside them XLA's count of turns of the loop. Eight,
+# and one more where so many tokens leave the router's products no room in its picks' kernel.
+MAX_LAYER_KERNELS, MAX_TURN_KERNELS = 9, 1
 # Bytes a device may spend beside its arguments. Of 256 rows decoding, sampling holds seven arrays of
 # float32 logits of 155 MB at once, and a layer less than 300 MB; a prefill of 8192 tokens works on more.
 MAX_TEMPORARIES: dict[Phase, int] = {"decode": 1_200_000_000, "prefill": 4 * 10**9}
