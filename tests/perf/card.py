@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm_jax.pallas.chip import Chip
-from tests.perf.measure import Case, Step, chip_of, time_program
+from tests.perf.clock import time_program
+from tests.perf.measure import Case, Step, chip_of
 
 Program = Callable[..., Any]
 

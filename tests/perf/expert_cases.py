@@ -1,11 +1,12 @@
-"""The experts' shapes in GLM-4.7 on one of eight devices, alone and behind their router.
+"""The experts' shapes in GLM-4.7 on one of eight devices: as decode steps run them, from a layer's rows
+to the next layer's, and in prefill from the picks to their sum.
 
 Knows no other kernel.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ import numpy as np
 
 from glm_jax import expert_kernels, ops
 from glm_jax.fp8 import quantize_rows
-from glm_jax.operands import Staged, Workspace
-from glm_jax.pallas import all_reduce, grid, route_stage, router
+from glm_jax.kernels import Kernels
+from glm_jax.pallas import all_reduce, norm
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import stage
 from glm_jax.pallas.grouped_down import combine, grouped_down
@@ -22,10 +23,11 @@ from glm_jax.pallas.grouped_gate_up import grouped_gate_up
 from glm_jax.pallas.quantize import quantize_hidden
 from glm_jax.pallas.tiling import TuningConfig
 from tests.perf import peers
-from tests.perf.measure import Case
+from tests.perf.measure import Case, Part
 from tests.perf.picks import in_use, picks_of
 from tests.perf.product_cases import fp8_scales, fp8_values, one_error
 from tests.perf.sizes import Sizes
+from tests.perf.small_cases import EPS, norm_errors, normed
 
 # Picks of so many seeds are drawn; the first, which is timed, has a usual number of experts in use.
 _SEEDS = 3
@@ -59,74 +61,84 @@ def expert_step(
     return combine(out, shared_out, plan.rows, weights)
 
 
-def engine_step(
+def prefill_step(
     operands: Any, layer: jax.Array, *, chip: Chip, interpret: bool = False
 ) -> jax.Array:
-    """The same as steps do it: their choice of kernels, and their sum."""
+    """The same as prefill steps do it: their choice of kernels, and their sum."""
     x, x_scale, picks, weights, *experts = operands
-    first, num_local = jnp.int32(0), experts[0].shape[1]
-    plan = stage(x, x_scale, picks, first, num_local, chip=chip, interpret=interpret)
-    staged = None
-    if not interpret and len(x) <= route_stage.MAX_TOKENS:
-        staged = Staged(plan, _workspace(gate_up=grid.make_counter()))
-    return _products(
-        ops.Rows(None, x, x_scale), picks, weights, staged, experts, layer, chip, interpret
-    )
-
-
-def block_step(
-    operands: Any, layer: jax.Array, *, choice: router.Choice, chip: Chip, interpret: bool = False
-) -> jax.Array:
-    """The router before that, as steps have it."""
-    plain, weight, bias, x, x_scale, *experts = operands
-    rows, num_local = ops.Rows(plain, x, x_scale), experts[0].shape[1]
-    if interpret:
-        picks, weights = router.route(
-            plain, weight, bias, layer, num_experts_per_tok=choice.num_picks,
-            norm_topk_prob=choice.norm_topk_prob,
-            routed_scaling_factor=choice.routed_scaling_factor, chip=chip, interpret=True,
-        )  # fmt: skip
-        staged = None
-    else:
-        workspace = _workspace(
-            routing=route_stage.make_memory(len(plain), plain.shape[1], num_local, chip),
-            gate_up=grid.make_counter(),
-            first_expert=jnp.int32(0),
-        )
-        picks, weights, staged = expert_kernels.stage(
-            chip, rows, weight, bias, layer, choice, num_local, workspace
-        )
-    return _products(rows, picks, weights, staged, experts, layer, chip, interpret)
-
-
-def _workspace(**made: Any) -> Workspace:
-    """One of which these kernels need no more than this."""
-    nothing: Any = [None] * len(Workspace._fields)
-    return Workspace(*nothing)._replace(**made)
-
-
-def _products(
-    rows: ops.Rows, picks: jax.Array, weights: jax.Array, staged: Staged | None, experts: Any,
-    layer: jax.Array, chip: Chip, interpret: bool,
-) -> jax.Array:  # fmt: skip
     up, up_scale, down, down_scale, *of_shared = experts
     made = expert_kernels.products(
-        chip, rows, picks, weights, staged, jnp.int32(0), ((up, up_scale), (down, down_scale)),
-        (tuple(of_shared[:2]), tuple(of_shared[2:])), layer, interpret=interpret,
+        chip, ops.Rows(None, x, x_scale), picks, weights, None, jnp.int32(0),
+        ((up, up_scale), (down, down_scale)), (tuple(of_shared[:2]), tuple(of_shared[2:])), layer,
+        interpret=interpret,
     )  # fmt: skip
     return all_reduce.add_up(all_reduce.Summands(*made), interpret=interpret)
 
 
+class Block(NamedTuple):
+    """A layer's operands from the norm after attention on.
+
+    Attributes:
+      residual, x: what follows is added to, and the same normed, for the router; values, scale: quantized.
+      router, bias: of all experts; up … shared_down_scale: of those here, and of the shared one.
+      norm: weights of the norm that begins the next layer.
+      memory: what a step's kernels share, or None where they are interpreted.
+    """
+
+    residual: jax.Array
+    x: jax.Array
+    values: jax.Array
+    scale: jax.Array
+    router: jax.Array
+    bias: jax.Array
+    norm: jax.Array
+    up: jax.Array
+    up_scale: jax.Array
+    down: jax.Array
+    down_scale: jax.Array
+    shared_up: jax.Array
+    shared_up_scale: jax.Array
+    shared_down: jax.Array
+    shared_down_scale: jax.Array
+    memory: Any
+
+
+def block_step(
+    operands: Any, layer: jax.Array, *, kernels: Kernels, choice: dict[str, Any]
+) -> norm.NormedRows:
+    """Router, experts and the sum before the next norm, kernel for kernel as steps run them."""
+    on = Block(*operands)
+    rows, num_local = ops.Rows(on.x, on.values, on.scale), on.up.shape[1]
+    if on.memory is None:
+        workspace, staged = None, None
+        picks, weights, _ = kernels.route(on.x, on.router, on.bias, layer, **choice)
+    else:
+        workspace = on.memory._replace(first_expert=jnp.int32(0))
+        picks, weights, _, staged = kernels.stage(
+            rows, on.router, on.bias, layer, num_local, workspace, **choice
+        )
+    pending = kernels.experts(
+        rows, picks, weights, ((on.up, on.up_scale), (on.down, on.down_scale)),
+        ((on.shared_up, on.shared_up_scale), (on.shared_down, on.shared_down_scale)), layer,
+        group_size=num_local, shared_group_size=on.shared_down.shape[-1], staged=staged,
+    )  # fmt: skip
+    (residual, made), _ = kernels.sum_add_norm(
+        pending, on.residual, on.norm, layer, eps=EPS, is_fp8=True, workspace=workspace
+    )
+    assert made.plain is not None and made.values is not None and made.scale is not None
+    return norm.NormedRows(residual, made.plain, made.values, made.scale)
+
+
 def expert_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
-    """This device's experts, the shared expert with them: its share of them whole, its part of each, and
-    its share behind the router."""
+    """This device's share of the experts whole, and its part of each; the shared expert with them."""
     whole = sizes.local_experts, sizes.expert_width
-    yield from _expert_cases(sizes, *whole, sizes.tokens, "", chip, interpret)
-    parts = sizes.experts, sizes.split_width
-    yield from _expert_cases(sizes, *parts, sizes.split_tokens, "split ", chip, interpret)
     for tokens in sizes.tokens:
         if tokens < sizes.prefill or interpret:
-            yield _block_case(sizes, tokens, chip, interpret)
+            yield _block_case(sizes, *whole, tokens, "", chip, interpret)
+    for tokens in sizes.split_tokens:
+        parts = sizes.experts, sizes.split_width
+        yield _block_case(sizes, *parts, tokens, "split ", chip, interpret)
+    yield from on_picks(sizes, (sizes.prefill,), chip, interpret)
 
 
 def _draw_experts(
@@ -173,11 +185,11 @@ def _work(sizes: Sizes, num_local: int, inner: int, tokens: int) -> tuple[float,
     return weights + moved, 2 * 3 * width * (rows * inner + tokens * shared)
 
 
-def _expert_cases(
-    sizes: Sizes, num_local: int, inner: int, all_tokens: Sequence[int], name: str, chip: Chip,
-    interpret: bool,
-) -> Iterator[Case]:  # fmt: skip
+def on_picks(
+    sizes: Sizes, all_tokens: Sequence[int], chip: Chip, interpret: bool
+) -> Iterator[Case]:
     """From the tokens' picks to their sum."""
+    num_local, inner = sizes.local_experts, sizes.expert_width
 
     def draw(tokens: int, key: jax.Array) -> Any:
         keys = jax.random.split(key)
@@ -185,16 +197,15 @@ def _expert_cases(
         picks = _draw_picks(sizes, num_local, tokens, key)
         return (*x, *picks, *_draw_experts(sizes, num_local, inner, keys[1]))
 
-    reference = partial(_reference, num_local)
     for tokens in all_tokens:
         num_bytes, operations = _work(sizes, num_local, inner, tokens)
         yield Case(
             kernel="experts",
-            shape=f"{name}T={tokens}",
+            shape=f"T={tokens}",
             draw=partial(draw, tokens),
             num_layers=sizes.heavy_layers,
-            step=partial(engine_step, chip=chip, interpret=interpret),
-            reference=reference,
+            step=partial(prefill_step, chip=chip, interpret=interpret),
+            reference=partial(_reference, num_local),
             errors=one_error,
             # The reference quantizes hidden rows of its own; where they round another way, the sums
             # come to differ by 2e-2 (docs/kernel-log.md).
@@ -202,50 +213,76 @@ def _expert_cases(
             bytes=num_bytes,
             operations=operations,
             unit="fp8",
-            # A step makes its counter once; here each call has its own, which XLA sets to zero.
+            phase="prefill",
             is_timed_alone=True,
-            alternatives={"XLA, every expert": reference} if tokens <= 64 and not name else {},
-            peers={} if name else peers.experts(tokens),
         )
 
 
-def _block_case(sizes: Sizes, tokens: int, chip: Chip, interpret: bool) -> Case:
-    """From a router's rows to the sum."""
-    num_local, inner, width = sizes.local_experts, sizes.expert_width, sizes.hidden
-    choice = router.Choice(sizes.experts, sizes.picks, True, _SCALING)
+def _block_case(
+    sizes: Sizes, num_local: int, inner: int, tokens: int, name: str, chip: Chip, interpret: bool
+) -> Case:
+    """From the rows after a layer's attention to those that the next one's begins with."""
+    width, layers = sizes.hidden, sizes.heavy_layers
+    kernels = Kernels(interpreted=chip if interpret else None)
+    choice = {
+        "num_experts_per_tok": sizes.picks,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": _SCALING,
+    }
 
     def draw(key: jax.Array) -> Any:
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key, 5)
         # Rows that pick what was drawn.
-        weight = jax.random.normal(keys[0], (sizes.experts, width)) * width**-0.5
+        router = jax.random.normal(keys[0], (sizes.experts, width)) * width**-0.5
         picks, _ = _draw_picks(sizes, num_local, tokens, key)
-        plain = (2 * weight[picks].sum(1)).astype(jnp.bfloat16)
-        stack = jnp.broadcast_to(weight.astype(jnp.bfloat16), (sizes.heavy_layers, *weight.shape))
-        bias = jnp.zeros((sizes.heavy_layers, sizes.experts), jnp.float32)
-        x = quantize_rows(jax.random.normal(keys[1], (tokens, width), jnp.bfloat16))
-        return (plain, stack, bias, *x, *_draw_experts(sizes, num_local, inner, keys[2]))
+        x = (2 * router[picks].sum(1)).astype(jnp.bfloat16)
+        residual = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16)
+        memory = kernels.workspace(tokens, width, num_local)
+        if memory is not None:
+            memory = jax.tree.map(jax.freeze, memory._replace(first_expert=None))
+        return Block(
+            residual, x, *quantize_rows(jax.random.normal(keys[2], x.shape, jnp.bfloat16)),
+            jnp.broadcast_to(router.astype(jnp.bfloat16), (layers, *router.shape)),
+            jnp.zeros((layers, sizes.experts), jnp.float32),
+            1 + jax.random.normal(keys[3], (layers, width), jnp.bfloat16) / 4,
+            *_draw_experts(sizes, num_local, inner, keys[4]),
+            memory=memory,
+        )  # fmt: skip
 
-    def reference(operands: Any, layer: jax.Array) -> jax.Array:
-        plain, weight, _, x, x_scale, *experts = operands
-        scores = jax.nn.sigmoid(ops.router_logits(plain, weight, layer))
+    def reference(operands: Any, layer: jax.Array) -> norm.NormedRows:
+        on = Block(*operands)
+        scores = jax.nn.sigmoid(ops.router_logits(on.x, on.router, layer))
         weights, picks = jax.lax.top_k(scores, sizes.picks)
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20) * _SCALING
-        return _reference(num_local, (x, x_scale, picks, weights, *experts), layer)
+        experts = operands[Block._fields.index("up") : -1]
+        added = _reference(num_local, (on.values, on.scale, picks, weights, *experts), layer)
+        return normed(on.residual, added.astype(jnp.bfloat16), on.norm, layer)
 
-    num_bytes, operations = _work(sizes, num_local, inner, tokens)
+    products, operations = _work(sizes, num_local, inner, tokens)
+    picks, _ = picks_of(tokens, sizes.experts, sizes.picks, num_local)
+    rows = float((picks < num_local).sum())
+    routing = 2 * width * (tokens + sizes.experts) + 8 * tokens * sizes.picks
+    summing = width * (2 * rows + tokens * (2 + 2 + 2 + 2 + 1)) + 2 * width
     return Case(
-        kernel="router and experts",
-        shape=f"T={tokens}",
+        kernel="router … norm",
+        shape=f"{name}T={tokens}",
         draw=draw,
-        num_layers=sizes.heavy_layers,
-        step=partial(block_step, choice=choice, chip=chip, interpret=interpret),
+        num_layers=layers,
+        step=partial(block_step, kernels=kernels, choice=choice),
         reference=reference,
-        errors=one_error,
+        errors=norm_errors,
+        # As below, of the experts' part.
         tolerance=3e-2,
-        bytes=num_bytes + 2 * width * (tokens + sizes.experts),
+        bytes=routing + products + summing,
         operations=operations,
         unit="fp8",
         is_float32=True,
-        is_timed_alone=True,
-        peers=peers.block(tokens),
-    )
+        written=() if interpret else (Block._fields.index("memory"),),
+        parts=(
+            Part("router, picks, sorting", r"rout|dispatch|stage", "router|align", routing),
+            Part("gate_up, quantization, down", "grouped|quantize_hidden", "gate_up|quantize$|down",
+                 products),
+            Part("sum, residual, norm, quantization", "norm|add_up", "combine", summing),
+        ),
+        peers={} if name else peers.block(tokens),
+    )  # fmt: skip

@@ -1,5 +1,4 @@
-"""A device's experts and its part of the shared one, from the tokens' picks to their sum: in Triton, and
-with PyTorch's grouped product.
+"""A router, a device's experts and its part of the shared one, and the sum before the next norm: in Triton.
 
 Knows no kernel of ours.
 """
@@ -7,7 +6,6 @@ Knows no kernel of ours.
 # Not among our dependencies: this is imported only where they are installed.
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -21,7 +19,8 @@ from tests.perf.picks import picks_of
 from tests.perf.triton_peers import (
     ROUTER_CUT,
     fp8,
-    relative,
+    norm_call,
+    norm_error,
     router_chain,
     router_cuts,
     scales,
@@ -29,6 +28,7 @@ from tests.perf.triton_peers import (
 )
 
 _LARGEST = 448.0
+_NORM_WARPS = 8
 
 
 class Operands:
@@ -55,8 +55,8 @@ class Operands:
         self.shared_down = fp8(device, layers, width, shared)
         self.shared_down_scale = scales(device, shared, layers, width)
 
-    def error(self, got: Any) -> float:
-        """Of the first layer's sum, against float32."""
+    def summed(self) -> Any:
+        """The first layer's sum, in float32."""
         wide = self.x.float() * self.x_scale[:, None]
         want = _mlp(
             wide, self.shared_up[0], self.shared_up_scale[0], self.shared_down[0],
@@ -68,35 +68,38 @@ class Operands:
                 parts = (self.up, self.up_scale, self.down, self.down_scale)
                 mine = _mlp(wide[theirs[:, 0]], *(part[0, expert] for part in parts))
                 want[theirs[:, 0]] += self.weights[theirs[:, 0], theirs[:, 1], None] * mine
-        return relative(got, want)
-
-
-def in_triton(tokens: int, layers: int, **sizes: Any) -> Made:
-    """Five kernels: lists of each expert's tokens, gate and up, quantization, down, sums."""
-    on = Operands(tokens, layers, **sizes)
-    return Made(ways(_chain(on), cuts(tokens, on)), on.error)
+        return want
 
 
 def block_in_triton(tokens: int, layers: int, **sizes: Any) -> Made:
-    """Two more before these: the router's products, and each token's picks and weights."""
+    """Seven kernels: the router's products; each token's picks and weights; lists of each expert's tokens;
+    gate and up; quantization; down; the sum with a residual, its norm and quantization."""
     on = Operands(tokens, layers, **sizes)
     router = torch.randn(on.num_experts, on.width, device=on.device) * on.width**-0.5
     # Rows that pick what was drawn.
     x = router[on.picks.long()].sum(1).mul(2).bfloat16()
     routers = router.bfloat16().expand(layers, -1, -1).contiguous()
     bias = torch.zeros(layers, on.num_experts, device=on.device)
-    route, chain = router_chain(x, routers, bias, on.picks, on.weights, 1.0), _chain(on)
+    residual = torch.randn(tokens, on.width, device=on.device).bfloat16()
+    norms = torch.randn(layers, on.width, device=on.device).bfloat16()
+    route = router_chain(x, routers, bias, on.picks, on.weights, 1.0)
+    chain, finish = _chain(on), norm_call(residual, norms)
 
     def run(cut: tuple[int, ...], layer: int) -> Any:
         route(cut[:ROUTER_CUT], layer)
-        return chain(cut[ROUTER_CUT:], layer)
+        rows, shared = chain(cut[ROUTER_CUT:], layer)
+        return finish(_NORM_WARPS, layer, shared, rows, on.picks, on.weights, on.num_local)
+
+    def error(got: Any) -> float:
+        # bfloat16 rows of every expert, and their sum's rounding, come to 4e-3 of it.
+        return norm_error(got, residual, on.summed().bfloat16(), norms[0])
 
     every = product(router_cuts(tokens, on.width), cuts(tokens, on))
-    return Made(ways(run, [(*first, *rest) for first, rest in every]), on.error)
+    return Made(ways(run, [(*first, *rest) for first, rest in every]), error)
 
 
 def _chain(on: Operands) -> Callable[[tuple[int, ...], int], Any]:
-    """A call of the experts' kernels."""
+    """A call of the experts' kernels: their rows, and the shared expert's."""
     tokens = on.tokens
     empty = partial(torch.empty, device=on.device)
     slots, counts = (empty(on.num_local * n, dtype=torch.int32) for n in (tokens, 1))
@@ -107,8 +110,8 @@ def _chain(on: Operands) -> Callable[[tuple[int, ...], int], Any]:
     )
     narrow_scale, shared_narrow_scale = empty(on.num_local * tokens), empty(tokens)
     rows = empty(tokens * on.num_picks, on.width, dtype=torch.bfloat16)
-    shared_rows, out = (empty(tokens, on.width, dtype=torch.bfloat16) for _ in range(2))
-    at_once, columns = min(tokens, 16), math.gcd(on.width, 1024)
+    shared_rows = empty(tokens, on.width, dtype=torch.bfloat16)
+    at_once = min(tokens, 16)
     num_picks = tokens * on.num_picks
 
     def run(cut: tuple[int, ...], layer: int) -> Any:
@@ -135,80 +138,22 @@ def _chain(on: Operands) -> Callable[[tuple[int, ...], int], Any]:
             shared_rows, tokens, E=on.num_local, N=on.width, K=on.inner, SHARED=on.shared, BT=bt,
             BN=bn2, BK=bk2, SWAP=bool(swap2), STAGES=stages2, num_warps=warps2,
         )  # fmt: skip
-        kernels.combine[tokens, on.width // columns](
-            rows, shared_rows, on.picks, on.weights, out, E=on.num_local, N=on.width,
-            PICKS=on.num_picks, BLOCK=columns,
-        )  # fmt: skip
-        return out
+        return rows, shared_rows
 
     return run
 
 
 def cuts(tokens: int, on: Operands) -> list[tuple[int, ...]]:
-    """BT; then (BN, BK, swap, stages, warps) of gate and up, and the same of down."""
-    ups = (
-        (64, 128, 1, 4, 4), (64, 128, 1, 6, 4), (64, 256, 1, 3, 4), (32, 256, 0, 4, 4),
-        (32, 128, 0, 6, 4),
-    )  # fmt: skip
-    downs = (
-        (128, 128, 1, 5, 4), (64, 256, 1, 4, 4), (128, 256, 1, 3, 8), (64, 128, 0, 6, 4),
-        (32, 256, 0, 4, 4),
-    )  # fmt: skip
+    """BT; then (BN, BK, swap, stages, warps) of gate and up, and the same of down: those that were the
+    fastest of more for some number of tokens."""
+    ups = (64, 128, 1, 4, 4), (64, 128, 1, 6, 4), (64, 256, 1, 3, 4)
+    downs = (128, 128, 1, 5, 4), (64, 256, 1, 4, 4), (128, 256, 1, 3, 8)
     return [
         (bt, *up, *down)
         for bt, up, down in product((16,) if tokens < 256 else (16, 32), ups, downs)
         if on.inner % up[0] == on.shared % up[0] == on.width % up[1] == 0
         and on.inner % down[1] == on.width % down[0] == 0
     ]
-
-
-def grouped_mm(tokens: int, layers: int, **sizes: Any) -> Made:
-    """torch._scaled_grouped_mm over tokens sorted by expert, and what torch.compile makes of the rest."""
-    on = Operands(tokens, layers, **sizes)
-    padded = -(-tokens // 16) * 16
-    experts = torch.arange(on.num_local, device=on.device)
-
-    def sort(x: Any, x_scale: Any, picks: Any) -> Any:
-        flat = torch.where(picks < on.num_local, picks, on.num_local).flatten()
-        order = flat.argsort(stable=True)
-        ends = (flat[:, None] == experts).sum(0).cumsum(0).to(torch.int32)
-        token = order // on.num_picks
-        x = x.view(torch.uint8)
-        of_shared = torch.nn.functional.pad(x, (0, 0, 0, padded - tokens))
-        return order, ends, x[token], x_scale[token], of_shared
-
-    def gate(product: Any) -> Any:
-        linear, up = product.float().chunk(2, dim=-1)
-        hidden = (torch.nn.functional.silu(linear) * up).bfloat16().float()
-        scale = hidden.abs().amax(-1, keepdim=True).clamp_min(1e-12) / _LARGEST
-        return (hidden / scale).to(torch.float8_e4m3fn), scale
-
-    def add(rows: Any, order: Any, picks: Any, weights: Any, shared: Any) -> Any:
-        back = rows[order.argsort()].reshape(tokens, on.num_picks, -1).float()
-        back = torch.where((picks < on.num_local)[..., None], back * weights[..., None], 0.0)
-        return (back.sum(1) + shared[:tokens].float()).bfloat16()
-
-    sort, gate, add = (torch.compile(part, dynamic=False) for part in (sort, gate, add))
-    shared_x_scale = torch.nn.functional.pad(on.x_scale, (0, padded - tokens))[:, None]
-    plain = partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
-    grouped = partial(torch._scaled_grouped_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-    def call(layer: int) -> Any:
-        order, ends, x, x_scale, of_shared = sort(on.x, on.x_scale, on.picks)
-        x, of_shared = (rows.view(torch.float8_e4m3fn) for rows in (x, of_shared))
-        product = grouped(x, on.up[layer].transpose(-1, -2), x_scale, on.up_scale[layer], offs=ends)
-        hidden, scale = gate(product)
-        rows = grouped(
-            hidden, on.down[layer].transpose(-1, -2), scale[:, 0], on.down_scale[layer], offs=ends
-        )
-        product = plain(
-            of_shared, on.shared_up[layer].t(), shared_x_scale, on.shared_up_scale[layer][None]
-        )
-        hidden, scale = gate(product)
-        shared = plain(hidden, on.shared_down[layer].t(), scale, on.shared_down_scale[layer][None])
-        return add(rows, order, on.picks, on.weights, shared)
-
-    return Made({"": call}, on.error)
 
 
 def _mlp(x: Any, up: Any, up_scale: Any, down: Any, down_scale: Any) -> Any:

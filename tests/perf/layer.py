@@ -41,8 +41,8 @@ from glm_jax.steps import Slots, StepOptions, lower, step_specs
 from glm_jax.targets.target import parse_target
 from tests.perf import layer_floors
 from tests.perf.card import Card, measure_copy
+from tests.perf.clock import profile as kernel_times
 from tests.perf.eighths import eighths, even_loads, held_parts
-from tests.perf.measure import profile as kernel_times
 
 _DTYPE = np.dtype(jnp.bfloat16)
 _OPTIONS = StepOptions(kv_dtype=np.dtype(jnp.float8_e4m3fn))

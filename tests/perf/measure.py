@@ -1,54 +1,60 @@
 """How kernels are timed and checked: on fresh inputs, over poisoned memory, against what the card can do.
 
-Knows no kernel.
+Knows no kernel. A case is called as a step calls it, once for each layer of its operands, and all of that
+is one program: without graphs, where CUPTI times each kernel, and as one graph, where gaps count too.
 """
 
-import logging
-import statistics
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import profiler
+from jax.sharding import Mesh, PartitionSpec
 
 from glm_jax.pallas.chip import Chip
+from glm_jax.sharding import make_mesh
+from tests.perf.clock import IN_GRAPH, NO_GRAPH, by_kernel, in_graph, time_program
 from tests.perf.peers import Peer
 
 # A step takes the case's operands and a layer, and returns arrays.
 Step = Callable[[Any, jax.Array], Any]
 
-logger = logging.getLogger(__name__)
-
-_REPEATS = 5
 _OURS = "mosaic_gpu_kernel"
-# In the names of those that empty memory, once a step and not once a layer.
-_ONCE = "empty_"
-# In the names of XLA's kernels of an exclusive or.
-_FLUSH = "xor"
 # XLA may leave out roundings to bfloat16 that the kernels and the layers make.
 _ROUNDED = {"xla_allow_excess_precision": False}
 rounded = partial(jax.jit, compiler_options=_ROUNDED)
 # References are run once: trying ways to run them would take longer than anything else here.
 _UNTUNED = _ROUNDED | {"xla_gpu_autotune_level": 0}
-# Calls of a round: each takes another layer, so that the L2 cache has none of their weights.
-_CALLS = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the kernels that a case runs.
+
+    Attributes:
+      name: of what they do together.
+      ours, theirs: patterns of their kernels' names, and of those of peers that do the same.
+      bytes: fewest bytes of device memory that they move.
+    """
+
+    name: str
+    ours: str
+    theirs: str
+    bytes: float
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one shape.
+    """One kernel at one shape, or several as a step runs them one after the other.
 
     Attributes:
       kernel: its module and function.
       shape: what of the shape varies, for people.
       draw: makes the operands from a key.
       num_layers: layers that the operands hold; timed calls take them in turn.
-      step: the kernel.
+      step: the kernel, a function of the operands and a layer.
       reference: the same in XLA's own operations, in float32 where it matters.
       errors: relative errors of the kernel's outputs against the reference's, by name.
       tolerance: what the largest of them may be.
@@ -57,6 +63,10 @@ class Case:
       unit: "fp8" or "bf16".
       is_float32: the reference's products are of float32, whose form in Triton is compiled for minutes.
         Of FP8, only that form adds in float32: cuBLAS adds as our kernels' instructions do.
+      phase: of the steps that run this: "decode", "prefill", or "" where none does.
+      written: places of the operands that all calls share and write, counters and pages: the step gets
+        them as Refs, where it is not interpreted.
+      parts: of a case that is several kernels.
       is_timed_alone: leaves XLA's own kernels around ours out of the time, where a real step has none.
       alternatives: other ways to the same end in JAX, by name.
       peers: the same of other libraries, by name; see peers.py.
@@ -74,6 +84,9 @@ class Case:
     operations: float = 0.0
     unit: str = "bf16"
     is_float32: bool = False
+    phase: str = "decode"
+    written: tuple[int, ...] = ()
+    parts: tuple[Part, ...] = ()
     is_timed_alone: bool = False
     alternatives: dict[str, Step] = field(default_factory=dict)
     peers: dict[str, Peer] = field(default_factory=dict)
@@ -85,13 +98,43 @@ class Programs:
 
     Attributes:
       draw: makes the operands.
-      step, reference, errors: as the case's.
+      calls: of kept and written operands (see split): the step with each layer, and what was written.
+      graph: the same as one graph; None where steps are none.
+      reference, errors: as the case's.
     """
 
     draw: Callable[..., Any]
-    step: Callable[..., Any]
+    calls: Callable[..., Any]
+    graph: Callable[..., Any] | None
     reference: Callable[..., Any]
     errors: Callable[..., Any]
+
+
+def split(case: Case, operands: Any) -> tuple[Any, list[Any]]:
+    """The operands that calls keep, and those that they write."""
+    if not case.written:
+        return operands, []
+    kept = tuple(None if at in case.written else x for at, x in enumerate(operands))
+    return kept, [operands[at] for at in case.written]
+
+
+def all_layers(case: Case) -> Callable[[Any, list[Any]], tuple[list[Any], list[Any]]]:
+    """A function of what split returns: the outputs of a call for each layer, and what they wrote."""
+    # Traced and lowered once.
+    step = jax.jit(case.step)
+
+    def run(kept: Any, written: list[Any]) -> tuple[list[Any], list[Any]]:
+        refs = jax.tree.map(jax.new_ref, written)
+        operands = kept
+        if refs:
+            operands = [*kept]
+            for at, ref in zip(case.written, refs, strict=True):
+                operands[at] = ref
+            operands = tuple(operands)
+        outputs = [step(operands, jnp.int32(layer)) for layer in range(case.num_layers)]
+        return outputs, jax.tree.map(jax.freeze, refs)
+
+    return run
 
 
 def chip_of(device: Any) -> Chip:
@@ -111,32 +154,49 @@ def mismatches(got: jax.Array, expected: jax.Array) -> jax.Array:
     return jnp.mean((got != expected).astype(jnp.float32))
 
 
-def compile_case(case: Case) -> Programs:
-    """Compiles everything the case itself runs, without running any of it."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    operands = jax.eval_shape(case.draw, key)
-    layer = jax.ShapeDtypeStruct((), jnp.int32)
+def on_mesh[**P, T](function: Callable[P, T], mesh: Mesh) -> Callable[P, T]:
+    """The function on the one device of a mesh, as steps run."""
+    place = PartitionSpec()
+    sharded: Any = jax.shard_map(
+        function, mesh=mesh, in_specs=place, out_specs=place, check_vma=False
+    )
+    return sharded
 
+
+def compile_case(case: Case, mesh: Mesh | None = None) -> Programs:
+    """Compiles everything the case itself runs, without running any of it.
+
+    Args:
+      mesh: of a device that is not here, to be compiled for.
+    """
+    on = partial(on_mesh, mesh=mesh or make_mesh(1))
+    key, layer = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
+    draw = jax.jit(on(case.draw)).lower(key)
+    operands = draw.out_info
     options = _UNTUNED | ({"xla_gpu_enable_triton_gemm": False} if case.is_float32 else {})
-
-    def compiled(step: Step) -> Callable[..., Any]:
-        return jax.jit(step, compiler_options=options).lower(operands, layer).compile()
-
-    outputs = (jax.eval_shape(step, operands, layer) for step in (case.step, case.reference))
+    calls = jax.jit(on(all_layers(case)), donate_argnums=1).lower(*split(case, operands))
+    reference = jax.jit(on(case.reference), compiler_options=options).lower(operands, layer)
+    errors = jax.jit(on(case.errors)).lower(calls.out_info[0][0], reference.out_info)
+    is_gpu = mesh is not None or jax.default_backend() == "gpu"
+    has_graph = case.phase != "prefill" and is_gpu
     return Programs(
-        draw=jax.jit(case.draw).lower(key).compile(),
-        step=compiled(case.step),
-        reference=compiled(case.reference),
-        errors=jax.jit(case.errors).lower(*outputs).compile(),
+        draw=draw.compile(),
+        calls=calls.compile(compiler_options=_UNTUNED | (NO_GRAPH if is_gpu else {})),
+        graph=calls.compile(compiler_options=_UNTUNED | IN_GRAPH) if has_graph else None,
+        reference=reference.compile(),
+        errors=errors.compile(),
     )
 
 
 def compile_alternatives(case: Case) -> dict[str, Callable[..., Any]]:
     """Compiles the case's alternatives, tuned as XLA does it."""
-    operands = jax.eval_shape(case.draw, jax.eval_shape(lambda: jax.random.key(0)))
+    if not case.alternatives:
+        return {}
+    on = partial(on_mesh, mesh=make_mesh(1))
+    operands = jax.eval_shape(on(case.draw), jax.eval_shape(lambda: jax.random.key(0)))
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     return {
-        name: jax.jit(step).lower(operands, layer).compile()
+        name: jax.jit(on(step)).lower(operands, layer).compile()
         for name, step in case.alternatives.items()
     }
 
@@ -144,16 +204,19 @@ def compile_alternatives(case: Case) -> dict[str, Callable[..., Any]]:
 def check(case: Case, programs: Programs, seed: int, poisoned_bytes: int) -> float:
     """The largest relative error of one call on fresh inputs; infinite where it is no number."""
     operands = programs.draw(jax.random.key(seed))
-    layer = jnp.int32(seed % case.num_layers)
-    expected = jax.block_until_ready(programs.reference(operands, layer))
+    layer = seed % case.num_layers
+    expected = jax.block_until_ready(programs.reference(operands, jnp.int32(layer)))
     _poison(poisoned_bytes)
-    return largest(programs.errors(programs.step(operands, layer), expected))
+    outputs, _ = programs.calls(*split(case, operands))
+    return largest(programs.errors(outputs[layer], expected))
 
 
 def check_interpreted(case: Case, seed: int) -> float:
     """The same at once, for kernels that are interpreted."""
-    operands, layer = case.draw(jax.random.key(seed)), jnp.int32(seed % case.num_layers)
-    got, expected = (rounded(step)(operands, layer) for step in (case.step, case.reference))
+    on = partial(on_mesh, mesh=make_mesh(1))
+    operands = on(case.draw)(jax.random.key(seed))
+    layer = jnp.int32(seed % case.num_layers)
+    got, expected = (rounded(on(step))(operands, layer) for step in (case.step, case.reference))
     return largest(case.errors(got, expected))
 
 
@@ -164,13 +227,33 @@ def largest(errors: dict[str, jax.Array]) -> float:
 
 
 def measure(case: Case, programs: Programs) -> dict[str, Any]:
-    """Microseconds of one call; see time_program."""
-    operands = jax.block_until_ready(programs.draw(jax.random.key(0)))
-    times = time_program(programs.step, operands, case.num_layers)
+    """Microseconds of one call: "us", in kernels, the median; "kernels_us", the same by kernel;
+    "us_graph", in a graph of all layers, with the gaps between kernels, where there is one.
+
+    Each round begins with an empty L2 cache and takes no layer twice, as a step finds its weights.
+    Without CUPTI, "us" is the host's time and counts what the host does.
+    """
+    run = _Calls(case, programs)
+    times = by_kernel(lambda: run(programs.calls), case.num_layers)
     if case.is_timed_alone and times["kernels_us"]:
-        ours = (name for name in times["kernels_us"] if _OURS in name and _ONCE not in name)
-        times["us"] = sum(times["kernels_us"][name] for name in ours)
+        times["us"] = sum(us for name, us in times["kernels_us"].items() if _OURS in name)
+    if programs.graph is not None:
+        graph = programs.graph
+        times["us_graph"] = in_graph(lambda: run(graph), case.num_layers)
     return times
+
+
+class _Calls:
+    """A case's operands, and what its calls wrote last."""
+
+    def __init__(self, case: Case, programs: Programs) -> None:
+        operands = jax.block_until_ready(programs.draw(jax.random.key(0)))
+        self._kept, self._written = split(case, operands)
+
+    def __call__(self, program: Callable[..., Any]) -> Any:
+        """Hands over a program; returns its outputs, which nobody has waited for."""
+        outputs, self._written = program(self._kept, self._written)
+        return outputs
 
 
 def measure_alternatives(
@@ -184,94 +267,6 @@ def measure_alternatives(
         name: time_program(program, operands, case.num_layers)
         for name, program in alternatives.items()
     }
-
-
-def time_program(program: Callable[..., Any], operands: Any, num_layers: int) -> dict[str, Any]:
-    """Microseconds of a call of program(operands, layer), the median of rounds over several layers.
-
-    A call is a program of its own: within one, XLA leaves out what nobody asks for and merges what is
-    equal, whatever barriers stand between. In what CUPTI counts, each round begins with an empty L2
-    cache and takes no layer twice, as a step finds its weights.
-
-    Returns:
-      "us": the GPU's time in kernels, as CUPTI counts it, or us_wall where it does not;
-      "kernels_us": the same by kernel;
-      "us_wall": with the gaps between kernels, and the host's time where that is longer.
-    """
-    layers = [jnp.int32(layer) for layer in range(num_layers)]
-
-    def call_all(num_calls: int) -> None:
-        answer = None
-        # An answer is not kept: where each is large, they would not fit together.
-        for call in range(num_calls):
-            answer = program(operands, layers[call % num_layers])
-        jax.block_until_ready(answer)
-
-    call_all(1)
-    start = time.perf_counter()
-    call_all(1)
-    num_calls = _CALLS if time.perf_counter() - start < 2e-3 else min(_CALLS, num_layers, 4)
-    walls = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        call_all(num_calls)
-        walls.append((time.perf_counter() - start) / num_calls * 1e6)
-    times: dict[str, Any] = {"us_wall": statistics.median(walls), "kernels_us": {}}
-    num_calls = min(num_calls, num_layers) if num_layers > 1 else num_calls
-    flush = _flush()
-
-    def cold_rounds() -> None:
-        for _ in range(_REPEATS):
-            flush()
-            call_all(num_calls)
-
-    kernels = [kernel for kernel in profile(cold_rounds) if _FLUSH not in kernel[0]]
-    if len(kernels) < _REPEATS:
-        return {"us": times["us_wall"], **times}
-    per_round = len(kernels) // _REPEATS
-    by_name: list[dict[str, float]] = []
-    for first in range(0, per_round * _REPEATS, per_round):
-        sums: dict[str, float] = defaultdict(float)
-        for name, milliseconds in kernels[first : first + per_round]:
-            sums[name] += milliseconds * 1e3 / num_calls
-        by_name.append(sums)
-    times["kernels_us"] = {
-        name: statistics.median(sums[name] for sums in by_name) for name in by_name[0]
-    }
-    return {"us": statistics.median(sum(sums.values()) for sums in by_name), **times}
-
-
-def profile(run: Callable[[], Any]) -> list[tuple[str, float]]:
-    """The kernels that run while `run` does, in order: names and milliseconds; none without CUPTI."""
-    # jax's own wrapper runs one function on one set of arguments only.
-    library: Any = getattr(profiler, "mosaic_gpu_lib")  # noqa: B009
-    extension: Any = getattr(library, "_mosaic_gpu_ext", None)
-    try:
-        extension._cupti_init()
-    except (AttributeError, RuntimeError) as error:
-        # Without CUPTI the time between kernels counts too.
-        logger.warning("kernels are not timed one by one: %s", error)
-        run()
-        return []
-    try:
-        run()
-    finally:
-        timings = extension._cupti_get_timings(True) or []
-    return timings
-
-
-@cache
-def _flush() -> Callable[[], None]:
-    """A function that writes more than the L2 cache holds, by a kernel with _FLUSH in its name."""
-    if jax.default_backend() != "gpu":
-        return lambda: None
-    program = jax.jit(lambda x: x ^ 1, donate_argnums=0)
-    buffer = [program(jnp.zeros((1 << 26,), jnp.int32))]
-
-    def flush() -> None:
-        buffer[0] = program(buffer[0])
-
-    return flush
 
 
 def _poison(num_bytes: int) -> None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-_REPEATS, _CALLS = 5, 16
+_REPEATS, _CALLS, _REPLAYS = 5, 16, 6
 _EPS = 1e-5
 _FLUSH = "bitwise_not"
 # Tokens of a decode step; more are no concern of the peers written here.
@@ -45,18 +45,8 @@ def dense(tokens: int, rows: int, width: int) -> dict[str, Peer]:
     )
 
 
-def experts(tokens: int) -> dict[str, Peer]:
-    """A device's experts, from picks to sum."""
-    if tokens > _MOST:
-        return {}
-    return _there(
-        {"torch._scaled_grouped_mm": partial(_of_module, "expert_peers", "grouped_mm", tokens)},
-        {"Triton": partial(_of_module, "expert_peers", "in_triton", tokens)},
-    )
-
-
 def block(tokens: int) -> dict[str, Peer]:
-    """A router and a device's experts, from rows to sum."""
+    """A router, a device's experts, their sum with a residual, its norm and quantization."""
     if tokens > _MOST:
         return {}
     return _there({}, {"Triton": partial(_of_module, "expert_peers", "block_in_triton", tokens)})
@@ -78,18 +68,9 @@ def write_and_attend(rows: int, length: int, heads: int) -> dict[str, Peer]:
 
 
 def norm(tokens: int, width: int) -> dict[str, Peer]:
-    """Residual add, norm and quantization, compiled."""
-    return _there({"torch.compile": partial(_norm, tokens, width)}, {})
-
-
-def router(tokens: int, width: int, experts: int, picks: int, scaling: float) -> dict[str, Peer]:
-    """A router whose product is of bfloat16, compiled."""
-    shape = (tokens, width, experts, picks, scaling)
-    in_triton = partial(_of_module, "triton_peers", "router", *shape)
-    return _there(
-        {"torch.compile": partial(_router, *shape)},
-        {"Triton": in_triton} if tokens <= _MOST else {},
-    )
+    """Residual add, norm and quantization."""
+    in_triton = partial(_of_module, "triton_peers", "norm", tokens, width)
+    return _there({"torch.compile": partial(_norm, tokens, width)}, {"Triton": in_triton})
 
 
 def prepare(peer: Peer) -> None:
@@ -200,26 +181,10 @@ def _norm(tokens: int, width: int, layers: int) -> Made:
     return Made({"": lambda layer: compiled(x, added, weights[layer])})
 
 
-def _router(tokens: int, width: int, experts: int, picks: int, scaling: float, layers: int) -> Made:
-    torch = _torch()
-
-    def route(x: Any, weight: Any, bias: Any) -> Any:
-        scores = torch.sigmoid((x @ weight.t()).float())
-        chosen = (scores + bias).topk(picks, dim=-1).indices
-        weights = scores.gather(-1, chosen)
-        return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * scaling
-
-    compiled = torch.compile(route, dynamic=False)
-    x = torch.randn(tokens, width, device="cuda").bfloat16()
-    weights = (torch.randn(layers, experts, width, device="cuda") * width**-0.5).bfloat16()
-    bias = torch.randn(layers, experts, device="cuda") / 8
-    return Made({"": lambda layer: compiled(x, weights[layer], bias[layer])})
-
-
 def _in_graph(call: Callable[[int], Any], layers: int) -> float:
     """Microseconds of a call among one for each layer, in a graph that begins with an empty L2 cache.
 
-    The least of a few, less what emptying the cache takes alone.
+    What emptying the cache takes alone is taken from it.
     """
     for layer in range(layers):
         call(layer)
@@ -229,11 +194,11 @@ def _in_graph(call: Callable[[int], Any], layers: int) -> float:
         for layer in range(layers):
             call(layer)
 
-    return (_least_of_graph(call_all) - _of_flush()) / layers
+    return (_of_graph(call_all) - _of_flush()) / layers
 
 
-def _least_of_graph(run: Callable[[], None]) -> float:
-    """Microseconds of what run does, captured."""
+def _of_graph(run: Callable[[], None]) -> float:
+    """Microseconds of what run does, captured: the median of rounds of several replays."""
     torch = _torch()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -248,18 +213,24 @@ def _least_of_graph(run: Callable[[], None]) -> float:
     times = []
     for _ in range(_REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The host hands over all of it while the device empties the cache.
+        for _ in range(_REPLAYS):
+            _flush()
         start.record()
-        graph.replay()
+        for _ in range(_REPLAYS):
+            graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return min(times)
+        times.append(start.elapsed_time(end) * 1e3 / _REPLAYS)
+    return statistics.median(times)
 
 
 @cache
 def _of_flush() -> float:
-    _flush()
-    return _least_of_graph(_flush)
+    # A GPU that did nothing has not its full clock yet.
+    for _ in range(1000):
+        _flush()
+    return _of_graph(_flush)
 
 
 def _in_kernels(call: Callable[[int], Any], layers: int) -> dict[str, float]:

@@ -78,6 +78,7 @@ def dense_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
                 bytes=rows * width + tokens * (width + 4 + 2 * rows) + 6 * rows,
                 operations=2 * tokens * rows * width,
                 unit="fp8",
+                phase="prefill" if tokens == sizes.prefill else "decode",
                 alternatives={"XLA": reference},
                 peers=peers.dense(tokens, rows, width),
             )

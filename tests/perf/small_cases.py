@@ -9,116 +9,75 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from glm_jax import ops
 from glm_jax.fp8 import quantize_rows
 from glm_jax.pallas import all_reduce, norm, router
 from glm_jax.pallas.chip import Chip
-from glm_jax.pallas.grouped_down import combine
 from tests.perf import peers
 from tests.perf.measure import Case, mismatches, relative_error
-from tests.perf.picks import picks_of
 from tests.perf.sizes import Sizes
 
-_EPS = 1e-5
+EPS = 1e-5
 _SCALING = 2.5
 
 
 def norm_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
-    """Residual add, norm and quantization of a decode or prefill step."""
+    """Residual add, norm and quantization: alone, as prefill and a decode step's first layer have it,
+    and in the kernel that sums over devices, here one, as a layer's attention ends in a decode step."""
     width, layers = sizes.hidden, sizes.layers
+    on: Any = {"eps": EPS, "chip": chip, "interpret": interpret}
 
     def draw(num_rows: int, key: jax.Array) -> Any:
         keys = jax.random.split(key, 3)
         x, added = (jax.random.normal(k, (num_rows, width), jnp.bfloat16) for k in keys[:2])
         return x, added, 1 + jax.random.normal(keys[2], (layers, width), jnp.bfloat16) / 4
 
-    def step(operands: Any, layer: jax.Array) -> Any:
+    def alone(operands: Any, layer: jax.Array) -> norm.NormedRows:
         x, added, weight = operands
-        return norm.add_norm_quantize(
-            x, added, weight, layer, eps=_EPS, chip=chip, interpret=interpret
-        )
+        return norm.add_norm_quantize(x, added, weight, layer, **on)
+
+    def summed(operands: Any, layer: jax.Array) -> norm.NormedRows:
+        x, added, weight = operands
+        return all_reduce.all_reduce_add_norm(added, x, weight, layer, num_devices=1, **on)
 
     def reference(operands: Any, layer: jax.Array) -> norm.NormedRows:
         x, added, weight = operands
-        return _normed(x, added, weight, layer)
+        return normed(x, added, weight, layer)
 
-    for num_rows in sizes.tokens:
-        yield Case(
-            kernel="norm.add_norm_quantize",
-            shape=f"T={num_rows}",
-            draw=partial(draw, num_rows),
-            num_layers=layers,
-            step=step,
-            reference=reference,
-            errors=_norm_errors,
-            tolerance=1e-3,
-            bytes=num_rows * width * (2 + 2 + 2 + 2 + 1) + 2 * width,
-            alternatives={"XLA": reference},
-            peers=peers.norm(num_rows, width),
-        )
-
-
-def sum_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
-    """The sum of the experts' rows before a norm, in one kernel; what is of other devices is left out."""
-    width, layers, num_local = sizes.hidden, sizes.layers, sizes.local_experts
-
-    def draw(tokens: int, key: jax.Array) -> Any:
-        keys = jax.random.split(key, 5)
-        picks, _ = picks_of(tokens, sizes.experts, sizes.picks, num_local)
-        num_rows = max(1, int((picks < num_local).sum()))
-        places = np.full(picks.shape, num_rows, np.int32)
-        places[picks < num_local] = np.random.default_rng(0).permutation(num_rows)[
-            : (picks < num_local).sum()
-        ]
-        rows = jax.random.normal(keys[0], (num_rows, width), jnp.bfloat16)
-        shared, residual = (jax.random.normal(k, (tokens, width), jnp.bfloat16) for k in keys[1:3])
-        weights = jax.random.uniform(keys[3], places.shape)
-        weight = 1 + jax.random.normal(keys[4], (layers, width), jnp.bfloat16) / 4
-        return rows, shared, jnp.asarray(places), weights, residual, weight
-
-    def step(operands: Any, layer: jax.Array) -> norm.NormedRows:
-        *summands, residual, weight = operands
-        return all_reduce.all_reduce_add_norm(
-            all_reduce.Summands(*summands), residual, weight, layer, eps=_EPS, num_devices=1,
-            chip=chip, interpret=interpret,
-        )  # fmt: skip
-
-    def reference(operands: Any, layer: jax.Array) -> norm.NormedRows:
-        *summands, residual, weight = operands
-        return _normed(residual, combine(*summands).astype(jnp.bfloat16), weight, layer)
-
-    for tokens in sizes.tokens:
-        if tokens > all_reduce.MAX_ROWS:
-            continue
-        picks, _ = picks_of(tokens, sizes.experts, sizes.picks, num_local)
-        num_rows = tokens + float((picks < num_local).sum())
-        yield Case(
-            kernel="all_reduce.all_reduce_add_norm",
-            shape=f"T={tokens}, 1 device",
-            draw=partial(draw, tokens),
-            num_layers=layers,
-            step=step,
-            reference=reference,
-            errors=_norm_errors,
-            # Sums of products may be rounded once or twice.
-            tolerance=4e-3,
-            bytes=2 * num_rows * width + tokens * width * (2 + 2 + 2 + 1) + 2 * width,
-            alternatives={"XLA": reference},
-        )
+    steps = {"norm.add_norm_quantize": alone, "all_reduce.all_reduce_add_norm": summed}
+    for name, step in steps.items():
+        for num_rows in sizes.tokens:
+            if step is summed and num_rows > all_reduce.MAX_ROWS:
+                continue
+            yield Case(
+                kernel=name,
+                shape=f"T={num_rows}" + ", 1 device" * (step is summed),
+                draw=partial(draw, num_rows),
+                num_layers=layers,
+                step=step,
+                reference=reference,
+                errors=norm_errors,
+                tolerance=1e-3,
+                bytes=num_rows * width * (2 + 2 + 2 + 2 + 1) + 2 * width,
+                phase="prefill" if num_rows == sizes.prefill else "decode",
+                alternatives={"XLA": reference},
+                peers=peers.norm(num_rows, width),
+            )
 
 
-def _normed(residual: jax.Array, added: jax.Array, weight: jax.Array, layer: jax.Array) -> Any:
+def normed(residual: jax.Array, added: jax.Array, weight: jax.Array, layer: jax.Array) -> Any:
+    """Their sum, its norm by a layer's weights, and that quantized."""
     residual = residual + added
     wide = residual.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + _EPS)
-    normed = wide.astype(residual.dtype) * lax.dynamic_index_in_dim(weight, layer)
-    return norm.NormedRows(residual, normed, *quantize_rows(normed))
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)
+    made = wide.astype(residual.dtype) * lax.dynamic_index_in_dim(weight, layer)
+    return norm.NormedRows(residual, made, *quantize_rows(made))
 
 
-def _norm_errors(got: Any, expected: Any) -> dict[str, jax.Array]:
+def norm_errors(got: Any, expected: Any) -> dict[str, jax.Array]:
+    """Of norm.NormedRows; what is quantized is held against the kernel's own rows."""
     values, scale = quantize_rows(got.normed)
     return {
         "residual": relative_error(got.residual, expected.residual),
@@ -129,7 +88,7 @@ def _norm_errors(got: Any, expected: Any) -> dict[str, jax.Array]:
 
 
 def router_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
-    """The router of a decode or prefill step."""
+    """The router of a prefill step; those of decode steps sort in the same kernel (expert_cases)."""
     width, experts, layers = sizes.hidden, sizes.experts, sizes.layers
 
     def draw(num_rows: int, key: jax.Array) -> Any:
@@ -185,7 +144,7 @@ def router_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             "weights": relative_error(jnp.where(is_same, got[1], weights), weights),
         }
 
-    for num_rows in sizes.tokens:
+    for num_rows in sizes.tokens if interpret else (sizes.prefill,):
         yield Case(
             kernel="router.route",
             shape=f"T={num_rows}",
@@ -198,6 +157,6 @@ def router_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
             bytes=2 * width * (num_rows + experts) + 8 * num_rows * sizes.picks,
             operations=2 * num_rows * width * experts,
             is_float32=True,
+            phase="prefill",
             alternatives={"XLA": in_bfloat16},
-            peers=peers.router(num_rows, width, experts, sizes.picks, _SCALING),
         )

@@ -259,20 +259,41 @@ def down(
 
 
 @triton.jit
-def combine(
-    rows, shared, picks, weights, out, E: tl.constexpr, N: tl.constexpr, PICKS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def combine_norm(
+    rows, added, picks, weights, residual, norm, total, normed, values, scale, E: tl.constexpr,
+    N: tl.constexpr, PICKS: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """bfloat16 [T, N]: the shared expert's row and the weighted rows of the picks that are held here."""
+    """A token's added row and the weighted rows of the picks that are held here, rounded to bfloat16, on top
+    of its residual; that normed; that quantized."""
     token = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.load(shared + token * N + columns).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    acc = tl.load(added + token * N + columns, mask=mask, other=0).to(tl.float32)
+    before = tl.load(residual + token * N + columns, mask=mask, other=0)
+    weight = tl.load(norm + columns, mask=mask, other=0).to(tl.float32)
     for place in tl.static_range(PICKS):
         at = token * PICKS + place
         is_here = tl.load(picks + at) < E
-        row = tl.load(rows + at * N + columns, mask=is_here, other=0).to(tl.float32)
+        row = tl.load(rows + at * N + columns, mask=mask & is_here, other=0).to(tl.float32)
         acc += tl.where(is_here, tl.load(weights + at), 0.0) * row
-    tl.store(out + token * N + columns, acc.to(tl.bfloat16))
+    acc = before.to(tl.float32) + acc.to(tl.bfloat16).to(tl.float32)
+    out = acc.to(tl.bfloat16)
+    tl.store(total + token * N + columns, out, mask=mask)
+    wide = out.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(wide * wide, 0) / N + EPS)
+    made = ((wide * factor).to(tl.bfloat16).to(tl.float32) * weight).to(tl.bfloat16)
+    tl.store(normed + token * N + columns, made, mask=mask)
+    made = made.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(made), 0), 1e-12)
+    tl.store(values + token * N + columns, (made * (448.0 / largest)).to(tl.float8e4nv), mask=mask)
+    tl.store(scale + token, largest / 448.0)
+
+
+@triton.jit
+def quantize_rows(rows, values, scale, N: tl.constexpr, BLOCK: tl.constexpr):
+    """FP8 of bfloat16 rows, with a scale each."""
+    row = tl.program_id(0)
+    _quantize_row(rows + row * N, values + row * N, scale + row, N, BLOCK)
 
 
 @triton.jit(do_not_specialize=["length"])

@@ -9,7 +9,7 @@ import hashlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.pallas.chip import Chip
-from tests.perf import peers
 from tests.perf.card import Card, Probes, compile_probes, measure_card
 from tests.perf.measure import (
     Case,
@@ -30,12 +29,11 @@ from tests.perf.measure import (
     compile_case,
     measure,
     measure_alternatives,
+    split,
 )
 
 # The same list in every process.
 MakeCases = Callable[[Chip], Sequence[Case]]
-# "alternatives" and "peers" of a result, by its kernel and shape.
-Others = Mapping[tuple[str, str], dict[str, Any]]
 
 _POISONED = 2 << 30
 _SEEDS = (1, 2)
@@ -44,12 +42,8 @@ _COMPILING = 0.6
 # Seconds after which a case that does not answer is taken for hung.
 _LONGEST = 60.0
 _THREADS = 2
-# Processes in which peers are compiled.
-_PEERS = 4
 # A process takes memory as it needs it, so that all find some.
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
-# Peers are compiled in processes of ours, not in ones of their own.
-_WITHOUT_GPU = {"JAX_PLATFORMS": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 class Outcome(NamedTuple):
@@ -69,46 +63,38 @@ def over_cases(
     num_processes: int,
     seconds: float,
     card: Card | None = None,
-    others: Others | None = None,
+    wait: Callable[[float], None] | None = None,
 ) -> Iterator[Card | Outcome]:
     """Yields the card, then what became of each case, as many as the time allows.
 
-    A result has "error" and "is_right"; "bits", a digest of the first output; what time_program says;
-    "alternatives", the same of each; "peers", as peers.measure says. Otherwise it has "failed".
+    A result has "error" and "is_right"; "bits", a digest of the first output; what measure says;
+    "alternatives", what time_program says of each. Otherwise it has "failed".
 
     Args:
       make_cases: at the top level of its module, or a partial of what is.
       seconds: for everything. What has not come by then has failed.
       card: not measured, but so.
-      others: alternatives and peers of every case by its kernel and shape; where there are any, they are
-        not measured.
+      wait: waits, up to so many seconds, until nobody else uses the GPU; everything is compiled by then.
     """
     end = time.monotonic() + seconds
-    crew = [_Member(_serve_kernels, make_cases, _ENVIRONMENT) for _ in range(num_processes)]
-    torch = _Member(_serve_peers, make_cases, _WITHOUT_GPU, has_processes=True)
+    crew = [_Member(make_cases) for _ in range(num_processes)]
     try:
         chip = crew[0].ask(("chip", None), 2 * _LONGEST) if card is None else card.chip
         cases = make_cases(chip)
         for number, member in enumerate(crew):
             share = list(range(number, len(cases), num_processes))
             has_probes = card is None and not number
-            member.start(chip, share, end, has_probes=has_probes, has_others=others is None)
-        with_peers = [i for i, case in enumerate(cases) if case.peers and others is None]
-        torch.start(chip, with_peers, end)
-        for member in [*crew, torch]:
+            member.start(chip, share, end, has_probes=has_probes)
+        for member in crew:
             member.wait_until_ready(end)
+        if wait is not None:
+            wait(end - time.monotonic())
         card = card or crew[0].ask(("card", None), 2 * _LONGEST)
         assert card is not None
         yield card
-        of_peers = {outcome.place: outcome.result for outcome in _turns([torch], end)}
-        for outcome in _turns(crew, end):
-            outcome.result["peers"] = of_peers.get(outcome.place, {})
-            if others is not None:
-                case = cases[outcome.place]
-                outcome.result.update(others.get((case.kernel, case.shape), {}))
-            yield outcome
+        yield from _turns(crew, end)
     finally:
-        for member in [*crew, torch]:
+        for member in crew:
             member.end()
 
 
@@ -136,28 +122,17 @@ def _turns(crew: list["_Member"], end: float) -> Iterator[Outcome]:
 class _Member:
     """A process with a share of the cases, seen from outside."""
 
-    def __init__(
-        self,
-        serve: Callable[..., None],
-        make_cases: MakeCases,
-        environment: dict[str, str],
-        *,
-        has_processes: bool = False,
-    ) -> None:
-        self._made_of = (serve, make_cases, environment)
+    def __init__(self, make_cases: MakeCases) -> None:
+        self._make_cases = make_cases
         self.share: list[int] = []
         self.chip: Chip | None = None
-        self.has_others = True
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        # A daemon may have no processes of its own.
-        self._process = context.Process(
-            target=serve, args=(theirs, make_cases), daemon=not has_processes
-        )
+        self._process = context.Process(target=_serve, args=(theirs, make_cases), daemon=True)
         before = dict(os.environ)
-        os.environ.update(environment)
+        os.environ.update(_ENVIRONMENT)
         self._process.start()
-        for name in environment.keys() - before.keys():
+        for name in _ENVIRONMENT.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
         theirs.close()
@@ -174,20 +149,11 @@ class _Member:
             raise TimeoutError(f"no answer to {question} after {seconds:.0f} s")
         return self._connection.recv()
 
-    def start(
-        self,
-        chip: Chip,
-        share: list[int],
-        end: float,
-        *,
-        has_probes: bool = False,
-        has_others: bool = True,
-    ) -> None:
-        """Lets it compile its share, for as long as _COMPILING says; and, if so, what measures the card,
-        and alternatives."""
-        self.chip, self.share, self.has_others = chip, share, has_others
+    def start(self, chip: Chip, share: list[int], end: float, *, has_probes: bool = False) -> None:
+        """Lets it compile its share, for as long as _COMPILING says; and, if so, what measures the card."""
+        self.chip, self.share = chip, share
         seconds = _COMPILING * (end - time.monotonic())
-        self._connection.send(("start", (chip, share, seconds, has_probes, has_others)))
+        self._connection.send(("start", (chip, share, seconds, has_probes)))
 
     def wait_until_ready(self, end: float) -> None:
         """Until it has compiled, or died: which the next question finds."""
@@ -199,9 +165,9 @@ class _Member:
 
     def successor(self, end: float) -> "_Member":
         """A new process for what is left of the share, compiled anew."""
-        other = _Member(*self._made_of, has_processes=not self._process.daemon)
+        other = _Member(self._make_cases)
         assert self.chip is not None
-        other.start(self.chip, self.share, end, has_others=self.has_others)
+        other.start(self.chip, self.share, end)
         other.wait_until_ready(end)
         return other
 
@@ -212,8 +178,8 @@ class _Member:
         self._connection.close()
 
 
-def _serve_kernels(connection: Connection, make_cases: MakeCases) -> None:
-    """Answers a _Member's questions about kernels."""
+def _serve(connection: Connection, make_cases: MakeCases) -> None:
+    """Answers a _Member's questions."""
     base: dict[int, Future[Programs]] = {}
     others: dict[int, Future[dict[str, Any]]] = {}
     cases: Sequence[Case] = []
@@ -225,18 +191,14 @@ def _serve_kernels(connection: Connection, make_cases: MakeCases) -> None:
         elif verb == "card":
             connection.send(measure_card(probes.result() if probes else None))
         elif verb == "start":
-            chip, share, seconds, has_probes, has_others = argument
+            chip, share, seconds, has_probes = argument
             cases = make_cases(chip)
             # Before any thread compiles: XLA of jax 0.11.2 registers its targets with the first program.
             jax.block_until_ready(jnp.ones(8) + 1)
             pool = ThreadPoolExecutor(_THREADS)
             probes = pool.submit(compile_probes, chip) if has_probes else None
             base = {index: pool.submit(compile_case, cases[index]) for index in share}
-            others = {
-                index: pool.submit(compile_alternatives, cases[index])
-                for index in share
-                if has_others
-            }
+            others = {index: pool.submit(compile_alternatives, cases[index]) for index in share}
             pending: list[Future[Any]] = [*base.values(), *others.values()]
             wait(pending, timeout=seconds)
             # What still compiled would disturb what is timed.
@@ -244,53 +206,6 @@ def _serve_kernels(connection: Connection, make_cases: MakeCases) -> None:
             connection.send("ready")
         else:
             connection.send(_run(cases[argument], base[argument], others.get(argument)))
-
-
-def _serve_peers(connection: Connection, make_cases: MakeCases) -> None:
-    """Answers a _Member's questions about peers: in a process where JAX has no GPU beside them."""
-    cases: Sequence[Case] = []
-    while True:
-        verb, argument = connection.recv()
-        if verb == "start":
-            chip, share, seconds, *_ = argument
-            cases = make_cases(chip)
-            _prepare_peers(make_cases, chip, share, seconds)
-            connection.send("ready")
-        else:
-            times: dict[str, Any] = {}
-            case = cases[argument]
-            for name, peer in case.peers.items():
-                try:
-                    times[name] = peers.measure(peer, case.num_layers)
-                except Exception as error:  # the other shapes may do
-                    times[name] = {"failed": _said(error)}
-            connection.send(times)
-
-
-def _prepare_peers(make_cases: MakeCases, chip: Chip, share: list[int], seconds: float) -> None:
-    """Lets a few processes fill the caches on disk with what the peers' libraries compile."""
-    number = min(_PEERS, len(share))
-    context = multiprocessing.get_context("spawn")
-    others = [
-        context.Process(target=_prepare_share, args=(make_cases, chip, share[first::number]))
-        for first in range(number)
-    ]
-    for process in others:
-        process.start()
-    end = time.monotonic() + seconds
-    for process in others:
-        process.join(max(0.0, end - time.monotonic()))
-        process.kill()
-
-
-def _prepare_share(make_cases: MakeCases, chip: Chip, share: list[int]) -> None:
-    cases = make_cases(chip)
-    for index in share:
-        for peer in cases[index].peers.values():
-            try:
-                peers.prepare(peer)
-            except Exception as error:  # measuring it says so again
-                print(f"{cases[index].kernel} {cases[index].shape}: {_said(error)}", flush=True)
 
 
 def _run(
@@ -306,7 +221,7 @@ def _run(
     try:
         poisoned = _POISONED if jax.default_backend() == "gpu" else 0
         error = max(check(case, programs, seed, poisoned) for seed in _SEEDS)
-        bits = _digest(programs)
+        bits = _digest(case, programs)
         times = measure(case, programs)
     except Exception as error:  # it may have broken the process
         return {"failed": _said(error), "is_over": True}
@@ -319,10 +234,10 @@ def _run(
     }
 
 
-def _digest(programs: Programs) -> str:
+def _digest(case: Case, programs: Programs) -> str:
     """Of the first output on inputs that are the same in every process."""
-    outputs = programs.step(programs.draw(jax.random.key(1)), jnp.int32(0))
-    first = np.asarray(jax.tree.leaves(outputs)[0])
+    outputs, _ = programs.calls(*split(case, programs.draw(jax.random.key(1))))
+    first = np.asarray(jax.tree.leaves(outputs[0])[0])
     return hashlib.sha256(first.tobytes()).hexdigest()[:12]
 
 
