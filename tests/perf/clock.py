@@ -13,25 +13,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import profiler
+import numpy as np
+from jax.experimental.mosaic.gpu import profiler, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from glm_jax.sharding import make_mesh
+from glm_jax.steps import compiler_options
 
 logger = logging.getLogger(__name__)
 
-NO_GRAPH = {"xla_gpu_enable_command_buffer": ""}
-# As steps have it (glm_jax.steps); calls that share no memory are still one after the other.
-IN_GRAPH = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL",
-    "xla_gpu_graph_min_graph_size": 1,
-    "xla_gpu_enable_dynamic_slice_fusion": False,
-    "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE",
-}
+# Calls in a graph that share no memory are still one after the other.
+ONE_BY_ONE = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 _REPEATS = 5
 # In the names of XLA's kernels of an exclusive or.
 _FLUSH = "xor"
 # Calls of a round of time_program, each with another layer.
 _CALLS = 16
-# Programs of a round in a graph, few and many; milliseconds that the device has other work before them.
-_FEW, _MANY, _BLOCKED = 2, 12, 12.0
+# Rounds of a graph that are handed over together; milliseconds that the device has other work meanwhile.
+_ROUNDS, _BLOCKED = 10, 12.0
+_READ_TIME = "{ .reg .b64 now; mov.u64 now, %globaltimer; st.global.b64 [$0], now; }"
 
 
 def time_program(program: Callable[..., Any], operands: Any, num_layers: int) -> dict[str, Any]:
@@ -95,36 +95,58 @@ def by_kernel(run: Callable[[], Any], num_calls: int) -> dict[str, Any]:
 def in_graph(run: Callable[[], Any], num_calls: int) -> float:
     """Microseconds of one of num_calls in a graph, which run hands over, from an empty L2 cache on.
 
-    The device has other work until all is handed over; a few rounds are taken from many, and what
-    emptying the cache and launching a graph of one tiny kernel take is taken from the rest.
+    The device has other work until all is handed over, for XLA writes a graph's operands anew in every
+    call. What emptying the cache and launching a graph of one tiny kernel take is taken from it.
     """
     empty_us, nothing = _nothing()
     return (_of_rounds(run) - nothing + empty_us) / num_calls
 
 
 def _of_rounds(run: Callable[[], Any]) -> float:
-    """Microseconds of a round on the device, the cache emptied before each."""
-    flush, block = _flush(), _blocker()
+    """Microseconds of a round on the device, by its own clock, the cache emptied before each."""
+    flush, block, stamp = _flush(), _blocker(), _stamp()
     times = []
     for _ in range(_REPEATS):
-        walls = []
-        for rounds in (_FEW, _MANY):
-            start = time.perf_counter()
-            blocked, answer = block(), None
-            for _ in range(rounds):
-                flush()
-                answer = run()
-            jax.block_until_ready((blocked, answer))
-            walls.append(time.perf_counter() - start)
-        times.append((walls[1] - walls[0]) / (_MANY - _FEW) * 1e6)
+        answer: Any = block()
+        begin = stamp()
+        for _ in range(_ROUNDS):
+            flush()
+            answer = run()
+        end = stamp()
+        jax.block_until_ready(answer)
+        times.append((_nanoseconds(end) - _nanoseconds(begin)) / _ROUNDS / 1e3)
     return statistics.median(times)
+
+
+@cache
+def _stamp() -> Callable[[], jax.Array]:
+    """A program that tells the device's time."""
+
+    def read(_: Any, ref: Any) -> None:
+        with utils.single_thread(utils.ThreadSubset.BLOCK):
+            utils.inline_ptx(_READ_TIME, utils.memref_ptr(ref), has_side_effects=True)
+
+    def body(out_ref: Any) -> None:
+        inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        inline(read)(out_ref)
+
+    kernel = plgpu.kernel(
+        body, out_type=jax.ShapeDtypeStruct((2,), jnp.uint32), kernel_name="stamp"
+    )
+    return jax.jit(kernel).lower().compile()
+
+
+def _nanoseconds(stamp: jax.Array) -> int:
+    low, high = np.asarray(stamp).tolist()
+    return high << 32 | low
 
 
 @cache
 def _nothing() -> tuple[float, float]:
     """Microseconds of a tiny kernel, and of a round with nothing but a graph of it."""
     tiny = jnp.zeros(1024, jnp.int32)
-    program = jax.jit(lambda x: x + 1, compiler_options=IN_GRAPH).lower(tiny).compile()
+    options = compiler_options(make_mesh(1)) | ONE_BY_ONE
+    program = jax.jit(lambda x: x + 1, compiler_options=options).lower(tiny).compile()
     return by_kernel(lambda: program(tiny), 1)["us"], _of_rounds(lambda: program(tiny))
 
 

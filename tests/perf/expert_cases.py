@@ -236,7 +236,8 @@ def _block_case(
         router = jax.random.normal(keys[0], (sizes.experts, width)) * width**-0.5
         picks, _ = _draw_picks(sizes, num_local, tokens, key)
         x = (2 * router[picks].sum(1)).astype(jnp.bfloat16)
-        residual = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16)
+        # Smaller than what is added to it, which it would hide.
+        residual = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16) / 16
         memory = kernels.workspace(tokens, width, num_local)
         if memory is not None:
             memory = jax.tree.map(jax.freeze, memory._replace(first_expert=None))

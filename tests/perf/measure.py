@@ -15,7 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from glm_jax.pallas.chip import Chip
 from glm_jax.sharding import make_mesh
-from tests.perf.clock import IN_GRAPH, NO_GRAPH, by_kernel, in_graph, time_program
+from glm_jax.steps import compiler_options
+from tests.perf.clock import ONE_BY_ONE, by_kernel, in_graph, time_program
 from tests.perf.peers import Peer
 
 # A step takes the case's operands and a layer, and returns arrays.
@@ -23,10 +24,8 @@ Step = Callable[[Any, jax.Array], Any]
 
 _OURS = "mosaic_gpu_kernel"
 # XLA may leave out roundings to bfloat16 that the kernels and the layers make.
-_ROUNDED = {"xla_allow_excess_precision": False}
-rounded = partial(jax.jit, compiler_options=_ROUNDED)
-# References are run once: trying ways to run them would take longer than anything else here.
-_UNTUNED = _ROUNDED | {"xla_gpu_autotune_level": 0}
+rounded = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+_NO_GRAPH = {"xla_gpu_enable_command_buffer": ""}
 
 
 @dataclass(frozen=True)
@@ -164,27 +163,30 @@ def on_mesh[**P, T](function: Callable[P, T], mesh: Mesh) -> Callable[P, T]:
 
 
 def compile_case(case: Case, mesh: Mesh | None = None) -> Programs:
-    """Compiles everything the case itself runs, without running any of it.
+    """Compiles everything the case itself runs, without running any of it, with a step's options.
 
     Args:
       mesh: of a device that is not here, to be compiled for.
     """
-    on = partial(on_mesh, mesh=mesh or make_mesh(1))
+    mesh = mesh or make_mesh(1)
+    on, options = partial(on_mesh, mesh=mesh), compiler_options(mesh)
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    alone = options | _NO_GRAPH if is_gpu else options
+    # References are run once: trying ways to run them would take longer than anything else here.
+    plain = alone | {"xla_gpu_enable_triton_gemm": not case.is_float32} if is_gpu else options
     key, layer = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
     draw = jax.jit(on(case.draw)).lower(key)
     operands = draw.out_info
-    options = _UNTUNED | ({"xla_gpu_enable_triton_gemm": False} if case.is_float32 else {})
     calls = jax.jit(on(all_layers(case)), donate_argnums=1).lower(*split(case, operands))
-    reference = jax.jit(on(case.reference), compiler_options=options).lower(operands, layer)
+    reference = jax.jit(on(case.reference)).lower(operands, layer)
     errors = jax.jit(on(case.errors)).lower(calls.out_info[0][0], reference.out_info)
-    is_gpu = mesh is not None or jax.default_backend() == "gpu"
-    has_graph = case.phase != "prefill" and is_gpu
+    has_graph = is_gpu and case.phase != "prefill" and not case.is_timed_alone
     return Programs(
-        draw=draw.compile(),
-        calls=calls.compile(compiler_options=_UNTUNED | (NO_GRAPH if is_gpu else {})),
-        graph=calls.compile(compiler_options=_UNTUNED | IN_GRAPH) if has_graph else None,
-        reference=reference.compile(),
-        errors=errors.compile(),
+        draw=draw.compile(compiler_options=plain),
+        calls=calls.compile(compiler_options=alone),
+        graph=calls.compile(compiler_options=options | ONE_BY_ONE) if has_graph else None,
+        reference=reference.compile(compiler_options=plain),
+        errors=errors.compile(compiler_options=plain),
     )
 
 
