@@ -278,6 +278,8 @@ def _block_case(
         operations=operations,
         unit="fp8",
         is_float32=True,
+        # No step loads the other layout yet.
+        phase="" if name else "decode",
         written=() if interpret else (Block._fields.index("memory"),),
         parts=(
             Part("router, picks, sorting", r"rout|dispatch|stage", "router|align", routing),
