@@ -62,10 +62,11 @@ def decode_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
         config = decode_attention.TuningConfig(split_size=split, tile_size=tile, stages=stages)
 
         def step(operands: Any, layer: jax.Array) -> jax.Array:
-            q, k_pages, v_pages, table, positions = operands
+            q, k_pages, v_pages, table, positions, counters = operands
             return decode_attention.attend(
-                q, k_pages, v_pages, layer, table, positions, chip=chip, config=config
-            )
+                q, k_pages, v_pages, layer, table, positions, chip=chip, config=config,
+                counters=counters,
+            )  # fmt: skip
 
         return Way(f"split {split}, tile {tile}, {stages} stages", step)
 
@@ -124,11 +125,7 @@ def expert_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
     def way(name: str, **configs: TuningConfig) -> Way:
         return Way(name, partial(expert_cases.expert_step, chip=chip, **configs))
 
-    for case in expert_cases.expert_cases(
-        replace(sizes, tokens=_EXPERT_TOKENS, split_tokens=()), chip, False
-    ):
-        if case.kernel != "experts":
-            continue
+    for case in expert_cases.on_picks(sizes, _EXPERT_TOKENS, chip, False):
         tokens = int(case.shape.removeprefix("T="))
         tile = dispatch.default_tile(tokens, chip)
         up = grouped_gate_up.default_config(chip, tile, sizes.expert_width, tokens)
@@ -144,7 +141,13 @@ def expert_ways(sizes: Sizes, chip: Chip) -> Iterator[tuple[Case, list[Way]]]:
                 for name, config, halves in (("gate_up", up, 2), ("down", down, 1)):
                     stages = fitting_stages(tile, 64, halves=halves, step=step)
                     cuts[name] = replace(
-                        config, warpgroups=1, rows=64, fill=fill, step=step, stages=stages
+                        config,
+                        warpgroups=1,
+                        rows=64,
+                        fill=fill,
+                        step=step,
+                        stages=stages,
+                        is_stacked=False,
                     )
                 ways.append(way(f"{fill} rows, steps of {step}", **cuts))
         yield case, ways
