@@ -224,35 +224,42 @@ def _medians(
 
 def _kernels(result: Result, path: Path) -> Iterator[str]:
     head = (
-        "kernel", "shape", "error", "µs (in a graph)", "of the floor", "copy of as much, µs",
-        "best alternative, µs",
+        "kernel", "shape", "steps", "error", "µs (in a graph)", "of the floor",
+        "of a copy of as much", "best alternative, µs (in a graph)", "over ours",
     )  # fmt: skip
     yield from _table(head, map(_kernel_cells, result["results"]))
 
 
 def _kernel_cells(found: Result) -> Sequence[str]:
-    cells = (found["kernel"], found["shape"])
+    cells = (found["kernel"], found["shape"], found.get("phase", "") or "-")
     if "failed" in found:
-        return (*cells, found["failed"][:100].replace("|", "/").replace("\n", " "), "", "", "", "")
-    others = {name: times["us"] for name, times in found["alternatives"].items()}
-    best = min((others | found["peers_us"]).items(), key=lambda item: item[1], default=None)
+        said = found["failed"][:100].replace("|", "/").replace("\n", " ")
+        return (*cells, said, "", "", "", "", "")
+    others = {**found["alternatives"], **found["peers"]}
+    best = min(others, key=lambda name: others[name]["us"], default=None)
     wrong = "" if found["is_right"] else " **wrong**"
-
-    def graph(times: Result) -> str:
-        return f"{times['us_graph']:.1f}" if "us_graph" in times else ""
-
-    ours = graph(found)
-    theirs = "" if best is None else graph(found.get("peers", {}).get(best[0], {}))
-    in_graph = f", {theirs} in a graph" * bool(theirs)
+    compared = "-" if best is None else f"{_kernel_times(others[best])} {best}"
     return (
         *cells,
-        f"{found['error']:.1e}{wrong}",
-        f"{found['us']:.1f}" + f" ({ours})" * bool(ours),
+        (f"{found['error']:.1e}" if "error" in found else "") + wrong,
+        _kernel_times(found),
         f"{found['floor_us'] / found['us']:.0%}",
-        # Measured since 2026-11-29.
-        f"{found['small_floor_us']:.1f}" if "small_floor_us" in found else "-",
-        "-" if best is None else f"{best[1]:.1f} ({best[0]}{in_graph})",
+        f"{found['small_floor_us'] / found['us']:.0%}",
+        compared,
+        "-" if best is None else _ratio_of_kernels(found, others[best]),
     )
+
+
+def _kernel_times(times: Result) -> str:
+    in_graph = f" ({times['us_graph']:.1f})" if "us_graph" in times else ""
+    return f"{times['us']:.1f}{in_graph}"
+
+
+def _ratio_of_kernels(ours: Result, theirs: Result) -> str:
+    ratio = f"{theirs['us'] / ours['us']:.2f}"
+    if "us_graph" not in ours or "us_graph" not in theirs:
+        return ratio
+    return f"{ratio} ({theirs['us_graph'] / ours['us_graph']:.2f})"
 
 
 def _layer(result: Result, path: Path) -> Iterator[str]:
@@ -286,16 +293,23 @@ def _layer_conditions(result: Result, path: Path) -> Iterator[str]:
 
 def _card_conditions(result: Result, path: Path) -> Iterator[str]:
     rates = (f"{name} {rate / 1e12:.0f}" for name, rate in result["operations_per_second"].items())
-    yield f"Measured {result['date']} at commit {result['commit']} on {result['device']}, "
-    yield f"jax {result['jax']}. A floor is what this card's own copies (read and written together"
-    yield f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s) and products (TFLOP/s: "
-    yield f"{', '.join(rates)}) would take for the bytes and operations of the kernel."
-    if "empty_kernel_us" in result:
-        yield "A copy of as much moves as many bytes by itself, from a cold L2 cache, or is an empty"
-        yield f"kernel ({result['empty_kernel_us']:.1f} µs) where that takes longer."
-        yield "In a graph a call has the gaps between its kernels too; else they are left out, ours and others'."
-    if others := result.get("others"):
-        yield f"Alternatives were measured {others['date']} at commit {others['commit']} on {others['device']}."
+    yield f"Measured {result['date']} at commit {result['commit']} on {result['device']}, jax {result['jax']},"
+    yield "ours and all alternatives in one run on one card. A floor is what this card's own copies (read"
+    yield f"and written together {result['copy_bytes_per_second'] / 1e12:.2f} TB/s) and products (TFLOP/s:"
+    yield f"{', '.join(rates)}) would take for the bytes and operations of the kernel. A copy of as much moves"
+    yield "as many bytes by itself, from a cold L2 cache, or is an empty kernel"
+    yield f"({result['empty_kernel_us']:.1f} µs) where that takes longer: that is what kernels of few bytes are"
+    yield "held against. Times are sums of kernels, by CUPTI; in a graph of all layers a call has the gaps between"
+    yield "its kernels too. Both begin with a cold L2 cache and take no layer twice."
+    yield "Over ours: above 1, ours is faster."
+    yield ""
+    yield 'Steps run the rows that name them. "router … norm" is a layer of a decode step from the norm after'
+    yield "attention to the next layer's, kernel for kernel, and the rows that begin with … are its parts, theirs"
+    yield "the same parts of the same calls. Rows with - are no kernel of a step by themselves: attention without"
+    yield "the write and the quantization that steps have in the same kernel, beside others' that do as little;"
+    yield "the write alone; and, split, a layout with a part of every expert on each device, which nothing loads"
+    yield "yet. PyTorch's attention reads bfloat16 keys that lie in one piece, ours FP8 pages."
+    yield ""
     yield f"Command: `{result['command']}`. File: `results/{path.name}`."
 
 

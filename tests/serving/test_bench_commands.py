@@ -134,19 +134,22 @@ def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_d
             "command": "measure it",
             "copy_bytes_per_second": 3e12,
             "operations_per_second": {"bf16": 7e14},
+            "empty_kernel_us": 0.9,
             "results": [
                 {
                     "kernel": "norm",
                     "shape": "T=1",
+                    "phase": "decode",
                     "error": 1e-3,
                     "is_right": True,
                     "us": 2.0,
+                    "us_graph": 2.5,
                     "floor_us": 1.0,
                     "small_floor_us": 1.5,
                     "alternatives": {"XLA": {"us": 4.0}},
-                    "peers_us": {"torch": 3.0},
+                    "peers": {"torch": {"us": 3.0, "us_graph": 4.0}},
                 },
-                {"kernel": "route", "shape": "T=1", "failed": "ValueError: a | b"},
+                {"kernel": "route", "shape": "T=1", "phase": "", "failed": "ValueError: a | b"},
             ],
         },
         "layer": {
@@ -179,10 +182,11 @@ def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_d
     assert f"{got['runs'][0]['output_throughput']:,.0f}" in page
     assert "| 8 | them | 2.00 | 1.00 … 3.00 | 5.00 | 4.00 … 6.00 |" in page
     assert "| 8 | them | 2.0 | 5.0 |" in page and "others was left out: it ended" in page
-    assert "| norm | T=1 | 1.0e-03 | 2.0 | 50% | 1.5 | 3.0 (torch) |" in page
+    cells = "1.0e-03 | 2.0 (2.5) | 50% | 75% | 3.0 (4.0) torch | 1.50 (1.60)"
+    assert f"| norm | T=1 | decode | {cells} |" in page
     assert "| 64 | gate_up | 1.0 | 80.0 | 60.0 | 75% |" in page
     assert "| 64 | **all** | 1.0 | 90.0 | 60.0 | 67% |" in page
-    assert "| route | T=1 | ValueError: a / b |" in page and "Command: `measure it`" in page
+    assert "| route | T=1 | - | ValueError: a / b |" in page and "Command: `measure it`" in page
     assert "<svg" in (tmp_path / "results" / "load.svg").read_text()
 
 
