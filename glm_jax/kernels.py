@@ -111,20 +111,20 @@ class Kernels(Selection):
         eps: float,
         is_fp8: bool,
         workspace: Workspace | None = None,
+        later: Layer = 0,
     ) -> tuple[NormedRows, ops.Layer]:
-        """add_norm of what is pending on all devices, summed; and the place that layer names, as one number."""
+        """add_norm of what is pending on all devices, summed; and the place that later names, as one number."""
 
         def apart() -> tuple[NormedRows, ops.Layer]:
             if isinstance(pending, ExpertRows):
                 own = all_reduce.add_up(all_reduce.Summands(*pending), interpret=self._interprets)
                 added = sharding.sum_in_order(own)
             elif self._chip() is not None and len(pending) == 1:
-                rounded = sharding.round_partials(pending, residual.dtype)
-                added = sharding.sum_in_order(rounded[0])
+                added = sharding.sum_in_order(sharding.round_partials(pending, residual.dtype)[0])
             else:
                 added = sharding.sum_partials(pending, residual.dtype)
             normed = self.add_norm(residual, added, weight, layer, eps=eps, is_fp8=is_fp8)
-            return normed, plain(layer)
+            return normed, plain(later)
 
         def together(chip: Chip) -> tuple[NormedRows, ops.Layer]:
             (at, shift), is_rows = index(layer), isinstance(pending, ExpertRows)
@@ -132,9 +132,9 @@ class Kernels(Selection):
                 all_reduce.Summands(*pending) if is_rows else pending[0],
                 residual, weight, at, eps=eps, axis_name=sharding.MESH_AXIS,
                 num_devices=sharding.num_devices(), chip=chip, shift=shift, inbox=box,
-                tells_place=shift != 0, interpret=self._interprets,
+                tells=index(later)[1] or None, interpret=self._interprets,
             )  # fmt: skip
-            return _as_ours(normed, is_fp8), at if normed.place is None else normed.place
+            return _as_ours(normed, is_fp8), plain(later) if normed.place is None else normed.place
 
         is_whole = isinstance(pending, ExpertRows) or len(pending) == 1
         box = None if workspace is None else workspace.inbox

@@ -90,36 +90,25 @@ class DecoderLayers(nnx.Module):
         self,
         pending: Pending,
         residual: Float[Array, "T D"],
-        norm: RMSNorm,
+        norm: RMSNorm | NormStack,
         layer: Layer,
         workspace: Workspace | None = None,
     ) -> NormedRows:
         """residual + what is pending on all devices, normed for the sub-layer that follows."""
         return self._add(pending, residual, norm, layer, workspace)[0]
 
-    def follow(
-        self,
-        pending: Pending,
-        residual: Float[Array, "T D"],
-        norms: NormStack,
-        layer: Layer,
-        workspace: Workspace | None,
-    ) -> tuple[NormedRows, Layer]:
-        """The same at the end of a layer: what the layer after it takes, and which one that is."""
-        following = self.kernels.shifted(layer, 1)
-        return self._add(pending, residual, norms, following, workspace)
-
     def _add(
         self,
         pending: Pending,
         residual: Float[Array, "T D"],
         norm: RMSNorm | NormStack,
-        layer: Layer | Shifted,
+        layer: Layer,
         workspace: Workspace | None,
+        later: Layer | Shifted = 0,
     ) -> tuple[NormedRows, Layer]:
         return self.kernels.sum_add_norm(
             pending, residual, norm.stacked(), layer, eps=norm.eps, is_fp8=self.is_fp8,
-            workspace=workspace,
+            workspace=workspace, later=later,
         )  # fmt: skip
 
     def norms_between(self, last: RMSNorm) -> NormStack:
@@ -135,11 +124,16 @@ class DecoderLayers(nnx.Module):
         cache: KVCache | None,
         attend: Attend,
         workspace: Workspace | None = None,
-    ) -> tuple[NormedRows, KVCache | None]:
-        """The residual stream with attention added, normed for the MLP."""
+    ) -> tuple[NormedRows, KVCache | None, Layer]:
+        """The residual stream with attention added, normed for the MLP; and which layer is next.
+
+        The kernel that ends a layer would tell that too late: the next one's first reads its weights
+        before the kernel ahead of it has ended.
+        """
         partials, cache = self.self_attn(normed.rows, positions, layer, cache, attend)
-        norm = self.post_attention_layernorm
-        return self.add(partials, normed.residual, norm, layer, workspace), cache
+        norm, later = self.post_attention_layernorm, self.kernels.shifted(layer, 1)
+        normed, following = self._add(partials, normed.residual, norm, layer, workspace, later)
+        return normed, cache, following
 
     def mlp_block(
         self,
@@ -201,13 +195,13 @@ class Glm4Moe(nnx.Module):
 
         def run(is_dense: bool, carry: Carry, _: None) -> tuple[Carry, Layerwise | None]:
             layer, normed, cache = carry
-            normed, cache = layers.attention_block(
+            normed, cache, following = layers.attention_block(
                 normed, positions, layer, cache, attend, workspace
             )
             pending, routing = layers.mlp_block(normed, layer, is_dense, workspace)
-            normed, layer = layers.follow(pending, normed.residual, norms, layer, workspace)
+            normed = layers.add(pending, normed.residual, norms, following, workspace)
             after = (normed.residual, routing) if with_trace else None
-            return (jnp.asarray(layer), normed, cache), after
+            return (jnp.asarray(following), normed, cache), after
 
         embedded = self.embed_tokens.embed(tokens.reshape(-1))
         carry: Carry = (jnp.int32(0), layers.enter(embedded, 0), cache)

@@ -74,7 +74,7 @@ class MtpLayer(nnx.Module):
         layers = self.layers
         pages = self._prepared(pages, positions)
         entered = self._enter(embedded, hidden)
-        normed, cache_after = layers.attention_block(entered, positions, 0, cache, pages)
+        normed, cache_after, _ = layers.attention_block(entered, positions, 0, cache, pages)
         assert cache_after is not None
         partials, _ = layers.mlp_block(normed, 0, is_dense=False)
         normed = layers.add(partials, normed.residual, self.norm, 0)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.inbox import Inbox, receive, send, this_device
 from glm_jax.pallas.norm import (
@@ -67,7 +68,7 @@ def all_reduce_add_norm(
     chip: Chip,
     shift: int = 0,
     inbox: Inbox | None = None,
-    tells_place: bool = False,
+    tells: int | None = None,
     interpret: bool = False,
 ) -> NormedRows:
     """residual + the sum of all devices' partial, its RMSNorm, and the quantized form of that.
@@ -82,8 +83,10 @@ def all_reduce_add_norm(
     Args:
       layer, shift: their sum is the norm's place among the weights.
       inbox: as make_inbox makes it, for at least T rows of D; needed where there are peers.
-      tells_place: whether the answer has that sum too, as the kernels of the layer that begins there
-        take it: an addition by XLA would be one more launch.
+      residual: not of the kernel right ahead, nor are weight, layer, and a Summands' places and weights:
+        they are read before that one has ended.
+      tells: what layer and this make is told too, as a later layer's kernels take it: an addition by
+        XLA would be one more launch.
 
     Raises:
       NotImplementedError: T is over 256 or over what the device runs at once, D no multiple of 128, or
@@ -107,7 +110,7 @@ def all_reduce_add_norm(
     has_summands = isinstance(partial, Summands)
     operands = [*partial] if isinstance(partial, Summands) else [partial]
     outputs = [jax.ShapeDtypeStruct(residual.shape, residual.dtype), *normed_types(num_rows, width)]
-    if tells_place:
+    if tells is not None:
         outputs.append(jax.ShapeDtypeStruct((1,), jnp.int32))
 
     def all_reduce_add_norm_kernel(*refs: Any) -> None:
@@ -115,10 +118,13 @@ def all_reduce_add_norm(
         residual_ref, weight_ref, layer_ref, *rest = others
         mail_refs, outs = rest[: len(mail)], rest[len(mail) :]
         total_ref, normed_ref, values_ref, scale_ref, *place_refs = outs
-        row, place = lax.axis_index("row"), layer_ref[0] + shift
+        row, layer_index = lax.axis_index("row"), layer_ref[0]
 
-        summed = load_summed(own, row, interpret=interpret) if has_summands else None
-        before, weight_row = load_row(residual_ref, row), load_row(weight_ref, place)
+        before = load_row(residual_ref, row)
+        weight_row = load_row(weight_ref, layer_index + shift)
+        choices = load_choices(own, row) if has_summands else None
+        launch_order.wait(interpret=interpret)
+        summed = load_summed(own, row, choices, interpret=interpret) if choices else None
         if is_exchanged:
             mine = load_row(own[0], row) if summed is None else summed
             addends = _exchange(mine, mail_refs, row, num_rows, num_devices)
@@ -133,18 +139,19 @@ def all_reduce_add_norm(
 
             @pl.when(row == 0)
             def _tell(place_ref: Any = place_ref) -> None:
-                place_ref[0] = place
+                place_ref[0] = layer_index + (tells or 0)
 
-    found = plgpu.kernel(
+    found = launch_order.kernel(
         all_reduce_add_norm_kernel,
         out_type=outputs,
         grid=(num_rows,),
         grid_names=("row",),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
+        waits=False,
         kernel_name="all_reduce_add_norm",
     )(*operands, residual, weight, layer.reshape(1), *mail)
     normed = NormedRows(*found[:4])
-    return normed._replace(place=found[-1].reshape(())) if tells_place else normed
+    return normed if tells is None else normed._replace(place=found[-1].reshape(()))
 
 
 def _exchange(
@@ -198,20 +205,31 @@ def _sum(addends: Sequence[Array]) -> BFloat16[Array, " D"]:
     return summed.astype(jnp.bfloat16)
 
 
+def load_choices(refs: Sequence[Any], row: Array) -> tuple[list[Array], list[Array]]:
+    """A token's places and their weights, from the refs of Summands."""
+    _, _, places_ref, weights_ref = refs
+    choices = range(places_ref.shape[1])
+    # All of them ahead of the rows: one latency, not one a choice.
+    places = [places_ref[row, choice] for choice in choices]
+    return places, [weights_ref[row, choice] for choice in choices]
+
+
 def load_summed(
-    refs: Sequence[Any], row: Array, *, interpret: bool = False
+    refs: Sequence[Any],
+    row: Array,
+    choices: tuple[list[Array], list[Array]],
+    *,
+    interpret: bool = False,
 ) -> BFloat16[Array, " D"]:
     """A token's partial, from the refs of Summands, in registers like a row that load_row reads."""
-    rows_ref, shared_ref, places_ref, weights_ref = refs
+    rows_ref, shared_ref, *_ = refs
+    places, weights = choices
     num_rows, width = rows_ref.shape
     is_plain = interpret or width % UNIT > 0
     shared = load_row(shared_ref, row).astype(jnp.float32)
     total = plgpu.layout_cast(jnp.zeros(shared.shape, jnp.float32), row_layout(shared.shape[0]))
-    choices = range(places_ref.shape[1])
-    # All of them ahead of the rows, and some rows ahead of their sum: few latencies, not one a choice.
-    places = [places_ref[row, choice] for choice in choices]
-    weights = [weights_ref[row, choice] for choice in choices]
-    for first in range(0, len(choices), _TOGETHER):
+    # Some rows ahead of their sum.
+    for first in range(0, len(places), _TOGETHER):
         some = places[first : first + _TOGETHER]
         loaded_rows = [None] * len(some) if is_plain else load_rows(rows_ref, some)
         for place, weight, loaded in zip(some, weights[first:], loaded_rows, strict=False):
@@ -232,11 +250,13 @@ def add_up(summands: Summands, *, interpret: bool = False) -> BFloat16[Array, "T
 
     def body(*refs: Any) -> None:
         row = lax.axis_index("row")
-        refs[-1][row] = load_summed(refs[:-1], row, interpret=interpret)
+        summands = refs[:-1]
+        choices = load_choices(summands, row)
+        refs[-1][row] = load_summed(summands, row, choices, interpret=interpret)
 
     num_tokens, width = summands.places.shape[0], summands.rows.shape[1]
     check_width(width)
-    return plgpu.kernel(
+    return launch_order.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((num_tokens, width), jnp.bfloat16),
         grid=(num_tokens,),

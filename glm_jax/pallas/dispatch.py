@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.chip import Chip
 
 _LANES = 128
@@ -151,7 +152,7 @@ def stage(
         num_ctas = min(tiles * (tile // sizes.chunk), _COPIERS * chip.num_cores)
     else:
         num_ctas = min(tiles, chip.num_cores)
-    kernel = plgpu.kernel(
+    kernel = launch_order.kernel(
         functools.partial(_copy_body if sorted_already else _sort_body, sizes, num_ctas=num_ctas),
         out_type=sizes.row_types() if sorted_already else sizes.row_types() + sizes.plan_types(),
         scratch_types=sizes.scratch(is_sorting=sorted_already is None),

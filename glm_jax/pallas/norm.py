@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.chip import Chip
 
 FP8 = jnp.float8_e4m3fn
@@ -28,7 +29,7 @@ class NormedRows(NamedTuple):
       normed: bfloat16[T, D], the rows normed and weighted.
       values: float8_e4m3fn[T, D], normed divided by scale.
       scale: float32[T, 1], each row's largest magnitude / 448, or 1 for a row of zeros.
-      place: the norm's place among the weights, if the kernel was to tell it.
+      place: that of a later layer, if the kernel was to tell it.
     """
 
     residual: BFloat16[Array, "T D"]
@@ -78,7 +79,7 @@ def add_norm_quantize(
     if added is not None:
         outputs.insert(0, jax.ShapeDtypeStruct(x.shape, x.dtype))
     operands = [x] if added is None else [x, added]
-    *residual, normed, values, scale = plgpu.kernel(
+    *residual, normed, values, scale = launch_order.kernel(
         add_norm_quantize_kernel,
         out_type=outputs,
         grid=(num_rows,),

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import handover, places, router
+from glm_jax.pallas import handover, launch_order, places, router
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch, Sizes, default_tile, max_tiles
 from glm_jax.pallas.places import MAX_PICKS, Inputs, Outputs
@@ -174,14 +174,18 @@ def _launch(parts: _Parts, operands: Sequence[Any]) -> Sequence[Array]:
             sums = router.sum_part(parts.cut, place, product_refs, parts.shift, scratch)
             _store(products_ref.at[parts.cut.part_of(place)], sums)
 
-        pl.when(cta >= num_makers)(lambda: _route(parts, inputs, products_ref, outs, scratch))
+        @pl.when(cta >= num_makers)
+        def _pick() -> None:
+            launch_order.wait(interpret=False)
+            _route(parts, inputs, products_ref, outs, scratch)
 
-    kernel = plgpu.kernel(
+    kernel = launch_order.kernel(
         body,
         out_type=out_types,
         scratch_types=smem,
         grid=(num_makers + sizes.num_tokens,),
         grid_names=("cta",),
+        waits=not num_makers,
         kernel_name="router_picks_dispatch",
     )
     return kernel(*operands)

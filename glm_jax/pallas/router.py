@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.chip import Chip
 
 # One row of the 128-byte swizzle, the widest that TMA and the tensor cores share.
@@ -134,15 +135,21 @@ def multiply(
 
     def router_products(*refs: Any, **scratch: Any) -> None:
         place = tuple(lax.axis_index(name) for name in ("tokens", "experts", "part"))
-        multiply_part(cut, place, refs, shift, scratch)
+        *inputs, out_ref = refs
+        sums = sum_part(cut, place, inputs, shift, scratch, interpret=interpret)
+        scratch["staged"][...] = sums
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch["staged"], out_ref.at[cut.part_of(place)])
+        plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return launch_order.kernel(
         router_products,
         out_type=cut.products_type(),
         scratch_types=product_scratch(cut),
         grid=cut.grid,
         grid_names=("tokens", "experts", "part"),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
+        waits=False,
         kernel_name="router_products",
     )(whole_eights(x), weight, layer.reshape(1))
 
@@ -229,48 +236,42 @@ def tile_rows(chip: Chip) -> int:
     return 128 if chip.architecture == "sm100" else 64
 
 
-def multiply_part(
-    cut: Cut, place: tuple[Any, ...], refs: Sequence[Any], shift: int, scratch: dict[str, Any]
-) -> None:
-    """A CTA's products, from first copy to last store.
+def sum_part(
+    cut: Cut,
+    place: tuple[Any, ...],
+    refs: Sequence[Any],
+    shift: int,
+    scratch: dict[str, Any],
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """A CTA's sums of products, in registers; its weights do not wait for the kernel ahead.
 
     Args:
       place: within the cut's grid.
-      refs: of tokens, weights, layer and products.
+      refs: of tokens, weights and layer, which the kernel right ahead does not write.
     """
-    *inputs, out_ref = refs
-    scratch["staged"][...] = sum_part(cut, place, inputs, shift, scratch)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(scratch["staged"], out_ref.at[cut.part_of(place)])
-    plgpu.wait_smem_to_gmem(0)
-
-
-def sum_part(
-    cut: Cut, place: tuple[Any, ...], refs: Sequence[Any], shift: int, scratch: dict[str, Any]
-) -> jax.Array:
-    """A CTA's sums of products, in registers."""
     x_ref, weight_ref, layer_ref = refs
     config, full = cut.config, scratch["full"]
     num_steps, stages = cut.chunks_per_cta * _STEPS_PER_CHUNK, cut.stages
     token, expert, part = place[0] * cut.rows, place[1] * config.experts, place[2]
     layer_index = layer_ref[0] + shift
 
-    def fetch(step: jax.Array | int) -> None:
+    def fetch(step: jax.Array | int, *, is_weights: bool) -> None:
         stage = lax.rem(jnp.int32(step), jnp.int32(stages))
         columns = pl.ds((part * num_steps + step) * _STEP, _STEP)
-        plgpu.copy_gmem_to_smem(
-            x_ref.at[pl.ds(token, cut.rows), columns], scratch["tokens"].at[stage], full.at[stage]
-        )
-        plgpu.copy_gmem_to_smem(
-            weight_ref.at[layer_index, pl.ds(expert, config.experts), columns],
-            scratch["weights"].at[stage],
-            full.at[stage],
-        )
+        if is_weights:
+            source = weight_ref.at[layer_index, pl.ds(expert, config.experts), columns]
+        else:
+            source = x_ref.at[pl.ds(token, cut.rows), columns]
+        target = scratch["weights" if is_weights else "tokens"].at[stage]
+        plgpu.copy_gmem_to_smem(source, target, full.at[stage])
 
     def refill(step: jax.Array) -> None:
         @pl.when(step + stages < num_steps)
         def _():
-            fetch(step + stages)
+            fetch(step + stages, is_weights=False)
+            fetch(step + stages, is_weights=True)
 
     def sum_chunk(chunk: jax.Array, total: jax.Array) -> jax.Array:
         steps = [chunk * _STEPS_PER_CHUNK + index for index in range(_STEPS_PER_CHUNK)]
@@ -278,14 +279,17 @@ def sum_part(
         return total + products(steps, stages, refill, scratch)
 
     for step in range(stages):
-        fetch(step)
+        fetch(step, is_weights=True)
+    launch_order.wait(interpret=interpret)
+    for step in range(stages):
+        fetch(step, is_weights=False)
     layout = plgpu.Layout.TCGEN05 if cut.is_sm100 else plgpu.Layout.WGMMA
     zeros = plgpu.layout_cast(jnp.zeros((cut.rows, config.experts), jnp.float32), layout)
     return lax.fori_loop(0, cut.chunks_per_cta, sum_chunk, zeros)
 
 
 def product_scratch(cut: Cut) -> dict[str, Any]:
-    """The memory of multiply_part."""
+    """The memory of router_products."""
     staged = _tiled((cut.rows, cut.config.experts), jnp.float32, 16)
     return sum_scratch(cut) | {"staged": staged}
 
@@ -366,7 +370,7 @@ def _pick(
         token = lax.axis_index("token")
         pick(products_ref, token, choice, scratch, experts_ref, weights_ref)
 
-    experts, weights = plgpu.kernel(
+    experts, weights = launch_order.kernel(
         router_picks,
         out_type=pick_types(num_tokens, choice),
         scratch_types=pick_scratch(choice),

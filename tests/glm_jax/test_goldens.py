@@ -143,7 +143,7 @@ def layer_by_layer(
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         visible = positions[:, :, None] >= positions[:, None, :]
         normed = layers.enter(x.reshape(-1, x.shape[-1]), layer)
-        normed, _ = layers.attention_block(normed, positions, layer, None, attend_causal(visible))
+        normed, *_ = layers.attention_block(normed, positions, layer, None, attend_causal(visible))
         partials, routing = layers.mlp_block(normed, layer, is_dense)
         assert isinstance(partials, jax.Array)  # as references leave it
         return (normed.residual + sum_partials(partials, x.dtype)).reshape(x.shape), routing

@@ -129,21 +129,21 @@ def test_what_experts_made_is_added_up_before_devices_are(num_devices: int) -> N
         assert_same(NormedRows(*(output[device] for output in got[:4])), expected)
 
 
-@pytest.mark.parametrize(("layer", "shift"), [(2, 1), (4, -3)])
-def test_the_place_is_told_where_it_is_asked_for(layer: int, shift: int) -> None:
+@pytest.mark.parametrize(("layer", "shift", "tells"), [(2, 0, 1), (2, 1, 1), (4, -3, 0)])
+def test_a_place_is_told_where_it_is_asked_for(layer: int, shift: int, tells: int) -> None:
     residual, added, weight = draw(11, 3, 128)
     mesh, whole = make_mesh(1), PartitionSpec()
 
     def on_device(*operands: Array) -> NormedRows:
         return all_reduce_add_norm(
             *operands, eps=EPS, axis_name=MESH_AXIS, num_devices=1, chip=CHIP, shift=shift,
-            tells_place=True, interpret=True,
+            tells=tells, interpret=True,
         )  # fmt: skip
 
     step = jax.shard_map(on_device, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
     weights = jnp.tile(weight, (3, 1))
     got = rounded(step)(added, residual, weights, jnp.int32(layer))
-    assert got.place is not None and got.place.shape == () and int(got.place) == layer + shift
+    assert got.place is not None and got.place.shape == () and int(got.place) == layer + tells
     expected = norm_reference(residual, added, weights, layer + shift)
     assert_same(got._replace(place=None), expected)
 
