@@ -50,7 +50,9 @@ class Draft(nnx.Module):
         joined = jnp.concatenate([self.enorm(embedded_next, None), self.hnorm(hidden, None)], -1)
         flat = joined.reshape(-1, joined.shape[-1])
         x = ops.matmul(flat, *self.eh_proj.weights(), None, 0)
-        normed, *_ = self.layers.attention_block(self.layers.enter(x, 0), positions, 0, None, attend)
+        normed, *_ = self.layers.attention_block(
+            self.layers.enter(x, 0), positions, 0, None, attend
+        )
         partials, routing = self.layers.mlp_block(normed, 0, is_dense=False)
         normed = self.layers.add(partials, normed.residual, self.norm, 0)
         assert routing is not None and normed.rows.plain is not None
