@@ -95,7 +95,7 @@ def block_in_triton(tokens: int, layers: int, **sizes: Any) -> Made:
         return norm_error(got, residual, on.summed().bfloat16(), norms[0])
 
     every = product(router_cuts(tokens, on.width), cuts(tokens, on))
-    return Made(ways(run, [(*first, *rest) for first, rest in every]), error)
+    return Made(ways(run, [(*first, *rest) for first, rest in every]), error, kernels.overlap)
 
 
 def _chain(on: Operands) -> Callable[[tuple[int, ...], int], Any]:
@@ -118,25 +118,26 @@ def _chain(on: Operands) -> Callable[[tuple[int, ...], int], Any]:
         bt, bn, bk, swap, stages, warps, bn2, bk2, swap2, stages2, warps2 = cut
         grid_y = on.num_local + -(-tokens // bt)
         kernels.align[(on.num_local,)](
-            on.picks, slots, counts, num_picks, tokens, BLOCK=1 << (num_picks - 1).bit_length()
-        )
+            on.picks, slots, counts, num_picks, tokens, BLOCK=1 << (num_picks - 1).bit_length(),
+            **kernels.launches(),
+        )  # fmt: skip
         kernels.gate_up[on.inner // bn, grid_y](
             on.x, on.x_scale, slots, counts, on.up[layer], on.up_scale[layer], on.shared_up[layer],
             on.shared_up_scale[layer], hidden, shared_hidden, tokens, E=on.num_local, N=on.inner,
             SHARED=on.shared, K=on.width, PICKS=on.num_picks, BT=bt, BN=bn, BK=bk, SWAP=bool(swap),
-            STAGES=stages, num_warps=warps,
+            STAGES=stages, num_warps=warps, **kernels.launches(),
         )  # fmt: skip
         kernels.quantize[on.num_local + -(-tokens // at_once), at_once](
             hidden, counts, narrow, narrow_scale, shared_hidden, shared_narrow, shared_narrow_scale,
             tokens, E=on.num_local, N=on.inner, SHARED=on.shared, ROWS=at_once,
             BLOCK=1 << (on.inner - 1).bit_length(), SHARED_BLOCK=1 << (on.shared - 1).bit_length(),
-            num_warps=4,
+            num_warps=4, **kernels.launches(),
         )  # fmt: skip
         kernels.down[on.width // bn2, grid_y](
             narrow, narrow_scale, slots, counts, on.down[layer], on.down_scale[layer], shared_narrow,
             shared_narrow_scale, on.shared_down[layer], on.shared_down_scale[layer], rows,
             shared_rows, tokens, E=on.num_local, N=on.width, K=on.inner, SHARED=on.shared, BT=bt,
-            BN=bn2, BK=bk2, SWAP=bool(swap2), STAGES=stages2, num_warps=warps2,
+            BN=bn2, BK=bk2, SWAP=bool(swap2), STAGES=stages2, num_warps=warps2, **kernels.launches(),
         )  # fmt: skip
         return rows, shared_rows
 

@@ -8,8 +8,33 @@ rows); knows no kernel of ours. Names of constants: T tokens, N rows of weights,
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
+import os
+
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# The interpreter knows no grids that depend on each other.
+_ON_GPU = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
+_launches: dict[str, bool] = {}
+
+
+def overlap(is_on: bool) -> None:
+    """From now on, whether a launch of these kernels may begin before the one ahead has ended."""
+    _launches["launch_pdl"] = is_on
+
+
+def launches() -> dict[str, bool]:
+    """What each launch is given beside its arguments."""
+    return _launches
+
+
+@triton.jit
+def _await_others():
+    """Until all that is ahead has ended; what is behind may then take its place."""
+    if _ON_GPU:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -39,6 +64,7 @@ def dense(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """bfloat16 [T, N] of FP8 rows and weights; of a split K, whoever comes last adds all parts."""
+    _await_others()
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     rt = tl.program_id(2) * BT + tl.arange(0, BT)
     split = tl.program_id(1)
@@ -74,6 +100,7 @@ def router_products(
     BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """float32 [SPLIT, T, E]: parts of the products of bfloat16 rows and a router's weights."""
+    _await_others()
     rt = tl.program_id(0) * BT + tl.arange(0, BT)
     split = tl.program_id(1)
     re = tl.program_id(2) * BE + tl.arange(0, BE)
@@ -95,6 +122,7 @@ def router_picks(
     SPLIT: tl.constexpr, PICKS: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
     """Each token's experts, the best first, and their shares of SCALING."""
+    _await_others()
     token = tl.program_id(0)
     experts = tl.arange(0, BLOCK)
     logits = tl.zeros((BLOCK,), tl.float32)
@@ -121,6 +149,7 @@ def router_picks(
 @triton.jit(do_not_specialize=["num_picks", "capacity"])
 def align(picks, slots, counts, num_picks, capacity, BLOCK: tl.constexpr):
     """Each expert's picks, as places in picks[T, 8], in a list of its own: no sort, no prefix over experts."""
+    _await_others()
     expert = tl.program_id(0)
     places = tl.arange(0, BLOCK)
     is_mine = tl.load(picks + places, mask=places < num_picks, other=-1) == expert
@@ -167,6 +196,7 @@ def gate_up(
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """bfloat16 hidden rows of each expert's tokens, [E, T, N]; and the shared expert's, [T, SHARED]."""
+    _await_others()
     expert = tl.program_id(1)
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     if expert < E:
@@ -204,6 +234,7 @@ def quantize(
     BLOCK: tl.constexpr, SHARED_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """FP8 of every hidden row, with a scale each: ROWS programs an expert."""
+    _await_others()
     expert, first = tl.program_id(0), tl.program_id(1)
     if expert < E:
         for rank in range(first, tl.load(counts + expert), ROWS):
@@ -226,6 +257,7 @@ def down(
     SWAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """bfloat16 rows at their picks' places, [T * 8, N]; and the shared expert's, [T, N]."""
+    _await_others()
     expert = tl.program_id(1)
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     if expert < E:
@@ -265,6 +297,7 @@ def combine_norm(
 ):  # fmt: skip
     """A token's added row and the weighted rows of the picks that are held here, rounded to bfloat16, on top
     of its residual; that normed; that quantized."""
+    _await_others()
     token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
@@ -292,6 +325,7 @@ def combine_norm(
 @triton.jit
 def quantize_rows(rows, values, scale, N: tl.constexpr, BLOCK: tl.constexpr):
     """FP8 of bfloat16 rows, with a scale each."""
+    _await_others()
     row = tl.program_id(0)
     _quantize_row(rows + row * N, values + row * N, scale + row, N, BLOCK)
 
@@ -302,6 +336,7 @@ def write_heads(
     D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """A row's queries, normed and turned; its key, treated so, and its value where they belong."""
+    _await_others()
     row, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, D)
     partner = tl.where(dims < 2 * HALF, dims ^ HALF, dims)
@@ -335,6 +370,7 @@ def decode_attention(
     SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """bfloat16 [B, H, D]: flash decoding over pages of FP8; a row's last part adds all of them up."""
+    _await_others()
     row, split = tl.program_id(0), tl.program_id(1)
     heads, dims = tl.arange(0, 16), tl.arange(0, D)
     length = tl.load(lengths + row)

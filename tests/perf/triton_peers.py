@@ -38,7 +38,7 @@ def dense(tokens: int, rows: int, width: int, layers: int, device: str = "cuda")
         kernels.dense[grid](
             x, x_scale, weights[layer], scale[layer], bias, out, partials, arrived, tokens,
             N=rows, K=width, BT=bt, BN=bn, BK=bk, SPLIT=split, SWAP=bool(swap), STAGES=stages,
-            num_warps=warps,
+            num_warps=warps, **kernels.launches(),
         )  # fmt: skip
         return out
 
@@ -46,7 +46,7 @@ def dense(tokens: int, rows: int, width: int, layers: int, device: str = "cuda")
         want = x.float() @ weights[0].float().T * x_scale[:, None] * scale[0] + bias.float()
         return relative(got, want)
 
-    return Made(ways(run, dense_cuts(tokens, rows, width)), error)
+    return Made(ways(run, dense_cuts(tokens, rows, width)), error, kernels.overlap)
 
 
 def dense_cuts(tokens: int, rows: int, width: int) -> list[tuple[int, ...]]:
@@ -104,7 +104,7 @@ def attention(rows: int, length: int, heads: int, layers: int, device: str = "cu
         kernels.decode_attention[rows, splits](
             q, *pools[layer], table, lengths, out, part, part_max, part_sum, arrived, pages_per_row,
             H=heads, D=_HEAD, PAGE=_PAGE, BLOCK=block, SPLITS=splits, STAGES=stages,
-            num_warps=warps,
+            num_warps=warps, **kernels.launches(),
         )  # fmt: skip
         return out
 
@@ -117,7 +117,7 @@ def attention(rows: int, length: int, heads: int, layers: int, device: str = "cu
             worst = max(worst, relative(got[row], want))
         return worst
 
-    return Made(ways(run, attention_cuts(rows, length)), error)
+    return Made(ways(run, attention_cuts(rows, length)), error, kernels.overlap)
 
 
 def attention_cuts(rows: int, length: int) -> list[tuple[int, ...]]:
@@ -152,12 +152,12 @@ def write_and_attend(rows: int, length: int, heads: int, layers: int, device: st
     def call(layer: int) -> Any:
         kernels.write_heads[rows, heads + 2](
             qkv, norms[layer, 0], norms[layer, 1], cos, sin, positions, q, *caches[layer], length,
-            H=heads, D=_HEAD, HALF=_HEAD // 4, EPS=1e-5, num_warps=1,
+            H=heads, D=_HEAD, HALF=_HEAD // 4, EPS=1e-5, num_warps=1, **kernels.launches(),
         )  # fmt: skip
         attended = attend(q, *caches[layer], enable_gqa=True)
         kernels.quantize_rows[(rows,)](
             attended, values, scale, N=heads * _HEAD, BLOCK=1 << (heads * _HEAD - 1).bit_length(),
-            num_warps=4,
+            num_warps=4, **kernels.launches(),
         )  # fmt: skip
         return values, scale
 
@@ -177,7 +177,7 @@ def write_and_attend(rows: int, length: int, heads: int, layers: int, device: st
         # Quantized, it is good for 3e-2.
         return max(wrote, moved, relative(got[0].float() * got[1], want) / 8)
 
-    return Made({"": call}, error)
+    return Made({"": call}, error, kernels.overlap)
 
 
 def norm(tokens: int, width: int, layers: int, device: str = "cuda") -> Made:
@@ -192,7 +192,7 @@ def norm(tokens: int, width: int, layers: int, device: str = "cuda") -> Made:
     def error(got: Any) -> float:
         return norm_error(got, x, added, weights[0])
 
-    return Made(ways(way, [(4,), (8,), (16,)]), error)
+    return Made(ways(way, [(4,), (8,), (16,)]), error, kernels.overlap)
 
 
 def norm_call(residual: Any, weights: Any) -> Callable[..., Any]:
@@ -208,7 +208,7 @@ def norm_call(residual: Any, weights: Any) -> Callable[..., Any]:
         kernels.combine_norm[(tokens,)](
             rows, added, picks, shares, residual, weights[layer], total, normed, values, scale,
             E=num_local, N=width, PICKS=picks.shape[1] if routed else 0, EPS=_EPS,
-            BLOCK=1 << (width - 1).bit_length(), num_warps=warps,
+            BLOCK=1 << (width - 1).bit_length(), num_warps=warps, **kernels.launches(),
         )  # fmt: skip
         return total, normed, values, scale
 
@@ -238,11 +238,11 @@ def router_chain(
         bt, split, bk, stages = cut
         kernels.router_products[-(-tokens // bt), split, -(-experts // 64)](
             x, weights[layer], partials, tokens, E=experts, K=width, BT=bt, BE=64, BK=bk,
-            SPLIT=split, STAGES=stages, num_warps=4,
+            SPLIT=split, STAGES=stages, num_warps=4, **kernels.launches(),
         )  # fmt: skip
         kernels.router_picks[(tokens,)](
             partials, bias[layer], chosen, shares, tokens, E=experts, BLOCK=padded, SPLIT=split,
-            PICKS=chosen.shape[1], SCALING=scaling, num_warps=1,
+            PICKS=chosen.shape[1], SCALING=scaling, num_warps=1, **kernels.launches(),
         )  # fmt: skip
         return chosen, shares
 
