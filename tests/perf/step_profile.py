@@ -42,7 +42,8 @@ def profile(step: Callable[[], Any], number: int) -> dict[str, Any]:
 
     Returns:
       Per step, of the first device: "us" from the first kernel to the last, "gaps_us" in which none
-      ran, "groups_us" and "kernels" as [name, runs, us], the longest first.
+      ran, "groups_us" and "kernels" as [name, runs, us], the longest first. A kernel's time is what it
+      takes past the end of all that began before: one that begins early waits for those.
     """
     jax.block_until_ready(step())
     with tempfile.TemporaryDirectory() as directory:
@@ -103,11 +104,11 @@ def summary(kernels: list[Kernel], number: int) -> dict[str, Any]:
     busy, until = 0.0, kernels[0].start
     for name, start, end in kernels:
         name = name.removesuffix(_OURS)
-        groups[group_of(name)] += (end - start) / 1e3 / number
+        own = max(0.0, end - max(start, until))
+        groups[group_of(name)] += own / 1e3 / number
         by_name[name][0] += 1
-        by_name[name][1] += (end - start) / 1e3 / number
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
+        by_name[name][1] += own / 1e3 / number
+        busy, until = busy + own, max(until, end)
     span = until - kernels[0].start
     longest = sorted(by_name.items(), key=lambda item: -item[1][1])[:24]
     return {

@@ -28,15 +28,17 @@ def test_a_kernel_is_grouped_by_its_name(name: str, group: str) -> None:
 def test_gaps_are_the_time_in_which_no_kernel_ran() -> None:
     kernels = [
         Kernel("dense_matmul_mosaic_gpu_kernel", 0, 10_000),
-        Kernel("kv_write_mosaic_gpu_kernel", 4_000, 8_000),  # beside the first
+        Kernel("router_picks_mosaic_gpu_kernel", 4_000, 8_000),  # beside the first
+        Kernel("kv_write_mosaic_gpu_kernel", 6_000, 14_000),  # past its end
         Kernel("dense_matmul_mosaic_gpu_kernel", 15_000, 25_000),
         Kernel("loop_add_fusion", 25_000, 26_000),
     ]
     found = summary(kernels, 2)
-    assert (found["us"], found["gaps_us"]) == (13.0, 2.5)
+    assert (found["us"], found["gaps_us"]) == (13.0, 0.5)
     assert found["groups_us"] == {
         "attention": 2.0,
         "projections": 10.0,
+        "router, sorting": 0.0,
         "sampler, others of XLA": 0.5,
     }
     assert found["kernels"][0] == ["dense_matmul", 1.0, 10.0]
