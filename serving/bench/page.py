@@ -285,8 +285,8 @@ def _layer_cells(found: Result) -> Iterator[Sequence[str]]:
 def _layer_conditions(result: Result, path: Path) -> Iterator[str]:
     yield f"Measured {result['date']} at commit {result['commit']} on {result['device']},"
     yield f"jax {result['jax']}, from steps of one layer and of five as XLA captures them: a layer is a"
-    yield "quarter of the difference; gaps are what its kernels, timed outside of a graph, do not fill, and"
-    yield "below nothing where they take less inside. A floor is what this card's"
+    yield "quarter of the difference; gaps are what its kernels, timed one after the other, do not fill, and"
+    yield "below nothing where they overlap or take less in the step. A floor is what this card's"
     yield f"large copy ({result['copy_bytes_per_second'] / 1e12:.2f} TB/s) would take for the bytes."
     yield f"Command: `{result['command']}`. File: `results/{path.name}`."
 
@@ -299,8 +299,9 @@ def _card_conditions(result: Result, path: Path) -> Iterator[str]:
     yield f"{', '.join(rates)}) would take for the bytes and operations of the kernel. A copy of as much moves"
     yield "as many bytes by itself, from a cold L2 cache, or is an empty kernel"
     yield f"({result['empty_kernel_us']:.1f} µs) where that takes longer: that is what kernels of few bytes are"
-    yield "held against. Times are sums of kernels, by CUPTI; in a graph of all layers a call has the gaps between"
-    yield "its kernels too. Both begin with a cold L2 cache and take no layer twice."
+    yield "held against. Times are sums of kernels one after the other, by CUPTI; in a graph of all layers, as steps"
+    yield "have it, there are gaps between kernels, or one begins before the one ahead has ended: ours with jax"
+    yield "0.12, and Triton's where that takes less. Both begin with a cold L2 cache and take no layer twice."
     yield "Over ours: above 1, ours is faster."
     yield ""
     yield 'Steps run the rows that name them. "router … norm" is a layer of a decode step from the norm after'

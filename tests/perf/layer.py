@@ -5,7 +5,8 @@
     python tests/perf/layer.py --programs DIR …                 # and takes what was compiled so
 
 A layer's time is the difference of steps of few and of many layers, as XLA captures them; what its kernels
-take is counted by CUPTI, and the rest is launches and gaps. Each device has what it has in the deployment (eighths.py): one KV head with its 12 query heads, 20 of the
+take is counted by CUPTI in steps whose kernels do not overlap (alone.py), and the rest is launches and gaps,
+or below nothing, what overlaps. Each device has what it has in the deployment (eighths.py): one KV head with its 12 query heads, 20 of the
 160 experts that the router knows, an eighth of the shared expert and of the vocabulary. Knows no kernel.
 """
 
@@ -17,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -40,6 +42,7 @@ from glm_jax.sharding import make_mesh, sharding_for
 from glm_jax.steps import Slots, StepOptions, lower, step_specs
 from glm_jax.targets.target import parse_target
 from tests.perf import layer_floors
+from tests.perf.alone import alone
 from tests.perf.card import Card, measure_copy
 from tests.perf.clock import profile as kernel_times
 from tests.perf.eighths import eighths, even_loads, held_parts
@@ -79,18 +82,22 @@ class Decoding:
         batch[:, columns.NUM_FIELDS : columns.NUM_FIELDS + pages] = table
         controls = np.zeros((rows, self.shapes.control_columns), np.int32)
         self.inputs = [jax.device_put(array, replicated) for array in (controls, batch)]
-        self.program = self.load(programs) if programs else self.compile()
+        self.program, self.alone = (
+            self.load(programs, is_alone) if programs else self.compile(is_alone)
+            for is_alone in (False, True)
+        )
 
-    def compile(self, options: dict[str, Any] | None = None) -> Callable[..., Any]:
-        """The step, compiled with the options a deployment has but for these."""
-        lowered = lower(self.config, self.shapes, self.mesh, _DTYPE, "decode", self.rows, _OPTIONS)
-        return lowered.compile(compiler_options=options)
+    def compile(self, is_alone: bool) -> Callable[..., Any]:
+        """The step, compiled as a deployment has it or of kernels that do not overlap."""
+        with alone() if is_alone else nullcontext():
+            step = lower(self.config, self.shapes, self.mesh, _DTYPE, "decode", self.rows, _OPTIONS)
+        return step.compile()
 
-    def load(self, programs: Path) -> Callable[..., Any]:
+    def load(self, programs: Path, is_alone: bool) -> Callable[..., Any]:
         """The step that build compiled."""
         cache = KVCache(0, 0)  # type: ignore[arg-type]
         return serialize_executable.deserialize_and_load(
-            (programs / file_of(self.config.num_hidden_layers, self.rows)).read_bytes(),
+            (programs / file_of(self.config.num_hidden_layers, self.rows, is_alone)).read_bytes(),
             jax.tree.structure(((self.specs.weights, cache, self.specs.slots, 0, 0), {})),
             jax.tree.structure((cache, self.specs.slots, 0)),
             execution_devices=list(self.mesh.devices.flat),
@@ -138,20 +145,21 @@ def model_of(
     return replace(eighths(mesh.devices.size, num_layers), first_k_dense_replace=0), shapes
 
 
-def file_of(num_layers: int, rows: int) -> str:
-    return f"layers-{num_layers}-rows-{rows}"
+def file_of(num_layers: int, rows: int, is_alone: bool) -> str:
+    return f"layers-{num_layers}-rows-{rows}{'-alone' * is_alone}"
 
 
 def build(directory: Path, mesh: Mesh, counts: list[int], rows: list[int], context: int) -> None:
     """Compiles every step for devices that are only described."""
     directory.mkdir(parents=True, exist_ok=True)
     with held_parts(mesh.devices.size):
-        for num_rows, num_layers in itertools.product(rows, counts):
+        for num_rows, num_layers, is_alone in itertools.product(rows, counts, (False, True)):
             begin = time.perf_counter()
             config, shapes = model_of(mesh, num_layers, num_rows, context)
-            step = lower(config, shapes, mesh, _DTYPE, "decode", num_rows, _OPTIONS).compile()
-            blob, _, _ = serialize_executable.serialize(step)
-            (directory / file_of(num_layers, num_rows)).write_bytes(blob)
+            with alone() if is_alone else nullcontext():
+                step = lower(config, shapes, mesh, _DTYPE, "decode", num_rows, _OPTIONS)
+            blob, _, _ = serialize_executable.serialize(step.compile())
+            (directory / file_of(num_layers, num_rows, is_alone)).write_bytes(blob)
             seconds = time.perf_counter() - begin
             print(f"{num_rows} rows, {num_layers} layers: {seconds:.0f} s", flush=True)
 
@@ -202,9 +210,11 @@ def _blocker() -> Callable[[], jax.Array]:
 
 def profile(decoding: Decoding) -> dict[str, tuple[float, float]]:
     """Each kernel of a step on all devices, by name: how often it runs, its microseconds in all."""
-    state, outputs = decoding.run(decoding.start(), 2)
+    state, outputs = decoding.run(decoding.start(), 2, decoding.alone)
     jax.block_until_ready(outputs)
-    timings = kernel_times(lambda: jax.block_until_ready(decoding.run(state, _ROUNDS)[1]))
+    timings = kernel_times(
+        lambda: jax.block_until_ready(decoding.run(state, _ROUNDS, decoding.alone)[1])
+    )
     durations: dict[str, list[float]] = defaultdict(list)
     for name, milliseconds in timings:
         durations[name.removesuffix(_OURS)].append(milliseconds * 1e3)
@@ -216,14 +226,16 @@ def profile(decoding: Decoding) -> dict[str, tuple[float, float]]:
 
 
 def compare(decoding: Decoding) -> dict[str, bool]:
-    """Whether several steps have the same bits when they are run again."""
+    """Whether several steps have the same bits when they are run again, and when no kernels overlap."""
 
     def outputs() -> np.ndarray:
         return np.stack([np.asarray(x) for x in decoding.run(decoding.start(), 4)[1]])
 
     first = outputs()
+    others = decoding.run(decoding.start(), 4, decoding.alone)[1]
     return {
         "again": bool((first == outputs()).all()),
+        "alone": bool((first == np.stack([np.asarray(x) for x in others])).all()),
         "distinct": len(np.unique(first[:, columns.OUTPUT_TOKENS])) > 1 or decoding.rows == 1,
     }
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from glm_jax.pallas.chip import Chip
 from glm_jax.sharding import make_mesh
 from glm_jax.steps import compiler_options
+from tests.perf.alone import alone
 from tests.perf.clock import ONE_BY_ONE, by_kernel, in_graph, time_program
 from tests.perf.peers import Peer
 
@@ -98,7 +99,9 @@ class Programs:
     Attributes:
       draw: makes the operands.
       calls: of kept and written operands (see split): the step with each layer, and what was written.
-      graph: the same as one graph; None where steps are none.
+        Its kernels do not overlap.
+      graph: the same as one graph, of kernels that begin early as they do in steps; None where steps
+        are no graph.
       reference, errors: as the case's.
     """
 
@@ -119,8 +122,8 @@ def split(case: Case, operands: Any) -> tuple[Any, list[Any]]:
 
 def all_layers(case: Case) -> Callable[[Any, list[Any]], tuple[list[Any], list[Any]]]:
     """A function of what split returns: the outputs of a call for each layer, and what they wrote."""
-    # Traced and lowered once.
-    step = jax.jit(case.step)
+    # Traced and lowered once; not with what was traced of the same case before.
+    step = jax.jit(lambda operands, layer: case.step(operands, layer))
 
     def run(kept: Any, written: list[Any]) -> tuple[list[Any], list[Any]]:
         refs = jax.tree.map(jax.new_ref, written)
@@ -171,20 +174,27 @@ def compile_case(case: Case, mesh: Mesh | None = None) -> Programs:
     mesh = mesh or make_mesh(1)
     on, options = partial(on_mesh, mesh=mesh), compiler_options(mesh)
     is_gpu = mesh.devices.flat[0].platform == "gpu"
-    alone = options | _NO_GRAPH if is_gpu else options
+    no_graph = options | _NO_GRAPH if is_gpu else options
     # References are run once: trying ways to run them would take longer than anything else here.
-    plain = alone | {"xla_gpu_enable_triton_gemm": not case.is_float32} if is_gpu else options
+    plain = no_graph | {"xla_gpu_enable_triton_gemm": not case.is_float32} if is_gpu else options
     key, layer = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
     draw = jax.jit(on(case.draw)).lower(key)
     operands = draw.out_info
-    calls = jax.jit(on(all_layers(case)), donate_argnums=1).lower(*split(case, operands))
+
+    def lowered() -> jax.stages.Lowered:
+        run = jax.jit(on(all_layers(case)), donate_argnums=1)
+        return run.lower(*split(case, operands))
+
+    has_graph = is_gpu and case.phase != "prefill" and not case.is_timed_alone
+    graph = lowered() if has_graph else None
+    with alone():
+        calls = lowered()
     reference = jax.jit(on(case.reference)).lower(operands, layer)
     errors = jax.jit(on(case.errors)).lower(calls.out_info[0][0], reference.out_info)
-    has_graph = is_gpu and case.phase != "prefill" and not case.is_timed_alone
     return Programs(
         draw=draw.compile(compiler_options=plain),
-        calls=calls.compile(compiler_options=alone),
-        graph=calls.compile(compiler_options=options | ONE_BY_ONE) if has_graph else None,
+        calls=calls.compile(compiler_options=no_graph),
+        graph=graph and graph.compile(compiler_options=options | ONE_BY_ONE),
         reference=reference.compile(compiler_options=plain),
         errors=errors.compile(compiler_options=plain),
     )
@@ -209,7 +219,7 @@ def check(case: Case, programs: Programs, seed: int, poisoned_bytes: int) -> flo
     layer = seed % case.num_layers
     expected = jax.block_until_ready(programs.reference(operands, jnp.int32(layer)))
     _poison(poisoned_bytes)
-    outputs, _ = programs.calls(*split(case, operands))
+    outputs, _ = (programs.graph or programs.calls)(*split(case, operands))
     return largest(programs.errors(outputs[layer], expected))
 
 

@@ -236,7 +236,8 @@ def _run(
 
 def _digest(case: Case, programs: Programs) -> str:
     """Of the first output on inputs that are the same in every process."""
-    outputs, _ = programs.calls(*split(case, programs.draw(jax.random.key(1))))
+    run = programs.graph or programs.calls
+    outputs, _ = run(*split(case, programs.draw(jax.random.key(1))))
     first = np.asarray(jax.tree.leaves(outputs[0])[0])
     return hashlib.sha256(first.tobytes()).hexdigest()[:12]
 
