@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ Job = tuple[int, str]
 def measure_all(only: str, seconds: float, num_processes: int, path: Path) -> None:
     """Writes a dictionary of each case's peers, by "kernel, shape": as peers.measure says, or "failed"."""
     end = time.monotonic() + seconds
-    cases = kernels.listed(only, False, _CHIP)
+    cases = _cases(only)
     jobs = [(index, name) for index, case in enumerate(cases) for name in case.peers]
     _over(num_processes, partial(_prepare, only), jobs, end - 0.4 * seconds)
     found: dict[str, dict[str, Any]] = {}
@@ -101,8 +101,13 @@ def _kill(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=False, cancel_futures=True)
 
 
+@cache
+def _cases(only: str) -> list[Case]:
+    return kernels.listed(only, False, _CHIP)
+
+
 def _case_of(only: str, job: Job) -> tuple[Case, peers.Peer]:
-    case = kernels.listed(only, False, _CHIP)[job[0]]
+    case = _cases(only)[job[0]]
     return case, case.peers[job[1]]
 
 
