@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import decode_splits, decode_write, last_arrival
+from glm_jax.pallas import decode_splits, decode_write, last_arrival, launch_order
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.decode_combine import combine, result_scratch, result_types
 from glm_jax.pallas.decode_cut import HEAD_DIM, Cut, TuningConfig, cut_of, memory_types
@@ -200,7 +200,7 @@ def _parts_kernel(cut: Cut, interpret: bool, new: decode_write.Kind | None) -> A
         def _work() -> None:
             decode_splits.attend_part(cut, products, inputs, scratch, part, partials, token)
 
-    return plgpu.kernel(
+    return launch_order.kernel(
         body,
         out_type=_partial_types(cut),
         scratch_types=tuple(
@@ -242,7 +242,7 @@ def _whole_kernel(cut: Cut, is_quantized: bool, new: decode_write.Kind | None) -
 
     over_warps = (*(new.scratch_types() if new else ()), result_scratch(cut, is_quantized))
     scratch = decode_splits.scratch_types(cut, products, *over_warps)
-    return plgpu.kernel(
+    return launch_order.kernel(
         body,
         out_type=(*results, *_partial_types(cut)),
         scratch_types=(plgpu.SMEM((last_arrival.WORDS,), jnp.int32), *scratch),
@@ -269,7 +269,7 @@ def _combine_kernel(cut: Cut, is_quantized: bool, interpret: bool) -> Any:
         last = decode_splits.last_position(cut, positions, row)
         combine(cut, row, kv_head, last, partials, results, smem)
 
-    return plgpu.kernel(
+    return launch_order.kernel(
         body,
         out_type=result_types(cut, is_quantized),
         grid=(cut.kv_heads, cut.num_rows),

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Int32
 
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.token_heads import HEAD_DIM, Scratch, TokenHeads
 
@@ -111,7 +112,7 @@ def _kernel(qkv_shape, cache_dtype, page_size, rotary_dim, eps, has_norms, inter
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return plgpu.kernel(
+    return launch_order.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(
             (num_rows, num_tokens, kv_heads, query_groups, HEAD_DIM), jnp.bfloat16

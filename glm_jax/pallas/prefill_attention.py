@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Int32
 
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.prefill_consumer import HEAD_DIM, Tcgen05, Tiles, Wgmma
 from glm_jax.pallas.prefill_producer import Item, Producer
@@ -278,7 +279,7 @@ def _kernel(
     # Plain keys land where they are used, page by page; all else is handed on at once.
     landing = plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=2 if is_fp8 else stages)
     read = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
-    return plgpu.kernel(
+    return launch_order.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(queries_shape, jnp.bfloat16),
         grid=(num_ctas,),

@@ -15,6 +15,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float16, Int32
 
+from glm_jax.pallas import launch_order
+
 ROWS = 32
 
 _WIDTH = 128
@@ -96,7 +98,7 @@ def widen_pages(
 
     shape = (1, num_rows * num_places, kv_heads, page_size, _WIDTH)
     pair = (2, page_size, _WIDTH)
-    kernel = plgpu.kernel(
+    kernel = launch_order.kernel(
         body,
         out_type=(jax.ShapeDtypeStruct(shape, jnp.float16),) * 2,
         grid=(num_places, kv_heads, num_rows),
