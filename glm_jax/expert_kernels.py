@@ -9,8 +9,8 @@ from glm_jax.operands import ExpertRows, Layer, Staged, Weight, Workspace, index
 from glm_jax.ops import Rows
 from glm_jax.pallas import dispatch, route_stage
 from glm_jax.pallas.chip import Chip
-from glm_jax.pallas.grouped_down import grouped_down
-from glm_jax.pallas.grouped_gate_up import grouped_gate_up, quantizes
+from glm_jax.pallas.grouped_down import grouped_down, quantizes
+from glm_jax.pallas.grouped_gate_up import grouped_gate_up
 from glm_jax.pallas.quantize import quantize_hidden
 from glm_jax.pallas.router import Choice
 
@@ -71,14 +71,17 @@ def products(
         x, x_scale, plan, gate_up, gate_up_scale, at, shift=shift,
         shared_values=shared_gate_up, shared_scale=shared_gate_up_scale, counter=counter, **on,
     )  # fmt: skip
-    if counter is None:
-        routed, passed = quantize_hidden(routed, passed, plan, interpret=interpret)
-    assert passed is not None, "the shared expert's"
-    (hidden, hidden_scale), (shared_hidden, shared_hidden_scale) = routed, passed
+    (hidden, hidden_scale), pair = (
+        quantize_hidden(routed, passed, plan, interpret=interpret)
+        if counter is None
+        else ((routed, None), (passed, None))
+    )
+    assert pair is not None, "the shared expert's"
+    shared_hidden, shared_hidden_scale = pair
     out, shared_out = grouped_down(
         hidden, hidden_scale, plan, down, down_scale, at, shift=shift,
         shared_hidden=shared_hidden, shared_hidden_scale=shared_hidden_scale,
-        shared_values=shared_down, shared_scale=shared_down_scale, **on,
+        shared_values=shared_down, shared_scale=shared_down_scale, counter=counter, **on,
     )  # fmt: skip
     assert shared_out is not None
     return ExpertRows(out, shared_out, plan.rows, weights)

@@ -59,7 +59,8 @@ class Workspace(NamedTuple):
     """Memory that the kernels of a step share, made once, outside of its layers.
 
     Attributes:
-      routing, gate_up: memory and a counter of these kernels, whose CTAs wait for each other.
+      routing: memory of the router's kernels, whose CTAs wait for each other.
+      gate_up: a counter that gate_up sets to zero, and by which down's CTAs wait for each other.
       inbox: where devices write rows for each other; None on one, and where XLA sums.
       first_expert: of this device.
     """

@@ -3,6 +3,7 @@
 Knows neither quantization of tokens nor partial sums over devices.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import fp8_product
+from glm_jax.pallas import fp8_product, launch_order
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.product_loop import SCALE_SLOTS, Streams
 from glm_jax.pallas.tiling import LINE, TuningConfig, fitting_stages
@@ -21,6 +22,8 @@ from glm_jax.pallas.tiling import LINE, TuningConfig, fitting_stages
 _TOKENS, _ROWS = (16, 32, 64, 128), (32, 48, 64, 128)
 # A step of two lines costs as many arrivals as one of a line, but this many must be in flight.
 _FEWEST_STAGES = 4
+# Of a decode step.
+_MOST_EARLY = 256
 
 
 class _Place(NamedTuple):
@@ -89,6 +92,9 @@ def matmul(
 ) -> BFloat16[Array, "T N"]:
     """bfloat16(x @ values[layer].T * x_scale * scale[layer] + bias[layer]), for any T.
 
+    Args:
+      layer: not of the kernel right ahead, nor are weights: they are read before that one has ended.
+
     Raises:
       NotImplementedError: K or N is no multiple of 64.
     """
@@ -109,7 +115,13 @@ def matmul(
     if bias is not None:
         operands.append(bias)
 
+    # Weights first, and then a warp that waits for tokens; in prefill that is no part of the time.
+    is_early = not interpret and num_tokens <= _MOST_EARLY
+    wait = partial(launch_order.wait, interpret=interpret)
+
     def body(*refs: Any, **scratch: Any) -> None:
+        if is_early:
+            pl.when(lax.axis_index("warpgroup") < config.warpgroups)(wait)
         x_ref, x_scale_ref, values_ref, scale_ref, layer_ref, *biases, out_ref = refs
         layer_index = layer_ref[0]
 
@@ -135,13 +147,15 @@ def matmul(
                 x_ref.at[pl.ds(place.token, config.tokens), columns], tokens[0], barrier
             )
 
-        def fetch_scales(place: _Place, slot: jax.Array, barrier: Any) -> None:
-            rows = pl.ds(place.row, config.cta_rows)
+        def fetch_token_scales(place: _Place, slot: jax.Array, barrier: Any) -> None:
             plgpu.copy_gmem_to_smem(
                 x_scale_ref.at[pl.ds(place.token, config.tokens)],
                 scratch["x_scales"].at[slot, pl.ds(0, config.tokens)],
                 barrier,
             )
+
+        def fetch_row_scales(place: _Place, slot: jax.Array, barrier: Any) -> None:
+            rows = pl.ds(place.row, config.cta_rows)
             plgpu.copy_gmem_to_smem(
                 scale_ref.at[layer_index, rows], scratch["row_scales"].at[slot], barrier
             )
@@ -175,9 +189,11 @@ def matmul(
             num_steps=lambda place: num_steps,
             fetch_weights=fetch_weights,
             fetch_tokens=fetch_tokens,
-            fetch_scales=fetch_scales,
+            fetch_row_scales=fetch_row_scales,
+            fetch_token_scales=fetch_token_scales,
             finish=finish,
             send=send,
+            await_tokens=wait if is_early else None,
         )
         fp8_product.stream(chip, config, num_ctas, streams, scratch)
 
@@ -203,6 +219,7 @@ def matmul(
         out_type=jax.ShapeDtypeStruct((num_tokens + padding, num_rows), jnp.bfloat16),
         scratch=scratch,
         num_ctas=num_ctas,
+        waits=not is_early,
         interpret=interpret,
     )
     return kernel(*operands)[:num_tokens]

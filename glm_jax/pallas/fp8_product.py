@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.product_loop import SCALE_SLOTS, WGMMA_ROWS, Loop, Streams
 from glm_jax.pallas.tiling import LINE, TuningConfig
@@ -71,7 +72,7 @@ def scratch_types(
       widths: every K that is walked.
       halves: 1, or 2 where gate rows and up rows are multiplied side by side.
       num_copies: copies that fetch_weights and fetch_tokens issue.
-      num_scale_copies: copies that fetch_scales issues.
+      num_scale_copies: copies that fetch_row_scales and fetch_token_scales issue.
     """
     is_sm100 = chip.architecture == "sm100"
     stages, warpgroups, step = config.stages, config.warpgroups, config.step
@@ -93,7 +94,7 @@ def scratch_types(
         "staged": plgpu.SMEM(
             (warpgroups, config.store_tokens, config.rows),
             jnp.bfloat16,
-            transforms=_tiled(math.gcd(config.store_rows, 64), jnp.bfloat16),
+            transforms=_tiled(math.gcd(config.store_rows // config.last_cuts, 64), jnp.bfloat16),
         ),
         "scales_full": plgpu.Barrier(num_arrivals=num_scale_copies, num_barriers=SCALE_SLOTS),
         "scales_empty": plgpu.Barrier(num_arrivals=readers, num_barriers=SCALE_SLOTS),
@@ -113,9 +114,12 @@ def token_scales(config: TuningConfig) -> Any:
     return plgpu.SMEM((SCALE_SLOTS, max(config.tokens, 32)), jnp.float32)
 
 
-def send(config: TuningConfig, staged: Any, out: Any, token: jax.Array, row: jax.Array) -> None:
-    """Stores what was staged to out[token..., row...]; what lies outside of it is dropped."""
-    rows = config.store_rows
+def send(
+    config: TuningConfig, staged: Any, out: Any, token: jax.Array, row: jax.Array, cuts: int = 1
+) -> None:
+    """Stores what was staged, of a tile cut into so many, to out[token..., row...]; what lies outside of
+    it is dropped."""
+    rows = config.store_rows // cuts
     # A part of the columns is contiguous in the tiled memory only eight tokens at a time.
     group = config.store_tokens if rows == config.rows else 8
     # A group past the end must not be sent where fewer than eight tokens make up the whole array:
@@ -136,10 +140,15 @@ def launch(
     out_type: Any,
     scratch: Mapping[str, Any],
     num_ctas: int,
+    waits: bool,
     interpret: bool,
 ) -> Callable[..., Any]:
-    """A kernel with a warpgroup for each share of the weight rows, and one that feeds them."""
-    return plgpu.kernel(
+    """A kernel with a warpgroup for each share of the weight rows, and one that feeds them.
+
+    Args:
+      waits: whether all threads wait for the kernel ahead at once; where not, the body does.
+    """
+    return launch_order.kernel(
         body,
         out_type=out_type,
         scratch_types=dict(scratch),
@@ -149,6 +158,7 @@ def launch(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
+        waits=waits,
         kernel_name=name,
     )
 
@@ -188,15 +198,10 @@ def _stream_sm90(
     @pl.when(is_feeder)
     def _():
         _take_registers(config, 40)
-        if not config.is_fed_by_warp:
+        if config.is_fed_by_warp or loop.streams.await_tokens:
+            plgpu.warp_map(lambda warp: _feed_by_warps(loop, warp, 0, 1))
+        else:
             loop.feed()
-            return
-
-        @plgpu.warp_map
-        def _(warp: jax.Array):
-            @pl.when(warp == 0)
-            def _():
-                loop.feed()
 
     @pl.when(jnp.logical_not(is_feeder))
     def _():
@@ -262,6 +267,22 @@ def _stream_sm90(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
+def _feed_by_warps(loop: Loop, warp: jax.Array, of_all: int, of_tokens: int) -> None:
+    """Feeds from one warp, or tokens that are to be waited for from another."""
+    await_tokens = loop.streams.await_tokens
+
+    @pl.when(warp == of_all)
+    def _():
+        loop.feed(tokens=await_tokens is None)
+
+    if await_tokens:
+
+        @pl.when(warp == of_tokens)
+        def _():
+            await_tokens()
+            loop.feed(weights=False)
+
+
 def _stream_sm100(loop: Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> None:
     """tcgen05: one warp issues every product into tensor memory, the warpgroups only finish them."""
     config, scratch = loop.config, loop.scratch
@@ -309,9 +330,7 @@ def _stream_sm100(loop: Loop, warpgroup: jax.Array, is_feeder: jax.Array) -> Non
 
         @plgpu.warp_map
         def _(warp: jax.Array):
-            @pl.when(warp == 0)
-            def _():
-                loop.feed()
+            _feed_by_warps(loop, warp, 0, 2)
 
             @pl.when(warp == 1)
             def _():

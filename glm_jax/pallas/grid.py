@@ -1,8 +1,8 @@
-"""Counters in device memory, by which the CTAs of a kernel wait for each other.
+"""A count in device memory, by which some CTAs of a kernel tell others what they have done.
 
-Knows no kernel. What a counter counts is over when its kernel ends, so the next kernel and the next
-layer find it ready: counters are made once, outside of every loop, and nothing ever clears them. The
-interpreter has none: where kernels are interpreted, what a barrier would part is several kernels.
+Knows no kernel. Nobody who counts waits, so nothing depends on which CTAs run at once. The counter is
+made once, outside of every loop; a kernel that is over before counting begins sets it to zero. The
+interpreter has none: where kernels are interpreted, what is counted is a kernel of its own.
 """
 
 from typing import Any
@@ -12,53 +12,55 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# How often all have met, beside how many have arrived.
-WORDS = 2
-
-# Generic writes of this CTA come before the copies by TMA of those that wait for it, and theirs after.
-_PUBLISH = "fence.proxy.async; bar.sync 0;"
-_ARRIVE = "fence.acq_rel.gpu; atom.acq_rel.gpu.global.inc.u32 arrived, [$0], {last};"
-_WAIT = """{{
-.reg .pred is_last, is_early;
-.reg .b32 arrived, before, now;
-ld.relaxed.gpu.global.u32 before, [$0+4];
-{arrive}
-setp.eq.u32 is_last, arrived, {last};
-@is_last red.release.gpu.global.add.u32 [$0+4], 1;
-@is_last bra met;
+# Generic writes come before the copies by TMA of those that wait.
+_PUBLISH = "fence.proxy.async;"
+_ADD = "fence.acq_rel.gpu; red.release.gpu.global.add.u32 [$0], 1;"
+_WAIT = """{
+.reg .pred is_early;
+.reg .b32 now;
 again:
-ld.acquire.gpu.global.u32 now, [$0+4];
-setp.eq.u32 is_early, now, before;
+ld.acquire.gpu.global.u32 now, [$0];
+setp.lt.s32 is_early, now, $1;
 @is_early bra again;
-met:
-fence.acq_rel.gpu;
-}}"""
+fence.proxy.async;
+}"""
 
 
 def make_counter() -> jax.Ref:
-    """A counter for one kernel, int32[2], for all its calls while it is in scope."""
-    return jax.new_ref(jnp.zeros(WORDS, jnp.int32))
+    """A counter for one kernel, int32[1], for all its calls while it is in scope."""
+    return jax.new_ref(jnp.zeros(1, jnp.int32))
 
 
-def wait_for_all(counter: Any, num_ctas: int) -> None:
-    """Holds every thread of a CTA until all num_ctas CTAs of the kernel are here.
+def reset(counter: Any) -> None:
+    """Sets the counter to zero, for the next kernel: by a warpgroup."""
 
-    What any of them wrote before, all of them read after, by loads and by TMA. They must all be running
-    at once: no more of them than the device has multiprocessors.
-
-    Args:
-      counter: what make_counter makes, in the kernel.
-    """
-    if num_ctas == 1:
-        return
-
-    def wait(_: Any, ref: Any) -> None:
-        utils.inline_ptx(_PUBLISH, has_side_effects=True, convergent=True)
-        with utils.single_thread(utils.ThreadSubset.BLOCK):
-            arrive = _ARRIVE.format(last=num_ctas - 1)
-            code = _WAIT.format(arrive=arrive, last=num_ctas - 1)
-            utils.inline_ptx(code, utils.memref_ptr(ref), has_side_effects=True)
-        utils.inline_ptx("bar.sync 0; fence.proxy.async;", has_side_effects=True, convergent=True)
+    def store(_: Any, ref: Any) -> None:
+        with utils.single_thread(utils.ThreadSubset.WARPGROUP):
+            utils.inline_ptx("st.global.u32 [$0], 0;", utils.memref_ptr(ref), has_side_effects=True)
 
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    inline(wait)(counter)
+    inline(store)(counter)
+
+
+def add_one(counter: Any) -> None:
+    """Counts one, by a warpgroup: whoever waits for it finds all that these threads wrote before."""
+
+    def add(_: Any, ref: Any) -> None:
+        utils.inline_ptx(_PUBLISH, has_side_effects=True)
+        utils.warpgroup_barrier()
+        with utils.single_thread(utils.ThreadSubset.WARPGROUP):
+            utils.inline_ptx(_ADD, utils.memref_ptr(ref), has_side_effects=True)
+
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    inline(add)(counter)
+
+
+def wait_for(counter: Any, count: jax.Array) -> None:
+    """Holds a warp until there are so many; then it may copy by TMA what was counted."""
+
+    def wait(_: Any, ref: Any, count: Any) -> None:
+        operands = utils.memref_ptr(ref), count.registers.item()
+        utils.inline_ptx(_WAIT, *operands, has_side_effects=True)
+
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    inline(wait)(counter, count)

@@ -4,22 +4,22 @@ Knows neither activations nor what the two products of an expert mean. Tiles of 
 first, then the tiles of experts in use; an expert without tokens costs nothing.
 """
 
-from collections.abc import Callable
-from itertools import batched
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float8e4m3fn, Float32, Int32
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
-from glm_jax.pallas import fp8_product, grid
+from glm_jax.pallas import fp8_product, grid, launch_order
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.dispatch import Dispatch
 from glm_jax.pallas.product_loop import SCALE_SLOTS, Streams
-from glm_jax.pallas.quantize import GROUP, quantize_groups, quantized_types
+from glm_jax.pallas.quantize import GROUP, num_groups, quantize_groups, quantized_types
 from glm_jax.pallas.tiling import LINE, TuningConfig
 
 
@@ -31,20 +31,20 @@ class Weights(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Quantized tokens and the scale of each."""
+    """Quantized tokens and the scale of each; or, without one, tokens that the product is to quantize."""
 
-    values: Float8e4m3fn[Array, "T K"]
-    scale: Float32[Array, "T 1"]
-
-
-_Inputs = tuple[Any, Any, Any, Any]
+    values: Float8e4m3fn[Array, "T K"] | BFloat16[Array, "T K"]
+    scale: Float32[Array, "T 1"] | None
 
 
 class _Place(NamedTuple):
+    """Where a tile, or a part of one that is cut, lies."""
+
     is_shared: jax.Array
     expert: jax.Array
     row: jax.Array
     token: jax.Array
+    cuts: jax.Array
 
 
 class _Side(NamedTuple):
@@ -72,17 +72,16 @@ def product(
     shift: int,
     counter: Any = None,
     interpret: bool,
-) -> tuple[Any, Any]:
+) -> tuple[BFloat16[Array, "R N"], BFloat16[Array, "T N"] | None]:
     """Each row times its expert's weights, scaled; each token times the shared expert's.
-
-    Rows and tokens as bfloat16, or, with a counter, quantized: when all CTAs have done their tiles,
-    each quantizes its share of the rows.
 
     Args:
       rows: in the order of dispatch.
       shared: every token, and weights as of a single expert; or None.
       layer, shift: their sum is the place in the stacks.
       combine_halves: makes one float32[rows, tokens] of the scaled products of each half.
+      counter: of a product that quantizes its rows, by which its CTAs tell each other; or of the
+        product before, which sets it to zero and makes whole groups of rows: up to 3 more for tokens.
 
     Raises:
       ValueError: the tile of dispatch is not the tokens of config.
@@ -91,9 +90,12 @@ def product(
     if dispatch.tile != config.tokens:
         raise ValueError(f"dispatch is in tiles of {dispatch.tile} rows, {config.tokens=}")
     num_tokens = shared[0].values.shape[0] if shared else 0
+    quantizes = rows.scale is None
+    if quantizes and counter is None:
+        raise ValueError("rows that are to be quantized need a counter")
     if shared and (padding := fp8_product.padding(num_tokens)):
-        padded = [jnp.pad(operand, ((0, padding), (0, 0))) for operand in shared[0]]
-        shared = Tokens(*padded), shared[1]
+        padded = jax.tree.map(lambda each: jnp.pad(each, ((0, padding), (0, 0))), shared[0])
+        shared = padded, shared[1]
     sides = [(rows, weights)] if shared is None else [(rows, weights), shared]
     for _, side_weights in sides:
         if side_weights.values.shape[-1] % 64 or side_weights.values.shape[-2] % 64:
@@ -101,13 +103,15 @@ def product(
     row_tiles = [pl.cdiv(side.values.shape[-2], config.tile_rows) for _, side in sides]
     num_shared = row_tiles[1] * pl.cdiv(shared[0].values.shape[0], config.tokens) if shared else 0
     most_tiles = dispatch.tile_experts.shape[0] * row_tiles[0] + num_shared
-    num_ctas = min(most_tiles, config.ctas_per_sm * chip.num_cores)
+    num_ctas = min(most_tiles * config.last_cuts, config.ctas_per_sm * chip.num_cores)
     halves = weights.values.shape[2]
     operands = [
         operand
         for tokens, side in sides
-        for operand in (tokens.values, tokens.scale.reshape(-1), *_flat(side))
-    ]
+        for operand in (
+            tokens.values, *([] if tokens.scale is None else [tokens.scale.reshape(-1)]), *_flat(side)
+        )
+    ]  # fmt: skip
 
     counters = [] if counter is None else [counter]
     out_types = [
@@ -117,29 +121,37 @@ def product(
         )
         for tokens, side in sides
     ]  # fmt: skip
-    num_operands = 3 + len(counters) + 4 * len(sides)
+    if quantizes:
+        out_types += [out for tokens, _ in sides for out in quantized_types(*tokens.values.shape)]
+    of_side = len(operands) // len(sides)
+    num_operands = 3 + len(counters) + len(operands)
 
     def body(*refs: Any, **scratch: Any) -> None:
         layer_ref, tile_experts_ref, num_tiles_ref, *inputs = refs[:num_operands]
         counter_refs, inputs = inputs[: len(counters)], inputs[len(counters) :]
         outs, quantized = refs[num_operands:][: len(sides)], refs[num_operands:][len(sides) :]
-        side_refs = [
-            _Side(*cast(_Inputs, inputs[4 * index : 4 * index + 4]), out, side.values.shape[1])
-            for index, (out, (_, side)) in enumerate(zip(outs, sides, strict=True))
-        ]
-        walk = _Walk(config, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
-        loads = _Loads(config, side_refs, layer_ref[0] + shift, scratch, halves)
+        plain, side_refs = inputs[::of_side], []
+        for index, (out, side) in enumerate(zip(outs, sides, strict=True)):
+            *given, values, scales = inputs[of_side * index : of_side * (index + 1)]
+            tokens, token_scales = quantized[2 * index : 2 * index + 2] if quantizes else given
+            side_refs.append(
+                _Side(tokens, token_scales, values, scales, out, side[1].values.shape[1])
+            )
+        await_tokens = None
+        if quantizes:
+            await_tokens = _quantize(
+                config, min(num_ctas, chip.num_cores), num_tiles_ref, plain, quantized, counter_refs[0]
+            )  # fmt: skip
+        elif counters:
 
-        streams = _streams_of(walk, loads, combine_halves)
-        # Read ahead: when all have met, nothing else is to be waited for.
-        in_use = num_tiles_ref[0] * (config.tokens // GROUP)
+            @pl.when((lax.axis_index("cta") == 0) & (lax.axis_index("warpgroup") == 0))
+            def _():
+                grid.reset(counter_refs[0])
+
+        walk = _Walk(config, num_ctas, row_tiles, num_shared, tile_experts_ref, num_tiles_ref)
+        loads = _Loads(config, side_refs, layer_ref[0] + shift, scratch, halves)
+        streams = _streams_of(walk, loads, combine_halves, await_tokens)
         fp8_product.stream(chip, config, num_ctas, streams, scratch)
-        if counters:
-            plgpu.wait_smem_to_gmem(0)
-            grid.wait_for_all(counter_refs[0], num_ctas)
-            warpgroups = config.warpgroups + 1
-            first = lax.axis_index("cta") * warpgroups + lax.axis_index("warpgroup")
-            quantize_groups(in_use, outs, quantized, first, num_ctas * warpgroups)
 
     stage_halves = 1 if config.is_stacked else halves
     scratch = fp8_product.scratch_types(
@@ -156,8 +168,6 @@ def product(
     scratch["row_scales"] = plgpu.SMEM((SCALE_SLOTS, stage_halves, all_rows), jnp.float32)
     if config.is_stacked:
         scratch["stacked"] = plgpu.SMEM((2 * config.rows, config.store_tokens), jnp.float32)
-    if counters:
-        out_types += [out for each in out_types for out in quantized_types(*each.shape)]
     kernel = fp8_product.launch(
         body,
         name=name,
@@ -166,15 +176,13 @@ def product(
         out_type=out_types,
         scratch=scratch,
         num_ctas=num_ctas,
+        waits=not quantizes,
         interpret=interpret,
     )
     plan = dispatch.tile_experts, dispatch.num_tiles
     outs = kernel(layer.reshape(1), *plan, *counters, *operands)
-    if not counters:
-        return outs[0], outs[1][:num_tokens] if shared else None
     # Rows that only fill a group stay: to cut them off would be a launch each.
-    pairs = [(values, scale[:, None]) for values, scale in batched(outs[len(sides) :], 2)]
-    return pairs[0], pairs[1] if shared else None
+    return outs[0], outs[1][: None if counters else num_tokens] if shared else None
 
 
 def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
@@ -186,11 +194,15 @@ def _flat(weights: Weights) -> tuple[jax.Array, jax.Array]:
 
 
 class _Walk:
-    """Tile numbers to places: row tiles vary fastest, so that CTAs side by side share their tokens."""
+    """Tile numbers to places: row tiles vary fastest, so that CTAs side by side share their tokens.
+
+    Where the last round has tiles for a part of the CTAs only, they are cut, and parts count as tiles.
+    """
 
     def __init__(
         self,
         config: TuningConfig,
+        num_ctas: int,
         row_tiles: list[int],
         num_shared: int,
         tile_experts_ref: Any,
@@ -200,26 +212,44 @@ class _Walk:
         self.row_tiles = row_tiles
         self.num_shared = num_shared
         self.tile_experts_ref = tile_experts_ref
-        self.num_tiles_ref = num_tiles_ref
+        num_tiles = num_tiles_ref[0] * self.row_tiles[0] + self.num_shared
+        in_last = lax.rem(num_tiles, jnp.int32(num_ctas))
+        # Of the first tile of the last round.
+        self.last = num_tiles - in_last
+        self.cuts = jnp.int32(1)
+        for cuts in config.cuts:
+            self.cuts = jnp.where(in_last * cuts <= num_ctas, cuts, self.cuts)
+        self.num_tiles = self.last + in_last * self.cuts
 
-    def num_tiles(self) -> jax.Array:
-        return self.num_tiles_ref[0] * self.row_tiles[0] + self.num_shared
+    def _uncut(self, tile: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Which tile a tile is a part of, which part, and of how many."""
+        if self.config.last_cuts == 1:
+            return tile, jnp.int32(0), jnp.int32(1)
+        part = jnp.maximum(tile - self.last, 0)
+        cuts = jnp.where(tile < self.last, 1, self.cuts)
+        return jnp.minimum(tile, self.last) + lax.div(part, cuts), lax.rem(part, cuts), cuts
 
     def expert(self, tile: jax.Array) -> jax.Array:
         """The expert of a routed tile; of any other anything."""
+        tile, _, _ = self._uncut(tile)
         token_tile = lax.div(jnp.maximum(tile - self.num_shared, 0), jnp.int32(self.row_tiles[0]))
         return self.tile_experts_ref[jnp.minimum(token_tile, self.tile_experts_ref.shape[0] - 1)]
 
     def locate(self, tile: jax.Array, expert: jax.Array) -> _Place:
+        tile, part, cuts = self._uncut(tile)
+        most = self.config.last_cuts
         is_shared = tile < self.num_shared
         number = jnp.where(is_shared, tile, tile - self.num_shared)
         row_tiles = jnp.where(is_shared, self.row_tiles[-1], self.row_tiles[0])
         token_tile = lax.div(number, row_tiles)
+        unit = lax.rem(number, row_tiles) * most + part * lax.div(jnp.int32(most), cuts)
         return _Place(
             is_shared,
             jnp.where(is_shared, 0, expert),
-            lax.rem(number, row_tiles) * self.config.tile_rows,
+            # Seen to be a multiple of what TMA and shared memory count rows by.
+            unit * (self.config.tile_rows // most),
             token_tile * self.config.tokens,
+            cuts,
         )
 
 
@@ -245,22 +275,24 @@ class _Loads:
 
     def place_of(self, half: int, count: int) -> tuple[int, Any]:
         """Where in a stage so many rows of a half are: below the other's, or beside them."""
-        is_stacked = self.config.is_stacked
-        return (0, pl.ds(half * count, count)) if is_stacked else (half, pl.ds(0, count))
+        first = half * self.config.tile_rows
+        return (0, pl.ds(first, count)) if self.config.is_stacked else (half, pl.ds(0, count))
 
     def fetch_weights(
         self, place: _Place, step: jax.Array, weights: list[Any], barrier: Any
     ) -> None:
         columns = pl.ds(step * self.config.step, self.config.step)
-        rows = pl.ds(place.row, self.config.tile_rows)
-        for is_shared, side in enumerate(self.sides):
+        for side, cuts, is_here in _cases(self.config, self.sides, place):
+            count = self.config.tile_rows // cuts
 
-            @pl.when(place.is_shared == bool(is_shared))
-            def _(side: _Side = side):
+            @pl.when(is_here)
+            def _(side: _Side = side, count: int = count):
                 for half in range(self.halves):
                     plgpu.copy_gmem_to_smem(
-                        side.values.at[self.index(side, place, half), rows, columns],
-                        _of(side, weights).at[self.place_of(half, self.config.tile_rows)],
+                        side.values.at[
+                            self.index(side, place, half), pl.ds(place.row, count), columns
+                        ],
+                        _of(side, weights).at[self.place_of(half, count)],
                         barrier,
                     )
 
@@ -276,9 +308,7 @@ class _Loads:
                     barrier,
                 )
 
-    def fetch_scales(self, place: _Place, slot: jax.Array, barrier: Any) -> None:
-        count = self.config.tile_rows if self.config.is_stacked else self.config.cta_rows
-        rows = pl.ds(place.row, count)
+    def fetch_token_scales(self, place: _Place, slot: jax.Array, barrier: Any) -> None:
         for is_shared, side in enumerate(self.sides):
 
             @pl.when(place.is_shared == bool(is_shared))
@@ -288,6 +318,14 @@ class _Loads:
                     self.scratch["token_scales"].at[slot, pl.ds(0, self.config.tokens)],
                     barrier,
                 )
+
+    def fetch_row_scales(self, place: _Place, slot: jax.Array, barrier: Any) -> None:
+        count = self.config.tile_rows if self.config.is_stacked else self.config.cta_rows
+        rows = pl.ds(place.row, count)
+        for is_shared, side in enumerate(self.sides):
+
+            @pl.when(place.is_shared == bool(is_shared))
+            def _(side: _Side = side):
                 for half in range(self.halves):
                     plgpu.copy_gmem_to_smem(
                         side.scales.at[self.index(side, place, half), rows],
@@ -296,13 +334,26 @@ class _Loads:
                     )
 
 
+def _cases(
+    config: TuningConfig, sides: list[_Side], place: _Place
+) -> Iterator[tuple[_Side, int, jax.Array]]:
+    """Each side and how its tiles may be cut, and whether a place is of that kind."""
+    for is_shared, side in enumerate(sides):
+        is_side = place.is_shared == bool(is_shared)
+        for cuts in config.cuts:
+            yield side, cuts, is_side & (place.cuts == cuts) if config.last_cuts > 1 else is_side
+
+
 def _of(side: _Side, refs: list[Any]) -> Any:
     """The refs of a stage that have the swizzle a side's K is a multiple of."""
     return refs[0] if side.values.shape[-1] % LINE == 0 else refs[-1]
 
 
 def _streams_of(
-    walk: _Walk, loads: _Loads, combine_halves: Callable[[list[jax.Array]], jax.Array]
+    walk: _Walk,
+    loads: _Loads,
+    combine_halves: Callable[[list[jax.Array]], jax.Array],
+    await_tokens: Callable[[], None] | None,
 ) -> Streams:
     """What the main loop is to know of a product's tiles."""
     config, sides = loads.config, loads.sides
@@ -315,15 +366,15 @@ def _streams_of(
 
     def send(place: _Place, warpgroup: jax.Array, first: int, staged: Any) -> None:
         row = place.row + config.first_row(warpgroup)
-        for is_shared, side in enumerate(sides):
+        for side, cuts, is_here in _cases(config, sides, place):
 
-            @pl.when(place.is_shared == bool(is_shared))
-            def _(side: _Side = side):
-                fp8_product.send(config, staged, side.out, place.token + first, row)
+            @pl.when(is_here)
+            def _(side: _Side = side, cuts: int = cuts):
+                fp8_product.send(config, staged, side.out, place.token + first, row, cuts)
 
     num_steps = [pl.cdiv(side.values.shape[-1], config.step) for side in sides]
     return Streams(
-        num_tiles=walk.num_tiles(),
+        num_tiles=walk.num_tiles,
         look_up=walk.expert,
         locate=walk.locate,
         num_steps=lambda place: (
@@ -333,12 +384,45 @@ def _streams_of(
         ),
         fetch_weights=loads.fetch_weights,
         fetch_tokens=loads.fetch_tokens,
-        fetch_scales=loads.fetch_scales,
+        fetch_row_scales=loads.fetch_row_scales,
+        fetch_token_scales=loads.fetch_token_scales,
         finish=finish,
         send=send,
+        await_tokens=await_tokens,
         # Where there are two rings, one side is narrow and the other is not.
         is_narrow=lambda place: place.is_shared == (sides[-1].values.shape[-1] % LINE > 0),
     )
+
+
+def _quantize(
+    config: TuningConfig,
+    num_ctas: int,
+    num_tiles_ref: Any,
+    plain: list[Any],
+    quantized: Sequence[Any],
+    counter_ref: Any,
+) -> Callable[[], None]:
+    """Quantizes rows by the warpgroups that multiply of the first num_ctas CTAs, which surely run while
+    others wait for them; returns what holds a warp until all rows are there. The plan is older than the
+    kernel right ahead, rows are not."""
+    in_use = num_tiles_ref[0] * (config.tokens // GROUP)
+    cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < config.warpgroups)
+    def _():
+        launch_order.wait(interpret=False)
+
+        @pl.when(cta < num_ctas)
+        def _():
+            first, stride = cta * config.warpgroups + warpgroup, num_ctas * config.warpgroups
+            tell = partial(grid.add_one, counter_ref)
+            quantize_groups(in_use, plain, quantized, first, stride, tell)
+
+    def await_tokens() -> None:
+        launch_order.wait(interpret=False)
+        grid.wait_for(counter_ref, num_groups(in_use, plain))
+
+    return await_tokens
 
 
 def _scaled(

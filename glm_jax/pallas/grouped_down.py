@@ -4,6 +4,8 @@ Knows neither routing nor activations. Routing weights are applied by combine, i
 already rounded to bfloat16.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
@@ -38,25 +40,33 @@ def default_config(chip: Chip, tile: int) -> TuningConfig:
 
 
 def grouped_down(
-    hidden: Float8e4m3fn[Array, "R F"],
-    hidden_scale: Float32[Array, "R 1"],
+    hidden: Float8e4m3fn[Array, "R F"] | BFloat16[Array, "R F"],
+    hidden_scale: Float32[Array, "R 1"] | None,
     dispatch: Dispatch,
     values: Float8e4m3fn[Array, "L E D F"],
     scale: Float32[Array, "L E D"],
     layer: Int32[Array, ""],
     *,
-    shared_hidden: Float8e4m3fn[Array, "T S"] | None = None,
+    shared_hidden: Float8e4m3fn[Array, "T S"] | BFloat16[Array, "T S"] | None = None,
     shared_hidden_scale: Float32[Array, "T 1"] | None = None,
     shared_values: Float8e4m3fn[Array, "L D S"] | None = None,
     shared_scale: Float32[Array, "L D"] | None = None,
     chip: Chip,
     config: TuningConfig | None = None,
     shift: int = 0,
+    counter: Any = None,
     interpret: bool = False,
 ) -> tuple[BFloat16[Array, "R D"], BFloat16[Array, "T D"] | None]:
     """hidden @ down.T for each row of dispatch, and for each token where shared.
 
     Rows of tiles that are not in use are not written.
+
+    Args:
+      dispatch, layer: where rows are to be quantized, not of the kernel right ahead, nor are weights: they
+        are read before that one has ended.
+      hidden_scale: None where rows, and tokens' rows, are bfloat16 in whole groups, which the kernel
+        quantizes as quantize_hidden does while its first weights are under way.
+      counter: for that, as grouped_gate_up has left it.
 
     Raises:
       ValueError: the tile of dispatch is not the tokens of config.
@@ -64,7 +74,7 @@ def grouped_down(
     """
     config = config or default_config(chip, dispatch.tile)
     shared = None
-    if shared_hidden is not None and shared_hidden_scale is not None:
+    if shared_hidden is not None:
         assert shared_values is not None and shared_scale is not None
         shared = (
             Tokens(shared_hidden, shared_hidden_scale),
@@ -81,8 +91,15 @@ def grouped_down(
         chip=chip,
         config=config,
         shift=shift,
+        counter=counter,
         interpret=interpret,
     )
+
+
+def quantizes(dispatch: Dispatch) -> bool:
+    """Whether the kernel is to quantize such tiles: in larger ones there are more rows than a ring of
+    weights takes time to fill."""
+    return dispatch.tile <= 32
 
 
 def combine(

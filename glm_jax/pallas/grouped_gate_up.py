@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float8e4m3fn, Float32, Int32
+from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32, Int32
 
 from glm_jax.pallas import grouped
 from glm_jax.pallas.chip import Chip
@@ -32,13 +32,14 @@ def default_config(chip: Chip, tile: int, width: int, num_tokens: int) -> Tuning
         )
     rows = 128 if chip.architecture == "sm100" else 64
     step = LINE if chip.architecture == "sm100" else 2 * LINE
-    if tile == 8 and num_tokens > 16 and rows == 64:
-        # On one H200, 84.0 us for 64 tokens where halves lie side by side in 85.5.
+    if tile == 8 and rows == 64:
+        # On one H200, 8.1, 19.2, 45.3 and 75.2 us for 1, 4, 16 and 64 tokens; 10.2, 20.8, 47.9 where halves
+        # lie side by side, 10.1, 21.0, 45.3 where the last round is not cut.
         step = 4 * LINE
-        stages = fitting_stages(tile, rows, step=step)
         return TuningConfig(
-            tokens=tile, rows=rows, stages=stages, step=step, fill=32, is_stacked=True
-        )
+            tokens=tile, rows=rows, stages=fitting_stages(tile, rows, step=step), step=step,
+            fill=32, is_stacked=True, last_cuts=2, is_fed_by_warp=True,
+        )  # fmt: skip
     # A step of few tokens has few experts in use, and smaller tiles give more SMs a share of them.
     # On one H200, 8 and 16 tokens take 43.4 us in tiles of 32, 44.9 of 64; 32 and 64 do not gain.
     fill = 32 if num_tokens <= 16 else 64
@@ -61,7 +62,7 @@ def grouped_gate_up(
     shift: int = 0,
     counter: Any = None,
     interpret: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[BFloat16[Array, "R F"], BFloat16[Array, "passed S"] | None]:
     """silu(x @ gate.T) * (x @ up.T) for each row of dispatch, and for each token where shared.
 
     gate, up, silu(gate) and the answer are each rounded to bfloat16. Rows of tiles that are not in
@@ -69,12 +70,12 @@ def grouped_gate_up(
 
     Args:
       layer, shift: their sum is the place in the stacks.
-      counter: of grid.make_counter, where quantizes says so: the answers are then quantized, as
-        quantize_hidden does, by the same kernel. Not for interpretation.
+      counter: of grid.make_counter, where grouped_down quantizes the answers: made ready for it. Not
+        for interpretation.
 
     Returns:
-      The rows' answers, in the order of dispatch, and the tokens' with the shared expert's weights:
-      bfloat16[R, F] and [T, S], or a pair of values and scale for each, of tokens up to 7 more rows.
+      The rows' answers, in the order of dispatch, and the tokens' with the shared expert's weights: T of
+      them, with a counter up to 7 more.
 
     Raises:
       ValueError: the tile of dispatch is not the tokens of config.
@@ -105,12 +106,6 @@ def grouped_gate_up(
         counter=counter,
         interpret=interpret,
     )
-
-
-def quantizes(dispatch: Dispatch) -> bool:
-    """Whether the kernel can quantize in such tiles: where they are larger, warpgroups share out their
-    registers, and the one that feeds has too few left to quantize."""
-    return dispatch.tile <= 32
 
 
 def _gated_silu(products: list[jax.Array]) -> jax.Array:

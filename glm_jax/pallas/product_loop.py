@@ -37,11 +37,12 @@ class Streams:
       fetch_weights: copies the weights of (place, step) to one of a stage's refs, one a swizzle, on
         barrier.
       fetch_tokens: the same of tokens.
-      fetch_scales: copies the scales of a place to a slot, on barrier.
+      fetch_row_scales, fetch_token_scales: copy the scales of a place to a slot, on barrier.
       finish: what becomes of (slot, row, first, products), float32[rows, count] of products that holds
         the same for each half, for the rows from row on of a stage and the tokens from first on of a tile.
       send: stores what was staged of (place, warpgroup, first, staged), from a tile's first token on.
       is_narrow: whether a place's operands are those of the narrower swizzle, where a ring has both.
+      await_tokens: holds a warp until tokens are there: then they are fed by a warp of their own.
     """
 
     num_tiles: jax.Array | int
@@ -50,10 +51,12 @@ class Streams:
     num_steps: Callable[[Any], jax.Array | int]
     fetch_weights: Callable[[Any, jax.Array, list[Any], Any], None]
     fetch_tokens: Callable[[Any, jax.Array, list[Any], Any], None]
-    fetch_scales: Callable[[Any, jax.Array, Any], None]
+    fetch_row_scales: Callable[[Any, jax.Array, Any], None]
+    fetch_token_scales: Callable[[Any, jax.Array, Any], None]
     finish: Callable[[jax.Array, jax.Array | int, int, list[jax.Array]], jax.Array]
     send: Callable[[Any, jax.Array, int, Any], None]
     is_narrow: Callable[[Any], jax.Array] | None = None
+    await_tokens: Callable[[], None] | None = None
 
 
 class Loop:
@@ -107,9 +110,13 @@ class Loop:
         """The warpgroup whose turn a tile is, where they take turns."""
         return lax.rem(number, jnp.int32(self.config.warpgroups))
 
-    def feed(self) -> None:
-        """Keeps every stage of the ring under way."""
-        empty = self.scratch["empty"]
+    def feed(self, *, weights: bool = True, tokens: bool = True) -> None:
+        """Keeps every stage of the ring under way, or one operand of it with its scales."""
+        empty, streams = self.scratch["empty"], self.streams
+        fetches = [
+            *([(0, streams.fetch_weights, streams.fetch_row_scales)] if weights else []),
+            *([(1, streams.fetch_tokens, streams.fetch_token_scales)] if tokens else []),
+        ]
         scales_full, scales_empty = self.scratch["scales_full"], self.scratch["scales_empty"]
 
         def feed_tile(number: jax.Array, place: Any, first_step: jax.Array) -> None:
@@ -127,15 +134,16 @@ class Loop:
                 def _():
                     plgpu.barrier_wait(empty.at[stage])
 
-                weights, tokens = ([ring[i].at[stage] for ring in self.rings] for i in range(2))
                 full = self.full(number, stage)
-                self.streams.fetch_weights(place, index, weights, full)
-                self.streams.fetch_tokens(place, index, tokens, full)
+                for operand, fetch, _scales in fetches:
+                    refs = [ring[operand].at[stage] for ring in self.rings]
+                    fetch(place, index, refs, full)
 
                 # Scales are wanted last, but must not wait for the ring to come round.
                 @pl.when(index == 0)
                 def _():
-                    self.streams.fetch_scales(place, slot, scales_full.at[slot])
+                    for *_, fetch_scales in fetches:
+                        fetch_scales(place, slot, scales_full.at[slot])
 
             lax.fori_loop(0, self.streams.num_steps(place), feed_step, None)
 

@@ -1,10 +1,11 @@
 """Experts' hidden rows quantized between their two products, routed and shared in one kernel.
 
-Knows neither experts nor products. The first product does the same itself where its CTAs can wait for
-each other: quantize_rows is that kernel's second half too.
+Knows neither experts nor products. In decode the second product does the same itself while its first
+weights are under way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float8e4m3fn, Float32
 
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.dispatch import Dispatch
 
 # Rows that a warpgroup quantizes at once, each a warp's.
@@ -51,7 +53,7 @@ def quantize_hidden(
         in_use = num_tiles_ref[0] * (dispatch.tile // GROUP)
         quantize_groups(in_use, inputs, outs, lax.axis_index("cta"), num_ctas)
 
-    outs = plgpu.kernel(
+    outs = launch_order.kernel(
         body,
         out_type=[out for array in arrays for out in quantized_types(*array.shape)],
         grid=(num_ctas,),
@@ -70,22 +72,36 @@ def quantize_groups(
     quantized: Sequence[Any],
     first: jax.Array,
     stride: int,
+    tell: Callable[[], None] = lambda: None,
 ) -> None:
-    """Quantizes every stride-th group from first on: of routed rows those in use, of tokens' all.
+    """Quantizes every stride-th group from first on: of routed rows those in use, then of tokens' all.
 
     Args:
       in_use: groups of routed rows.
       rows: refs of routed rows and, where there are any, of tokens' rows.
       quantized: refs of quantized_types of each.
+      tell: called after each group.
     """
-    counts = [in_use, *(ref.shape[0] // GROUP for ref in rows[1:])]
-    for side, (ref, count) in enumerate(zip(rows, counts, strict=True)):
+    for side, (ref, count) in enumerate(zip(rows, _counts(in_use, rows), strict=True)):
 
-        def visit(number: jax.Array, _: None, side: int = side, ref: Any = ref) -> None:
+        def visit(number: jax.Array, _: None, first: Any, side: int = side, ref: Any = ref) -> None:
             values, scale = quantized[2 * side], quantized[2 * side + 1]
             quantize_rows(ref, values, scale, first + number * stride)
+            tell()
 
-        lax.fori_loop(0, lax.div(count - first + stride - 1, jnp.int32(stride)), visit, None)
+        number = lax.div(count - first + stride - 1, jnp.int32(stride))
+        lax.fori_loop(0, number, partial(visit, first=first), None)
+        first = first + number * stride - count
+
+
+def num_groups(in_use: jax.Array, rows: Sequence[Any]) -> jax.Array:
+    """How many groups there are for quantize_groups."""
+    return sum(_counts(in_use, rows), jnp.int32(0))
+
+
+def _counts(in_use: jax.Array, rows: Sequence[Any]) -> list[Any]:
+    """Groups of each side."""
+    return [in_use, *(ref.shape[0] // GROUP for ref in rows[1:])]
 
 
 def quantized_types(num_rows: int, width: int) -> list[jax.ShapeDtypeStruct]:

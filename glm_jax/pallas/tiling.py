@@ -36,6 +36,7 @@ class TuningConfig:
         other, or a warpgroup, which arrives 128 times and meets before each. Only for sm90: on sm100 it
         is always one.
       ctas_per_sm: how many CTAs, each with so much less room, share an SM.
+      last_cuts: into how many a tile of the last round may be cut, 1, 2 or 4, where CTAs would be idle then.
       is_stacked: whether rows of two halves, gate above up, share a warpgroup's rows, in tiles of half as
         many: finer tiles with as much in flight.
     """
@@ -51,6 +52,7 @@ class TuningConfig:
     is_fed_by_warp: bool = False
     ctas_per_sm: int = 1
     is_stacked: bool = False
+    last_cuts: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens not in (8, 16, 32, 64, 128, 256):
@@ -71,6 +73,10 @@ class TuningConfig:
             raise ValueError(f"is_stacked is for 32 of 64 rows, {self.rows=}, {self.fill=}")
         if self.step % LINE or not LINE <= self.step <= 8 * LINE:
             raise ValueError(f"step={self.step} is no multiple of {LINE} up to {8 * LINE}")
+        if self.last_cuts not in (1, 2, 4) or (self.last_cuts > 1 and self.warpgroups != 1):
+            raise ValueError(f"last_cuts={self.last_cuts} is not 1, 2 or 4 for one warpgroup")
+        if self.last_cuts > 1 and self.tile_rows % (16 * self.last_cuts):
+            raise ValueError(f"{self.tile_rows} rows are not {self.last_cuts} multiples of 16")
         if self.takes_turns and self.warpgroups != 2:
             raise ValueError("takes_turns is for two warpgroups")
 
@@ -78,6 +84,11 @@ class TuningConfig:
     def tile_rows(self) -> int:
         """Weight rows of a tile."""
         return self.fill or self.cta_rows
+
+    @property
+    def cuts(self) -> list[int]:
+        """Into how many tiles may be cut: mostly into one."""
+        return [cuts for cuts in (1, 2, 4) if cuts <= self.last_cuts]
 
     @property
     def cta_rows(self) -> int:

@@ -57,6 +57,13 @@ MOVERS = {
     "router_picks_dispatch",
     "empty_products",
 }
+# Begin while the kernel ahead of them still runs, and read before it has ended; see launch_order.
+EARLY = {
+    "all_reduce_add_norm", "dense_matmul", "grouped_down", "router_picks_dispatch", "router_products",
+}  # fmt: skip
+WAITING = EARLY | {
+    "add_norm_quantize_kernel", "dispatch", "grouped_gate_up", "quantize_hidden", "router_picks",
+}  # fmt: skip
 REGISTERS_OF_AN_SM = 65536
 SHARED_MEMORY_OF_A_CTA = 227 * 1024
 
@@ -118,7 +125,7 @@ def _sum_experts(reduce: Callable[..., NormedRows], *operands: Array) -> NormedR
 
 
 def merged_programs(chip: Chip) -> dict[str, Program]:
-    """Kernels whose CTAs wait for each other: routing with sorting, gate_up with quantization."""
+    """Kernels whose CTAs wait for each other: routing with sorting, down with quantization."""
     tokens = STEPS["decode"]
     rows = spec((tokens, HIDDEN), FP8), spec((tokens, 1), F32)
     routed = (
@@ -135,11 +142,15 @@ def merged_programs(chip: Chip) -> dict[str, Program]:
         spec((MOE_LAYERS, LOCAL_EXPERTS, 2, EXPERT_WIDTH), F32),
         spec((MOE_LAYERS, 2, SHARED_WIDTH, HIDDEN), FP8),
         spec((MOE_LAYERS, 2, SHARED_WIDTH), F32),
+        spec((MOE_LAYERS, LOCAL_EXPERTS, HIDDEN, EXPERT_WIDTH), FP8),
+        spec((MOE_LAYERS, LOCAL_EXPERTS, HIDDEN), F32),
+        spec((MOE_LAYERS, HIDDEN, SHARED_WIDTH), FP8),
+        spec((MOE_LAYERS, HIDDEN), F32),
         LAYER,
     )
     return {
         "route and stage": (partial(_route_and_stage, chip), routed),
-        "gate_up, quantized": (partial(_quantized_gate_up, chip), hidden),
+        "down, quantizing": (partial(_quantizing_down, chip), hidden),
     }
 
 
@@ -155,16 +166,21 @@ def _route_and_stage(
     return weights.sum() + plan.rows.sum().astype(F32)
 
 
-def _quantized_gate_up(
-    chip: Chip, x: Array, x_scale: Array, picks: Array, *operands: Array
-) -> tuple[Array, ...]:
-    gate_up, gate_up_scale, shared, shared_scale, layer = operands
+def _quantizing_down(chip: Chip, x: Array, x_scale: Array, picks: Array, *operands: Array) -> Array:
+    gate_up, gate_up_scale, shared, shared_scale, *of_down, layer = operands
+    down, down_scale, shared_down, shared_down_scale = of_down
+    counter = grid.make_counter()
     plan = dispatch.stage(x, x_scale, picks, jnp.int32(0), LOCAL_EXPERTS, chip=chip)
     routed, passed = grouped_gate_up.grouped_gate_up(
         x, x_scale, plan, gate_up, gate_up_scale, layer, shared_values=shared,
-        shared_scale=shared_scale, chip=chip, counter=grid.make_counter(),
+        shared_scale=shared_scale, chip=chip, counter=counter,
     )  # fmt: skip
-    return *routed, *passed
+    out, shared_out = grouped_down.grouped_down(
+        routed, None, plan, down, down_scale, layer, shared_hidden=passed, shared_values=shared_down,
+        shared_scale=shared_down_scale, chip=chip, counter=counter,
+    )  # fmt: skip
+    assert shared_out is not None
+    return out.sum() + shared_out.sum()
 
 
 def product_programs(chip: Chip) -> dict[str, Program]:
@@ -295,12 +311,26 @@ class TestCompiled:
             if kernel.name == "router_products":
                 assert re.search(bf16, kernel.ptx), at
 
-    def test_ctas_that_wait_for_each_other_leave_their_counter_at_zero(self, target: str) -> None:
+    def test_down_counts_what_it_quantizes_from_zero_on(self, target: str) -> None:
         kernels = kernels_for(target)
-        # atom.inc starts from zero again by itself, once all have arrived.
-        barrier = r"atom\.acq_rel\.gpu\.global\.inc\.u32 arrived, \[\S+\], \d+;"
-        ptx = kernels["gate_up, quantized: grouped_gate_up"].ptx
-        assert len(re.findall(barrier, ptx)) == 1
+        before = kernels["down, quantizing: grouped_gate_up"].ptx
+        assert len(re.findall(r"st\.global\.u32 \[\S+\], 0;", before)) == 1
+        ptx = kernels["down, quantizing: grouped_down"].ptx
+        # Routed groups and the shared expert's; one warp waits, and TMA reads what it waited for.
+        assert len(re.findall(r"red\.release\.gpu\.global\.add\.u32", ptx)) == 2
+        wait = r"ld\.acquire\.gpu\.global\.u32 now[^}]*fence\.proxy\.async;"
+        assert len(re.findall(wait, ptx)) == 1
+
+    def test_nothing_is_written_before_the_kernel_ahead_has_ended(self, target: str) -> None:
+        waiting = {at: k for at, k in kernels_for(target).items() if "griddepcontrol.wait" in k.ptx}
+        assert {kernel.name for kernel in waiting.values()} >= WAITING
+        for at, kernel in waiting.items():
+            before, after = kernel.ptx.split("griddepcontrol.wait", 1)
+            touches = r"\b(st|red|atom)\.\S*global|cp\.\S*\.global\.shared"
+            if kernel.name not in EARLY:
+                touches += r"|\bld\.\S*global|cp\.async"
+            assert not re.search(touches, before), at
+            assert "griddepcontrol.launch_dependents" in after, at
 
     def test_picks_are_told_and_awaited_by_words_that_are_whole(self, target: str) -> None:
         ptx = kernels_for(target)["route and stage: router_picks_dispatch"].ptx

@@ -155,7 +155,7 @@ def test_ways_to_cut_the_work_make_the_same_bits() -> None:
         outs = grouped_gate_up(
             x, x_scale, plan, weights.gate_up, weights.gate_up_scale, jnp.int32(0),
             shared_values=shared.gate_up, shared_scale=shared.gate_up_scale,
-            chip=Chip("sm90", 2), config=config, interpret=True,
+            chip=Chip("sm90", 4), config=config, interpret=True,
         )  # fmt: skip
         return [np.asarray(outs[0])[:in_use], np.asarray(outs[1])]
 
@@ -175,8 +175,10 @@ def test_ways_to_cut_the_work_make_the_same_bits() -> None:
     by_warp = TuningConfig(tokens=32, rows=64, stages=3, ctas_per_sm=2, is_fed_by_warp=True)
     turns = TuningConfig(tokens=32, rows=64, warpgroups=2, stages=2, takes_turns=True, store=16)
     stacked = TuningConfig(tokens=32, rows=64, stages=3, fill=32, is_stacked=True)
+    cut = TuningConfig(tokens=32, rows=64, stages=3, fill=64, last_cuts=4)
+    cut_stack = TuningConfig(tokens=32, rows=64, stages=3, fill=32, is_stacked=True, last_cuts=2)
     for run_of, others in (
-        (hidden, (wide, by_warp, turns, stacked)),
+        (hidden, (wide, by_warp, turns, stacked, cut, cut_stack)),
         (answers, (wide, by_warp, turns)),
     ):
         expected = run_of(plain)

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from glm_jax.fp8 import FP8, quantize_rows
 from glm_jax.pallas import dispatch, grid, route_stage, router
 from glm_jax.pallas.chip import chip_in_trace
+from glm_jax.pallas.grouped_down import grouped_down
 from glm_jax.pallas.grouped_gate_up import grouped_gate_up
 from glm_jax.pallas.quantize import quantize_hidden
 from glm_jax.sharding import MESH_AXIS
@@ -102,40 +103,46 @@ def test_routing_and_sorting(num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 37, 256])
-def test_gate_up_and_quantization(num_tokens: int) -> None:
-    keys = jax.random.split(jax.random.key(num_tokens), 4)
+def test_quantization_and_down(num_tokens: int) -> None:
+    keys = jax.random.split(jax.random.key(num_tokens), 6)
     x = jax.random.normal(keys[0], (num_tokens, WIDTH)).astype(jnp.bfloat16)
     gate_up = jax.random.normal(keys[1], (1, LOCAL, 2, INNER, WIDTH)).astype(FP8)
     shared = jax.random.normal(keys[2], (1, 2, SHARED, WIDTH)).astype(FP8)
+    down = jax.random.normal(keys[4], (1, LOCAL, WIDTH, INNER)).astype(FP8)
+    shared_down = jax.random.normal(keys[5], (1, WIDTH, SHARED)).astype(FP8)
     # Each token's last pick is local, the others are of any device.
     picks = jnp.argsort(jax.random.uniform(keys[3], (num_tokens, LOCAL)), axis=1)[:, :4]
     picks = (picks + jnp.array([0, 16, 24, FIRST])[None]).astype(jnp.int32)
 
-    def body(is_merged: bool, x: Array, picks: Array, gate_up: Array, shared: Array) -> Any:
+    def body(is_merged: bool, x: Array, picks: Array, *weights: Array) -> Any:
+        (gate_up, shared, down, shared_down), layer = weights, jnp.int32(0)
         on: Any = {"chip": chip_in_trace()}
         quantized = quantize_rows(x)
         plan = dispatch.stage(*quantized, picks, jnp.int32(FIRST), LOCAL, **on)
         counter = grid.make_counter() if is_merged else None
 
         def products() -> Any:
-            return grouped_gate_up(
-                *quantized, plan, gate_up, jnp.full(gate_up.shape[:-1], 0.01), jnp.int32(0),
+            rows, passed = grouped_gate_up(
+                *quantized, plan, gate_up, jnp.full(gate_up.shape[:-1], 0.01), layer,
                 shared_values=shared, shared_scale=jnp.full(shared.shape[:-1], 0.01),
                 counter=counter, **on,
             )  # fmt: skip
+            routed, passed = (
+                ((rows, None), (passed, None)) if is_merged else quantize_hidden(rows, passed, plan)
+            )
+            assert passed is not None
+            return grouped_down(
+                *routed, plan, down, jnp.full(down.shape[:-1], 0.01), layer,
+                shared_hidden=passed[0], shared_hidden_scale=passed[1], shared_values=shared_down,
+                shared_scale=jnp.full(shared_down.shape[:-1], 0.01), counter=counter, **on,
+            )  # fmt: skip
 
-        if is_merged:
-            return repeated(products), plan.num_tiles * plan.tile
-        rows, passed = products()
-        return quantize_hidden(rows, passed, plan), plan.num_tiles * plan.tile
+        return repeated(products) if is_merged else products(), plan.num_tiles * plan.tile
 
-    (routed, passed), _ = run(lambda *operands: body(True, *operands), x, picks, gate_up, shared)
-    (want, want_passed), in_use = run(
-        lambda *operands: body(False, *operands), x, picks, gate_up, shared
-    )
+    operands = x, picks, gate_up, shared, down, shared_down
+    (routed, passed), _ = run(lambda *operands: body(True, *operands), *operands)
+    (want, want_passed), in_use = run(lambda *operands: body(False, *operands), *operands)
     num_rows = int(in_use[0])
     assert num_rows
-    for one, other in zip(routed, want, strict=True):
-        assert_same_bits(one[:num_rows], other[:num_rows])
-    for one, other in zip(passed, want_passed, strict=True):
-        assert_same_bits(one[:num_tokens], other)
+    assert_same_bits(routed[:num_rows], want[:num_rows])
+    assert_same_bits(passed[:num_tokens], want_passed)
