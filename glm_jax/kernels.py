@@ -65,16 +65,16 @@ class Kernels(Selection):
 
     def workspace(self, num_rows: int, width: int, num_local: int) -> Workspace | None:
         """What kernels of so many rows and experts of this device share; None where each does without."""
-        is_large = num_rows > route_stage.MAX_TOKENS
-        if is_large or self._interprets or (chip := self._chip()) is None:
+        if num_rows > route_stage.MAX_TOKENS or self._interprets or (chip := self._chip()) is None:
             return None
         first = sharding.device_index() * num_local
-        devices, box = sharding.num_devices(), None
-        if devices > 1 and self._fuses_sums(num_rows) and width % inbox.UNIT == 0:
+        devices, box, fuses = sharding.num_devices(), None, self._fuses_sums(num_rows)
+        if devices > 1 and fuses and width % inbox.UNIT == 0:
             axis = sharding.MESH_AXIS
             box = inbox.make_inbox(num_rows, width, axis_name=axis, num_devices=devices)
         routing = route_stage.make_memory(num_rows, width, num_local, chip)
-        return Workspace(routing, grid.make_counter(), box, first)
+        is_fused = fuses and (devices == 1 or box is not None)
+        return Workspace(routing, grid.make_counter(), box, first, is_fused)
 
     def add_norm(
         self,

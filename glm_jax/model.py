@@ -5,6 +5,7 @@ ends in one sum over devices.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -210,9 +211,11 @@ class Glm4Moe(nnx.Module):
             carry, traced = _walk(partial(run, True), carry, 0, num_dense, 1, with_trace)
             entered = [traced[0]] if traced else []
         at_a_time = 1 if workspace is None else _AT_A_TIME
-        carry, traced = _walk(
-            partial(run, False), carry, num_dense, layers.num_layers, at_a_time, with_trace
-        )
+        shares = workspace if not with_trace else None
+        with shares.overlapping(*tokens.shape) if shares else nullcontext():
+            carry, traced = _walk(
+                partial(run, False), carry, num_dense, layers.num_layers, at_a_time, with_trace
+            )
         _, last, cache = carry
         trace = None
         if traced is not None:

@@ -3,6 +3,7 @@
 Knows neither kernels nor references.
 """
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from glm_jax import ops
 from glm_jax.ops import Rows
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.dispatch import Dispatch
 from glm_jax.pallas.inbox import Inbox
 from glm_jax.pallas.route_stage import Memory
@@ -63,12 +65,20 @@ class Workspace(NamedTuple):
       gate_up: a counter that gate_up sets to zero, and by which down's CTAs wait for each other.
       inbox: where devices write rows for each other; None on one, and where XLA sums.
       first_expert: of this device.
+      is_fused: whether kernels sum over devices too: then a layer of experts is nothing but kernels.
     """
 
     routing: Memory
     gate_up: jax.Ref
     inbox: Inbox | None
     first_expert: Int32[Array, ""]
+    is_fused: bool
+
+    def overlapping(self, num_rows: int, num_tokens: int) -> AbstractContextManager[None]:
+        """In which layers of experts are traced, for so many tokens of each row: in a decode step their
+        kernels follow each other, with nothing of XLA's between but for rows that are to be padded."""
+        is_padded = num_rows > 8 and num_rows % 8 > 0
+        return launch_order.overlapping(self.is_fused and num_tokens == 1 and not is_padded)
 
 
 class Staged(NamedTuple):

@@ -48,9 +48,6 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
     # rows on an H200; docs/kernel-log.md).
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_autotune_level": 0,
-    # XLA's kernels would begin before ours ahead of them have ended, which nothing in XLA expects of
-    # kernels that are not its own (pallas/launch_order.py).
-    "xla_gpu_enable_pdl": False,
 }
 
 

@@ -3,7 +3,8 @@
 Knows no kernel. In a graph of jax 0.12, and on a stream, a kernel that waits is launched as soon as every
 CTA of the kernel ahead lets it or has ended (programmatic dependent launch). Beside that one's end it
 makes its barriers, fetches descriptors, and reads what the kernel ahead does not write: weights. An
-older jax makes a graph of its own of each kernel, and there all of this does nothing.
+older jax makes a graph of its own of each kernel, and there all of this does nothing. Kernels let the next
+one begin only within `overlapping`.
 
 Why the order stays:
 - A CTA lets the next kernel begin after its own wait. So when a kernel begins, all kernels but the one
@@ -13,14 +14,35 @@ Why the order stays:
 - Nothing is written to device memory before the wait: kernels ahead may still read what it overwrites.
 - A kernel begins when all CTAs of the one ahead run or have ended. So it takes no room from CTAs that
   others of their kernel, or of other devices, wait for.
-- XLA's own kernels begin at the end of what is ahead of them: steps are compiled so.
+- XLA's own kernels wait too, but read what they take for constant by loads that ptxas may put before
+  the wait. So none of them may read what a kernel right ahead makes that lets the next one begin.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_is_overlapping = ContextVar("_is_overlapping", default=False)
+
+
+@contextmanager
+def overlapping(does: bool = True) -> Iterator[None]:
+    """Within it, kernels that are traced let the next one begin.
+
+    That one is another of ours, or reads nothing of what they make: who traces them sees to that.
+
+    Args:
+      does: False for kernels of which that is not so, within others of which it is.
+    """
+    token = _is_overlapping.set(does)
+    try:
+        yield
+    finally:
+        _is_overlapping.reset(token)
 
 
 def kernel(
@@ -42,11 +64,13 @@ def kernel(
 
 
 def wait(*, interpret: Any) -> None:
-    """Holds the calling thread until the kernel ahead has ended, and lets the next one begin.
+    """Holds the calling thread until the kernel ahead has ended; then it may let the next one begin.
 
     For every thread that reads what the kernel ahead wrote, or writes to device memory, itself or by who
     waits for it. The interpreter runs one kernel after the other.
     """
-    if not interpret:
-        plgpu.griddepcontrol_wait()
+    if interpret:
+        return
+    plgpu.griddepcontrol_wait()
+    if _is_overlapping.get():
         plgpu.griddepcontrol_launch_dependents()

@@ -8,6 +8,7 @@ that: there, router.route and dispatch.stage do the same.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -130,10 +131,13 @@ def route_and_stage(
         operands += [products, router.whole_eights(x), weight]
     else:
         operands.append(router.multiply(x, weight, layer, choice, chip=chip, shift=shift))
-    experts, weights, copied, copied_scale, *fields = _launch(parts, operands)
+    is_exact = choice.num_picks == choice.padded_picks
+    # What XLA cuts off next must be there.
+    with nullcontext() if is_exact else launch_order.overlapping(False):
+        experts, weights, copied, copied_scale, *fields = _launch(parts, operands)
     plan = Dispatch(*fields)._replace(values=copied, scale=copied_scale[:, None])
     asked = slice(None, choice.num_picks)
-    if choice.num_picks < choice.padded_picks:
+    if not is_exact:
         plan = plan._replace(rows=plan.rows[:, asked])
         experts, weights = experts[:, asked], weights[:, asked]
     return experts, weights, plan

@@ -325,12 +325,11 @@ class TestCompiled:
         waiting = {at: k for at, k in kernels_for(target).items() if "griddepcontrol.wait" in k.ptx}
         assert {kernel.name for kernel in waiting.values()} >= WAITING
         for at, kernel in waiting.items():
-            before, after = kernel.ptx.split("griddepcontrol.wait", 1)
+            before, _ = kernel.ptx.split("griddepcontrol.wait", 1)
             touches = r"\b(st|red|atom)\.\S*global|cp\.\S*\.global\.shared"
             if kernel.name not in EARLY:
                 touches += r"|\bld\.\S*global|cp\.async"
             assert not re.search(touches, before), at
-            assert "griddepcontrol.launch_dependents" in after, at
 
     def test_picks_are_told_and_awaited_by_words_that_are_whole(self, target: str) -> None:
         ptx = kernels_for(target)["route and stage: router_picks_dispatch"].ptx

@@ -24,12 +24,26 @@ def double_late(x: jax.Ref, out: jax.Ref) -> None:
 @pytest.mark.parametrize(("body", "waits"), [(double, True), (double_late, False)])
 def test_a_kernel_waits_once_then_lets_the_next_begin(body: object, waits: bool) -> None:
     doubled = launch_order.kernel(body, waits=waits, out_type=ROW, grid=(2,), grid_names=("cta",))
-    traced = str(jax.make_jaxpr(doubled)(X))
+    with launch_order.overlapping():
+        traced = str(jax.make_jaxpr(doubled)(X))
     before, _, after = traced.partition("griddepcontrol_wait")
     assert "griddepcontrol" not in before and "mul" not in before
     assert after.count("griddepcontrol_launch_dependents") == 1
     assert after.count("griddepcontrol_wait") == 0
     assert after.index("griddepcontrol") < after.index("mul")
+
+
+def test_who_is_followed_by_others_kernels_lets_none_begin() -> None:
+    def traced() -> str:
+        doubled = launch_order.kernel(double, out_type=ROW, grid=(2,), grid_names=("cta",))
+        return str(jax.make_jaxpr(doubled)(X))
+
+    assert "launch_dependents" not in traced()
+    with launch_order.overlapping():
+        assert "launch_dependents" in traced()
+        with launch_order.overlapping(False):
+            assert "launch_dependents" not in traced()
+        assert "launch_dependents" in traced()
 
 
 def test_the_interpreter_knows_no_waiting() -> None:
