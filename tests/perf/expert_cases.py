@@ -113,7 +113,7 @@ def block_step(
         workspace, staged = None, None
         picks, weights, _ = kernels.route(on.x, on.router, on.bias, layer, **choice)
     else:
-        workspace = on.memory._replace(first_expert=jnp.int32(0))
+        workspace = on.memory._replace(first_expert=jnp.int32(0), is_fused=True)
         picks, weights, _, staged = kernels.stage(
             rows, on.router, on.bias, layer, num_local, workspace, **choice
         )
@@ -240,7 +240,8 @@ def _block_case(
         residual = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16) / 16
         memory = kernels.workspace(tokens, width, num_local)
         if memory is not None:
-            memory = jax.tree.map(jax.freeze, memory._replace(first_expert=None))
+            memory = memory._replace(first_expert=None, is_fused=None)
+            memory = jax.tree.map(jax.freeze, memory)
         return Block(
             residual, x, *quantize_rows(jax.random.normal(keys[2], x.shape, jnp.bfloat16)),
             jnp.broadcast_to(router.astype(jnp.bfloat16), (layers, *router.shape)),
