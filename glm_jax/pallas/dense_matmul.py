@@ -18,10 +18,11 @@ from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.product_loop import SCALE_SLOTS, Streams
 from glm_jax.pallas.tiling import LINE, TuningConfig, fitting_stages
 
-# Ways to cut a step of few tokens on sm90: tokens of a tile, and weight rows of one.
-_TOKENS, _ROWS = (16, 32, 64, 128), (32, 48, 64, 128)
-# A step of two lines costs as many arrivals as one of a line, but this many must be in flight.
-_FEWEST_STAGES = 4
+# Ways to cut a step of few tokens on sm90: tokens of a tile, and weight rows of one. Three tiles of 88
+# tokens are 256: o_proj's 120 CTAs then take in less, and multiply less, than 80 of 128 tokens.
+_TOKENS, _ROWS = (8, 16, 32, 64, 88, 128), (32, 64, 128)
+# A step of many lines costs as many arrivals as one of a line, but this many must be in flight.
+_FEWEST_STAGES = 5
 # Of a decode step.
 _MOST_EARLY = 256
 
@@ -31,7 +32,7 @@ class _Place(NamedTuple):
     token: jax.Array
 
 
-def default_config(chip: Chip, num_tokens: int, num_rows: int) -> TuningConfig:
+def default_config(chip: Chip, num_tokens: int, num_rows: int, width: int) -> TuningConfig:
     """Small tiles while weights are all the traffic; square ones once the products are the work.
 
     On one H200, QKV of 64 tokens took 9.0 us in steps of 128, 7.1 in steps of 256 and 8.1 of 512. Of 8192
@@ -48,32 +49,37 @@ def default_config(chip: Chip, num_tokens: int, num_rows: int) -> TuningConfig:
             is_fed_by_warp=True,
         )  # fmt: skip
     if chip.architecture == "sm90":
-        return _least_traffic(chip, num_tokens, num_rows)
+        return _least_traffic(chip, num_tokens, num_rows, width)
     tokens = next((size for size in (16, 32, 64) if num_tokens <= size), 64)
     # The projections have 1792 and 5120 rows: in tiles of 32 or 64 most SMs have some to read.
     fill = 32 if num_rows < 64 * chip.num_cores // 2 else 64
     return TuningConfig(tokens=tokens, rows=128, stages=fitting_stages(tokens, 128), fill=fill)
 
 
-def _least_traffic(chip: Chip, num_tokens: int, num_rows: int) -> TuningConfig:
+def _least_traffic(chip: Chip, num_tokens: int, num_rows: int, width: int) -> TuningConfig:
     """The tiles for which the SM that gets most of them has fewest rows of K to take in."""
 
-    def rows_taken_in(cut: tuple[int, int]) -> tuple[int, int]:
+    def rows_taken_in(cut: tuple[int, int]) -> tuple[int, int, int]:
         tokens, rows = cut
-        tiles = pl.cdiv(num_rows, rows) * pl.cdiv(num_tokens, tokens)
-        # Tokens that only fill a tile are not in memory.
-        each = rows + min(tokens, num_tokens)
-        return pl.cdiv(tiles, chip.num_cores) * each, tiles
+        token_tiles = pl.cdiv(num_tokens, tokens)
+        rounds = pl.cdiv(pl.cdiv(num_rows, rows) * token_tiles, chip.num_cores)
+        # Tokens that only fill a tile are not in memory. Of equals, weights are read least often.
+        return rounds * (rows + min(tokens, num_tokens)), token_tiles, tokens
 
-    fitting = [tokens for tokens in _TOKENS if tokens < 2 * max(num_tokens, 16)]
+    fitting = [t for t in _TOKENS if min(num_tokens, 16) <= t < 2 * max(num_tokens, 8)]
     tokens, rows = min(((t, r) for t in fitting for r in _ROWS), key=rows_taken_in)
     warpgroups = 2 if rows > 64 else 1
-    step = 2 * LINE
-    if fitting_stages(tokens, 64 * warpgroups, step=step) < _FEWEST_STAGES:
-        step = LINE
+
+    def stages(step: int) -> int:
+        return fitting_stages(tokens, 64 * warpgroups, step=step)
+
+    # Four lines only where all of K is in flight: otherwise so few stages are free too late.
+    steps = [4 * LINE] if 4 * LINE * stages(4 * LINE) >= width else []
+    steps += [2 * LINE, LINE]
+    step = next((step for step in steps if stages(step) >= _FEWEST_STAGES), LINE)
     return TuningConfig(
         tokens=tokens, rows=64, warpgroups=warpgroups, step=step,
-        stages=fitting_stages(tokens, 64 * warpgroups, step=step),
+        stages=stages(step),
         fill=None if warpgroups == 2 else rows,
     )  # fmt: skip
 
@@ -104,7 +110,7 @@ def matmul(
         raise NotImplementedError(f"{values.shape=}: K and N must be multiples of 64")
     if padding := fp8_product.padding(num_tokens):
         x, x_scale = (jnp.pad(operand, ((0, padding), (0, 0))) for operand in (x, x_scale))
-    config = config or default_config(chip, num_tokens, num_rows)
+    config = config or default_config(chip, num_tokens, num_rows, width)
     if chip.architecture == "sm100" and config.takes_turns:
         raise NotImplementedError(f"{config.takes_turns=}: not on sm100")
     num_steps = pl.cdiv(width, config.step)

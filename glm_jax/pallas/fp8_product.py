@@ -111,7 +111,7 @@ def scratch_types(
 
 def token_scales(config: TuningConfig) -> Any:
     """Slots for the scales of a tile's tokens, each at a multiple of the 128 bytes that TMA needs."""
-    return plgpu.SMEM((SCALE_SLOTS, max(config.tokens, 32)), jnp.float32)
+    return plgpu.SMEM((SCALE_SLOTS, pl.cdiv(config.tokens, 32) * 32), jnp.float32)
 
 
 def send(

@@ -55,8 +55,8 @@ class TuningConfig:
     last_cuts: int = 1
 
     def __post_init__(self) -> None:
-        if self.tokens not in (8, 16, 32, 64, 128, 256):
-            raise ValueError(f"tokens={self.tokens} is not 8, 16, 32, 64, 128 or 256")
+        if self.tokens % 8 or not 0 < self.tokens <= 256:
+            raise ValueError(f"tokens={self.tokens} is no multiple of 8 up to 256")
         if self.rows not in (64, 128):
             raise ValueError(f"rows={self.rows} is not 64 or 128")
         if self.warpgroups not in (1, 2):
