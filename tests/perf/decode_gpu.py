@@ -49,7 +49,8 @@ from tests.perf.eighths import Eighths, eighths, even_loads, held_parts
 DTYPE = np.dtype(jnp.bfloat16)
 PAGES = np.dtype(jnp.float8_e4m3fn)
 _NEW_TOKENS = 40
-OUT_OF_GRAPHS: dict[str, Any] = {"xla_gpu_enable_command_buffer": ""}
+# A graph ends a turn of the loop over layers before XLA's kernels begin; a stream would not.
+OUT_OF_GRAPHS: dict[str, Any] = {"xla_gpu_enable_command_buffer": "", "xla_gpu_enable_pdl": False}
 # The file of a step of 64 rows that was compiled so, beside the others.
 UNCAPTURED = "decode-64-out-of-graphs"
 VOCABULARY = 151_552
