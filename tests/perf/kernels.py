@@ -52,7 +52,7 @@ _HEADER = (
     "|---|---|---|---|---|---|---|"
 )
 # Of what may be waited for in all, what PyTorch and Triton may take.
-_OF_OTHERS = 0.65
+_OF_OTHERS = 0.7
 
 
 def cases(sizes: Sizes, chip: Chip, interpret: bool, only: str) -> Iterator[Case]:

@@ -41,19 +41,24 @@ def measure_all(only: str, seconds: float, num_processes: int, path: Path) -> No
     end = time.monotonic() + seconds
     cases = _cases(only)
     jobs = [(index, name) for index, case in enumerate(cases) for name in case.peers]
-    _over(num_processes, partial(_prepare, only), jobs, end - 0.4 * seconds)
+    begin = time.monotonic()
+    _over(num_processes, partial(_prepare, only), jobs, end - 0.5 * seconds)
+    print(f"prepared in {time.monotonic() - begin:.0f} of {seconds:.0f} s", flush=True)
     found: dict[str, dict[str, Any]] = {}
     # Readers find all of it or none.
     part = path.with_suffix(".part")
     part.write_text("{}")
     crew = _Crew(partial(_measure, only))
     for index, name in jobs:
+        if time.monotonic() > end:
+            break
         case = cases[index]
         said = crew.ask((index, name), min(_LONGEST, end - time.monotonic()))
         found.setdefault(f"{case.kernel}, {case.shape}", {})[name] = said
         print(f"{case.kernel} {case.shape}: {name} {said.get('us', said)}", flush=True)
         part.write_text(json.dumps(found))
     crew.end()
+    print(f"measured after {time.monotonic() - begin:.0f} s", flush=True)
     part.replace(path)
 
 

@@ -27,13 +27,13 @@ class Made:
     Attributes:
       ways: calls with a layer, by what distinguishes them.
       error: of what a call with layer 0 returns, against float32; None where the library is trusted.
-      overlap: says whether launches from now on may begin before the one ahead has ended; None where that
-        is not ours to say.
+      overlap: says whether launches from now on may begin before the one ahead has ended, where that is
+        ours to say.
     """
 
     ways: dict[str, Callable[[int], Any]]
     error: Callable[[Any], float] | None = None
-    overlap: Callable[[bool], None] | None = None
+    overlap: Callable[[bool], None] = lambda is_on: None
 
 
 Peer = Callable[[int], Made]
@@ -79,14 +79,12 @@ def norm(tokens: int, width: int) -> dict[str, Peer]:
 def prepare(peer: Peer) -> None:
     """Compiles a peer's ways into the caches on disk, where a later process finds them."""
     made = peer(1)
-    for is_on in (True, False) if made.overlap else (False,):
-        if made.overlap:
-            made.overlap(is_on)
-        for call in made.ways.values():
-            try:
-                call(0)
-            except Exception:  # measure says of it what is to be said
-                continue
+    made.overlap(True)
+    for call in made.ways.values():
+        try:
+            call(0)
+        except Exception:  # measure says of it what is to be said
+            continue
     _torch().cuda.synchronize()
 
 
@@ -99,6 +97,7 @@ def measure(peer: Peer, layers: int) -> dict[str, Any]:
       less; "way"; "error"; "tried": us_graph of every way, or why there is none.
     """
     made = peer(layers)
+    made.overlap(True)
     tried: dict[str, Any] = {}
     for name, call in made.ways.items():
         try:
@@ -111,20 +110,14 @@ def measure(peer: Peer, layers: int) -> dict[str, Any]:
     way = min(ran, key=lambda name: ran[name])
     call = made.ways[way]
     error = None if made.error is None else made.error(call(0))
-    us_graph, tried["overlapping"] = ran[way], None
-    if made.overlap and made.error:
-        made.overlap(True)
-        try:
-            tried["overlapping"] = _in_graph(call, layers)
-            us_graph, error = min(us_graph, tried["overlapping"]), made.error(call(0))
-        except Exception as failure:
-            tried["overlapping"] = f"{type(failure).__name__}: {failure}"[:120]
-        made.overlap(False)
+    # Kernels that overlap have no times of their own.
+    made.overlap(False)
+    tried["one after the other"] = _in_graph(call, layers)
     kernels = _in_kernels(call, layers)
     us = sum(kernels.values()) or ran[way]
     return {
-        "us": us, "us_graph": us_graph, "kernels_us": kernels, "way": way, "error": error,
-        "tried": tried,
+        "us": us, "us_graph": min(ran[way], tried["one after the other"]), "kernels_us": kernels,
+        "way": way, "error": error, "tried": tried,
     }  # fmt: skip
 
 

@@ -121,14 +121,12 @@ def attention(rows: int, length: int, heads: int, layers: int, device: str = "cu
 
 
 def attention_cuts(rows: int, length: int) -> list[tuple[int, ...]]:
-    """(BLOCK, splits, stages, warps) of those that give each SM one to eight programs."""
+    """(BLOCK, splits, stages, warps) of those that give each SM one to eight programs, in the tiles that
+    were the fastest of more."""
     most = max(1, min(64, length // 64))
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= most and 128 <= n * rows <= 1100]
-    return [
-        (block, splits, stages, warps)
-        for splits in counts or [most]
-        for block, stages, warps in ((64, 3, 4), (128, 2, 8))
-    ]
+    tiles = (128, 2, 8) if rows <= 16 else (64, 3, 4)
+    return [(tiles[0], splits, *tiles[1:]) for splits in counts or [most]]
 
 
 def write_and_attend(rows: int, length: int, heads: int, layers: int, device: str = "cuda") -> Made:
