@@ -20,9 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Int32
 
-from glm_jax.pallas import launch_order
+from glm_jax.pallas import launch_order, linked
 from glm_jax.pallas.chip import Chip
 from glm_jax.pallas.prefill_consumer import HEAD_DIM, Tcgen05, Tiles, Wgmma
+from glm_jax.pallas.prefill_feeder import STAGES, Copier, Course, Widener
 from glm_jax.pallas.prefill_producer import Item, Producer
 from glm_jax.pallas.widen import ROWS, transforms, widen_pages
 
@@ -142,7 +143,11 @@ def attend(
         pages = k_pages, v_pages
         k_pages, v_pages = widen_pages(*pages, layers, page_table, plan.last, interpret=interpret)
         dtype = jnp.dtype(k_pages.dtype)
-    kernel = _kernel(queries.shape, page_size, dtype, in_order, chip, config, interpret)
+        tile = config.tile_size
+        if kv_heads == 1 and page_table.shape[1] * page_size % tile == 0:
+            # A copy a tile, not a page.
+            k_pages, v_pages = (x.reshape(1, -1, 1, tile, HEAD_DIM) for x in (k_pages, v_pages))
+    kernel = _kernel(queries.shape, k_pages.shape[3], dtype, in_order, chip, config, interpret)
     operands = plan.visible, plan.items, layers, page_table, k_pages, v_pages
     attended = kernel(queries, *operands)
     return attended.reshape(num_rows, kv_heads, num_tokens, query_groups, HEAD_DIM).swapaxes(1, 2)
@@ -177,6 +182,8 @@ def _kernel(
     wg_rows = consumer.rows
     num_items = pl.cdiv(num_queries, wg_rows * warpgroups) * num_rows * kv_heads
     walks = consumer.keeps_queries
+    # Where registers can be shared out, a warpgroup that only brings tiles is faster.
+    is_fed = walks and stages == STAGES and warpgroups == 2 and linked.is_linked()
     registers = consumer.widening_registers if cache_dtype == FP8 else consumer.registers
     num_ctas = min(chip.num_cores, num_items) if walks else num_items
     is_fp8 = cache_dtype == FP8
@@ -199,23 +206,29 @@ def _kernel(
         whole, rest = divmod(num_items, num_ctas)
         is_in_last = cta < rest if whole % 2 == 0 else num_ctas - 1 - cta < rest
         num_turns = whole + is_in_last.astype(jnp.int32)
-        narrow = narrow_smem if is_fp8 else None
         # Widened pages are one layer's.
         layer = jnp.int32(0) if in_order else layer_gmem[0]
-        producer = Producer(
-            layer, table_gmem, in_order, (k_gmem, v_gmem), tiles_smem, narrow, landed, full, empty,
-            interpret,
-        )  # fmt: skip
+        pages: dict[str, Any] = {
+            "layer": layer, "table": table_gmem, "in_order": in_order, "pages": (k_gmem, v_gmem),
+            "pages_per_row": k_gmem.shape[1] // num_rows if in_order else table_gmem.shape[1],
+            "tiles": tiles_smem, "full": full, "empty": empty, "interpret": interpret,
+        }  # fmt: skip
 
-        # Also where there is nothing to bring: the others' increase waits for the registers given up here.
-        @pl.when(wg == warpgroups)
-        def _produce():
+        def feeder() -> Copier | Widener:
+            pages.update(warpgroup=wg, num_turns=num_turns, item_at=item_at)
+            if is_fp8:
+                return Widener(**pages, narrow=narrow_smem, landed=landed)
+            return Copier(**pages, silenced=landed)
+
+        def produce() -> None:
             plgpu.set_max_registers(registers[0], action="decrease")
+            producer = Producer(**pages, narrow=narrow_smem if is_fp8 else None, landed=landed)
             producer.bring(num_turns, item_at)
 
-        @pl.when(wg < warpgroups)
-        def _consume():
-            plgpu.set_max_registers(registers[1], action="increase")
+        def consume() -> None:
+            if not is_fed:
+                plgpu.set_max_registers(registers[1], action="increase")
+            feed = feeder() if is_fed else None
             my_q = q_smem.at[wg]
             my_out = out_smem.at[wg] if consumer.keeps_queries else my_q
             consumer.begin(scratch, wg)
@@ -227,10 +240,11 @@ def _kernel(
                 rows = q_gmem.at[item.row, item.kv_head, rows_of(item)]
                 plgpu.copy_gmem_to_smem(rows, my_q, q_barrier.at[wg])
 
-            def visit(turn: Array, begun: Array) -> Array:
+            def visit(turn: Array, carry: Any) -> Any:
+                begun, ahead = carry
                 # Asked for again, not kept: it is near by now, and registers are full.
                 item = item_at(turn)
-                num_tiles = producer.num_tiles(item)
+                num_tiles = (item.last + tile) // tile
                 visible = plgpu.load(
                     visible_gmem.at[item.row, rows_of(item)],
                     layout=consumer.layout.reduce(1),
@@ -240,7 +254,7 @@ def _kernel(
                 queries = consumer.prepare(my_q, operand, scratch, wg)
                 if walks:
                     pl.when(turn + 1 < num_turns)(lambda: fetch_queries(item_at(turn + 1)))
-                consumer.consume(
+                ahead = consumer.consume(
                     Tiles(
                         queries=queries,
                         answers=my_out,
@@ -257,17 +271,28 @@ def _kernel(
                         begun=begun,
                         warpgroup=wg,
                         scratch=scratch,
+                        feed=feed and (feed, Course(turn, begun, item)),
+                        ahead=ahead,
                     )
                 )
                 plgpu.commit_smem()
                 rows = out_gmem.at[item.row, item.kv_head, rows_of(item)]
                 plgpu.copy_smem_to_gmem(my_out, rows)
-                return begun + num_tiles
+                return begun + num_tiles, ahead
 
             zero = jnp.int32(0)
-            fetch_queries(item_at(zero))
-            lax.fori_loop(0, num_turns, visit, zero)
+            first = item_at(zero)
+            fetch_queries(first)
+            ahead = feed.begin(Course(zero, zero, first)) if feed else ()
+            lax.fori_loop(0, num_turns, visit, (zero, ahead))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        if is_fed:
+            consume()
+            return
+        # Also where there is nothing to bring: the others' increase waits for the registers given up there.
+        pl.when(wg == warpgroups)(produce)
+        pl.when(wg < warpgroups)(consume)
 
     def memory(*shape: int, dtype: Any) -> Any:
         return plgpu.SMEM((*shape, HEAD_DIM), dtype, transforms=transforms(dtype))
@@ -276,15 +301,21 @@ def _kernel(
     queries = memory(warpgroups, wg_rows, dtype=jnp.bfloat16)
     wide = memory(stages, tile, dtype=operand)
     once = plgpu.Barrier(num_barriers=stages)
-    # Plain keys land where they are used, page by page; all else is handed on at once.
+    # What lands does so page by page; all else is handed on at once.
     landing = plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=2 if is_fp8 else stages)
-    read = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
+    if is_fed and not is_fp8:
+        landed, full = plgpu.Barrier(num_barriers=2), (landing, landing)
+    else:
+        landed, full = landing, (once if is_fp8 else landing, once)
+    # Who copies knows what it has read itself.
+    readers = 1 if is_fed and not is_fp8 else warpgroups
+    read = plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
     return launch_order.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(queries_shape, jnp.bfloat16),
         grid=(num_ctas,),
         grid_names=("cta",),
-        num_threads=warpgroups + 1,
+        num_threads=warpgroups + (not is_fed),
         thread_name="wg",
         scratch_types=(
             queries,
@@ -292,8 +323,8 @@ def _kernel(
             (wide, wide),
             memory(2, tile, dtype=FP8) if is_fp8 else [],
             plgpu.Barrier(num_barriers=warpgroups),
-            landing,
-            (once if is_fp8 else landing, once),
+            landed,
+            full,
             (read, read),
             consumer.scratch_types(warpgroups, tile, operand),
         ),

@@ -15,7 +15,7 @@ is done where that is true of no row: the bits of a row are its own either way.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -48,6 +48,8 @@ class Tiles:
       begun: tiles of the CTA that were before these.
       warpgroup: which of them this is.
       scratch: what scratch_types made.
+      feed: who brings tiles in passing, and where of their course these are; None where others do.
+      ahead: what it knows of what is next.
     """
 
     queries: Any
@@ -65,6 +67,8 @@ class Tiles:
     begun: Array
     warpgroup: Array
     scratch: Any
+    feed: "tuple[Feed, Any] | None" = None
+    ahead: Any = ()
 
     def slot(self, index: Array) -> Array:
         return lax.rem(self.begun + index, self.keys.shape[0])
@@ -92,6 +96,52 @@ class Tiles:
     def inverse(self, total: Array) -> Array:
         # A row at -1 sees nothing, though the tiles before the masks did not ask.
         return jnp.where((self.visible >= 0) & (total > 0), 1.0 / total, 0.0)
+
+
+class Feed(Protocol):
+    """Brings tiles, called by each warpgroup that multiplies."""
+
+    def before_products(self, course: Any, index: Array, ahead: Any) -> Any:
+        """Before those of tile `index`'s keys and the values before them; returns what is ahead then."""
+
+    def before_values(self, course: Any, index: Array, ahead: Any) -> None:
+        """Holds until the values of tile `index` are here, or near."""
+
+    def after_keys(self, course: Any, index: Array) -> None:
+        """When this warpgroup has read those of tile `index`."""
+
+    def after_values(self, course: Any, index: Array) -> None:
+        """When this warpgroup has read those of tile `index`."""
+
+    def before_last(self, course: Any, ahead: Any) -> Any:
+        """Before the product of the last values; returns what is ahead then."""
+
+
+class _Others:
+    """Tiles that a warpgroup of its own brings."""
+
+    def __init__(self, tiles: Tiles) -> None:
+        self._tiles = tiles
+
+    def before_products(self, course: Any, index: Array, ahead: Any) -> Any:
+        del course, index
+        return ahead
+
+    def before_values(self, course: Any, index: Array, ahead: Any) -> None:
+        del course, ahead
+        plgpu.barrier_wait(self._tiles.v_full.at[self._tiles.slot(index)])
+
+    def after_keys(self, course: Any, index: Array) -> None:
+        del course
+        plgpu.barrier_arrive(self._tiles.k_empty.at[self._tiles.slot(index)])
+
+    def after_values(self, course: Any, index: Array) -> None:
+        del course
+        plgpu.barrier_arrive(self._tiles.v_empty.at[self._tiles.slot(index)])
+
+    def before_last(self, course: Any, ahead: Any) -> Any:
+        del course
+        return ahead
 
 
 class Wgmma:
@@ -129,19 +179,20 @@ class Wgmma:
         plgpu.commit_smem()
         return kept
 
-    def consume(self, tiles: Tiles) -> None:
-        """Leaves the answers in `answers`."""
-        pl.when(tiles.num_tiles > 0)(lambda: self._attend(tiles))
+    def consume(self, tiles: Tiles) -> Any:
+        """Leaves the answers in `answers`; returns what is ahead then."""
 
-        @pl.when(tiles.num_tiles == 0)
-        def _() -> None:
+        def see_nothing() -> Any:
             tiles.await_answers()
             nothing = jnp.zeros((self.rows, HEAD_DIM), jnp.bfloat16)
             tiles.answers[...] = plgpu.layout_cast(nothing, self.layout)
+            return tiles.ahead
 
-    def _attend(self, tiles: Tiles) -> None:
+        return lax.cond(tiles.num_tiles > 0, lambda: self._attend(tiles), see_nothing)
+
+    def _attend(self, tiles: Tiles) -> Any:
         turns, mine = tiles.scratch.get("turns"), tiles.warpgroup
-        operand = tiles.queries.dtype
+        operand, (feed, course) = tiles.queries.dtype, tiles.feed or (_Others(tiles), None)
 
         def take_turn() -> None:
             if turns is not None:
@@ -152,47 +203,52 @@ class Wgmma:
                 plgpu.barrier_arrive(turns.at[1 - mine])
 
         def visit(index: Array, carry: Any, *, is_masked: bool) -> Any:
-            largest, total, out, shares = carry
+            largest, total, out, shares, ahead = carry
             slot, before = tiles.slot(index), tiles.slot(index - 1)
+            ahead = feed.before_products(course, index, ahead)
             plgpu.barrier_wait(tiles.k_full.at[slot])
             take_turn()
 
             def soften(scores: Array) -> Any:
-                plgpu.barrier_arrive(tiles.k_empty.at[slot])
+                feed.after_keys(course, index)
                 new = self._soften(tiles, scores, index, largest, total, is_masked=is_masked)
                 # What is made meanwhile, compilers would rather make after the wait for answers: LLVM
                 # is kept from it by the barrier, ptxas by the loop that the next wait is.
                 new = lax.optimization_barrier(new)
-                plgpu.barrier_wait(tiles.v_full.at[slot])
+                feed.before_values(course, index, ahead)
                 return new
 
             sums = out, shares, tiles.values.at[before]
             new, out = self._multiply(tiles, slot, sums, end_turn, soften)
             largest, total, fade, shares = new
-            plgpu.barrier_arrive(tiles.v_empty.at[before])
+            feed.after_values(course, index - 1)
             # Registers of a product under way may not be written: shares are rounded after it.
             out, shares = lax.optimization_barrier((out, shares))
             out = out * lax.broadcast_in_dim(fade, out.shape, [0])
-            return largest, total, out, shares.astype(operand)
+            return largest, total, out, shares.astype(operand), ahead
 
-        first, last = tiles.slot(jnp.int32(0)), tiles.slot(tiles.num_tiles - 1)
+        zero = jnp.int32(0)
+        first, last = tiles.slot(zero), tiles.slot(tiles.num_tiles - 1)
+        ahead = feed.before_products(course, zero, tiles.ahead)
         plgpu.barrier_wait(tiles.k_full.at[first])
         take_turn()
         scores = self._scores(tiles.queries, tiles.keys.at[first], end_turn)
-        plgpu.barrier_arrive(tiles.k_empty.at[first])
+        feed.after_keys(course, zero)
         nothing = _nothing(self.rows, self.layout)
         # 0, which the compiler must not know: it would make the mask's columns ahead, and fill registers.
-        zero = tiles.begun >> 31
-        largest, total, _, shares = self._soften(tiles, scores, zero, *nothing, is_masked=True)
-        plgpu.barrier_wait(tiles.v_full.at[first])
+        unknown = tiles.begun >> 31
+        largest, total, _, shares = self._soften(tiles, scores, unknown, *nothing, is_masked=True)
+        feed.before_values(course, zero, ahead)
         out = plgpu.layout_cast(jnp.zeros((self.rows, HEAD_DIM), jnp.float32), self.layout)
-        carry = largest, total, out, shares.astype(operand)
-        _, total, out, shares = tiles.walk(visit, carry, first=1)
+        carry = largest, total, out, shares.astype(operand), ahead
+        _, total, out, shares, ahead = tiles.walk(visit, carry, first=1)
+        ahead = feed.before_last(course, ahead)
         out = self._add(out, shares, tiles.values.at[last])
-        plgpu.barrier_arrive(tiles.v_empty.at[last])
+        feed.after_values(course, tiles.num_tiles - 1)
         out = out * lax.broadcast_in_dim(tiles.inverse(total), out.shape, [0])
         tiles.await_answers()
         tiles.answers[...] = out.astype(jnp.bfloat16)
+        return ahead
 
     def _soften(
         self,
@@ -307,8 +363,8 @@ class Tcgen05:
         plgpu.commit_smem()
         return prepared
 
-    def consume(self, tiles: Tiles) -> None:
-        """Leaves the answers in `answers`."""
+    def consume(self, tiles: Tiles) -> Any:
+        """Leaves the answers in `answers`; returns what is ahead then."""
         tile, number = tiles.keys.shape[1], tiles.warpgroup
         part = pl.ds(number * tile, tile)
         scores, shares = (tiles.scratch[name].at[:, part] for name in ("scores", "shares"))
@@ -383,6 +439,8 @@ class Tcgen05:
         def _() -> None:
             nothing = jnp.zeros((self.rows, HEAD_DIM), jnp.bfloat16)
             tiles.answers[...] = plgpu.layout_cast(nothing, self.layout)
+
+        return tiles.ahead
 
 
 def _nothing(rows: int, layout: Any) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """Brings a CTA of prefill attention its tiles of keys and values: pages to shared memory, ahead of use.
 
+A warpgroup does nothing else; where none can be spared, it is prefill_feeder.
 Knows neither queries nor what is made of the tiles. FP8 pages land apart, and are widened on their way
 to the tensor cores, once for all warpgroups.
 """
@@ -42,7 +43,7 @@ ItemAt = Callable[[Array], Item]
 _Pages = list[Array]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Producer:
     """What brings tiles.
 
@@ -51,6 +52,7 @@ class Producer:
       table: int32[rows, pages per row] in device memory.
       in_order: pages are as the table would have them, one row's after the other's.
       pages: of keys and of values, [layers, pages, kv_heads, page_size, 128].
+      pages_per_row: of the table or, in order, of as many pages.
       tiles: of keys and of values in shared memory, [stages, tile, 128].
       narrow: FP8 pages land here, [2, tile, 128]; None where pages need no widening.
       landed: of FP8 keys and values, or of each stage's values.
@@ -62,6 +64,7 @@ class Producer:
     table: Any
     in_order: bool
     pages: tuple[Any, Any]
+    pages_per_row: int
     tiles: tuple[Any, Any]
     narrow: Any
     landed: Any
@@ -113,7 +116,7 @@ class Producer:
         starts = (index * self._tile + start for start in range(0, self._tile, page_size))
         places = [jnp.minimum(x, last) // page_size for x in starts]
         if self.in_order:
-            return [item.row * self.table.shape[1] + place for place in places]
+            return [item.row * self.pages_per_row + place for place in places]
         return [self.table[item.row, place] for place in places]
 
     def _fetch(self, pages: _Pages, item: Item, which: int, smem: Any, barrier: Any) -> None:
@@ -131,17 +134,7 @@ class Producer:
         pl.when(count >= self._stages)(lambda: plgpu.barrier_wait(self.empty[which].at[slot]))
 
     def _silence(self, index: Array, last: Array, values: Any) -> None:
-        # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
-        first = index * self._tile
-
-        @pl.when(first + self._tile > last + 1)
-        def _() -> None:
-            parts = product(range(0, self._tile, _AT_ONCE), range(0, values.shape[1], _AT_ONCE))
-            for start, column in parts:
-                part = values.at[pl.ds(start, _AT_ONCE), pl.ds(column, _AT_ONCE)]
-                some = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                key = plgpu.broadcasted_iota(jnp.int32, some.shape, 0, layout=plgpu.Layout.WGMMA)
-                part[...] = jnp.where(first + start + key <= last, some, 0)
+        silence(values, last - index * self._tile)
 
     def _begin_narrow(self, item: Item) -> None:
         @pl.when(self.num_tiles(item) > 0)
@@ -211,3 +204,20 @@ class Producer:
                 start(1, index, pages)
 
         lax.fori_loop(0, num_tiles, visit, self._pages_of(item, self._stages - 1))
+
+
+def silence(values: Any, last: Array) -> None:
+    """Zeroes the rows of values past `last`.
+
+    A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
+    """
+    rows, columns = values.shape
+
+    @pl.when(rows > last + 1)
+    def _() -> None:
+        parts = product(range(0, rows, _AT_ONCE), range(0, columns, _AT_ONCE))
+        for start, column in parts:
+            part = values.at[pl.ds(start, _AT_ONCE), pl.ds(column, _AT_ONCE)]
+            some = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            key = plgpu.broadcasted_iota(jnp.int32, some.shape, 0, layout=plgpu.Layout.WGMMA)
+            part[...] = jnp.where(start + key <= last, some, 0)

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,8 @@ class CompiledKernel:
       threads: per CTA, as the PTX's launch bound says.
       shared: bytes of shared memory per CTA, static and dynamic.
       tensor_memory: columns of tensor memory.
+      linked: what ptxas says where it compiles the same PTX to be linked, as nvJitLink does for jax
+        0.12 where it is installed. There setmaxnreg is ignored, which kernels have to do well without.
     """
 
     name: str
@@ -61,6 +64,13 @@ class CompiledKernel:
     threads: int
     shared: int
     tensor_memory: int
+    linked: str
+
+    @property
+    def loses_when_linked(self) -> list[str]:
+        """What ptxas reports of it then: products one by one, and spills."""
+        spills = r"[1-9]\d* bytes spill stores"
+        return [x for x in self.linked.splitlines() if "serialized" in x or re.search(spills, x)]
 
     @property
     def uses_local_memory(self) -> bool:
@@ -187,7 +197,28 @@ def _read(path: Path, traced: Path) -> CompiledKernel:
         threads=number(r"\.(?:req|max)ntid (\d+)", ptx),
         shared=number(r"(\d+) bytes smem", ptxas) + number(r"smem_scratch_bytes=(\d+)", resources),
         tensor_memory=number(r"tmem_(?:collective_)?scratch_cols=(\d+)", resources),
+        linked=_linked(path, ptx),
     )
+
+
+def _linked(path: Path, ptx: str) -> str:
+    """What ptxas says when it compiles to be linked."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None, path
+    # XLA takes the newest of these; Mosaic names the wheel's when it is imported.
+    wheels = os.path.join(os.environ["MOSAIC_GPU_CUDA_ROOT"], "bin", "ptxas")
+    said = ""
+    for ptxas in filter(None, (shutil.which("ptxas"), wheels)):
+        run = subprocess.run(
+            [ptxas, "-c", "-v", f"-arch={target[1]}", path, "-o", os.devnull],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if run.returncode == 0:
+            return run.stdout
+        said += run.stdout
+    raise RuntimeError(f"{path}: {said}")
 
 
 if __name__ == "__main__":

@@ -293,6 +293,11 @@ class TestCompiled:
         spilled = {at: str(k) for at, k in kernels_for(target).items() if k.uses_local_memory}
         assert not spilled
 
+    def test_nothing_is_lost_where_code_is_linked(self, target: str) -> None:
+        # Of prefill attention there is another form then, which test_prefill_attention has.
+        kernels = {k for k in kernels_for(target).values() if k.name != "prefill_attention"}
+        assert not {str(k): k.loses_when_linked for k in kernels if k.loses_when_linked}
+
     def test_a_cta_fits_an_sm(self, target: str) -> None:
         for at, kernel in kernels_for(target).items():
             assert 0 < kernel.registers * kernel.threads <= REGISTERS_OF_AN_SM, (at, str(kernel))
@@ -325,11 +330,12 @@ class TestCompiled:
         waiting = {at: k for at, k in kernels_for(target).items() if "griddepcontrol.wait" in k.ptx}
         assert {kernel.name for kernel in waiting.values()} >= WAITING
         for at, kernel in waiting.items():
-            before, _ = kernel.ptx.split("griddepcontrol.wait", 1)
+            before, after = kernel.ptx.split("griddepcontrol.wait", 1)
             touches = r"\b(st|red|atom)\.\S*global|cp\.\S*\.global\.shared"
             if kernel.name not in EARLY:
                 touches += r"|\bld\.\S*global|cp\.async"
             assert not re.search(touches, before), at
+            assert "griddepcontrol.launch_dependents" in after, at
 
     def test_picks_are_told_and_awaited_by_words_that_are_whole(self, target: str) -> None:
         ptx = kernels_for(target)["route and stage: router_picks_dispatch"].ptx
