@@ -3,6 +3,7 @@
 Knows no requests and not what a step does: shapes and specs in, one program a bucket out.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,6 +50,12 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_autotune_level": 0,
 }
+
+
+# Mosaic keeps in one place for all threads whether code is for a single thread of the GPU
+# (jax 0.11 and 0.12, mosaic/gpu/utils.py): of kernels lowered side by side, one may come out with all
+# threads doing what one is to do.
+_LOWERING = threading.Lock()
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def lower(
     rows: int,
     options: StepOptions = DEFAULT_OPTIONS,
 ) -> jax.stages.Lowered:
-    """Traces one step bucket from shapes alone; no weights are needed."""
+    """Traces one step bucket from shapes alone, one at a time; no weights are needed."""
     specs = step_specs(config, shapes, dtype, options)
 
     def abstract(spec: WeightSpec) -> jax.ShapeDtypeStruct:
@@ -199,8 +206,9 @@ def lower(
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
 
     function = step_function(config, shapes, mesh, dtype, phase, options)
-    return function.lower(
-        *jax.tree.map(abstract, (specs.weights, _both(specs.cache), specs.slots)),
-        integers(shapes.num_slots, shapes.control_columns),
-        integers(rows, shapes.columns(phase)),
-    )
+    with _LOWERING:
+        return function.lower(
+            *jax.tree.map(abstract, (specs.weights, _both(specs.cache), specs.slots)),
+            integers(shapes.num_slots, shapes.control_columns),
+            integers(rows, shapes.columns(phase)),
+        )

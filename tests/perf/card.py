@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm_jax.pallas.chip import Chip
-from tests.perf.clock import time_program
+from tests.perf.clock import LOWERING, time_program
 from tests.perf.measure import Case, Step, chip_of
 
 Program = Callable[..., Any]
@@ -168,7 +168,9 @@ def _square(operands: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def _compiled(step: Step, operands: jax.ShapeDtypeStruct) -> Program:
-    return jax.jit(step).lower(operands, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    with LOWERING:
+        lowered = jax.jit(step).lower(operands, jax.ShapeDtypeStruct((), jnp.int32))
+    return lowered.compile()
 
 
 def _seconds(program: Program, shape: jax.ShapeDtypeStruct, num_layers: int) -> float:

@@ -5,6 +5,7 @@ Knows no kernel. Every round begins with an empty L2 cache, as a step finds its 
 
 import logging
 import statistics
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from glm_jax.steps import compiler_options
 
 logger = logging.getLogger(__name__)
 
+# Mosaic lowers kernels for one thread at a time (glm_jax.steps); XLA compiles for all.
+LOWERING = threading.Lock()
 # Calls in a graph that share no memory are still one after the other.
 ONE_BY_ONE = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 _REPEATS = 5

@@ -18,7 +18,7 @@ from glm_jax.pallas.launch_order import overlapping
 from glm_jax.sharding import make_mesh
 from glm_jax.steps import compiler_options
 from tests.perf.alone import alone
-from tests.perf.clock import ONE_BY_ONE, by_kernel, in_graph, time_program
+from tests.perf.clock import LOWERING, ONE_BY_ONE, by_kernel, in_graph, time_program
 from tests.perf.peers import Peer
 
 # A step takes the case's operands and a layer, and returns arrays.
@@ -179,12 +179,14 @@ def compile_case(case: Case, mesh: Mesh | None = None) -> Programs:
     # References are run once: trying ways to run them would take longer than anything else here.
     plain = no_graph | {"xla_gpu_enable_triton_gemm": not case.is_float32} if is_gpu else options
     key, layer = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
-    draw = jax.jit(on(case.draw)).lower(key)
+    with LOWERING:
+        draw = jax.jit(on(case.draw)).lower(key)
     operands = draw.out_info
 
     def lowered() -> jax.stages.Lowered:
         run = jax.jit(on(all_layers(case)), donate_argnums=1)
-        return run.lower(*split(case, operands))
+        with LOWERING:
+            return run.lower(*split(case, operands))
 
     has_graph = is_gpu and case.phase != "prefill" and not case.is_timed_alone
     # Nothing of XLA's is between the calls, and whoever reads what they made waits for all of it.
