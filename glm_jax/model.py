@@ -211,7 +211,9 @@ class Glm4Moe(nnx.Module):
             carry, traced = _walk(partial(run, True), carry, 0, num_dense, 1, with_trace)
             entered = [traced[0]] if traced else []
         at_a_time = 1 if workspace is None else _AT_A_TIME
-        shares = workspace if not with_trace else None
+        # A loop that turns once is none, and then XLA's kernels would follow the last of ours.
+        has_turns = layers.num_layers - num_dense >= 2 * at_a_time
+        shares = workspace if has_turns and not with_trace else None
         with shares.overlapping(*tokens.shape) if shares else nullcontext():
             carry, traced = _walk(
                 partial(run, False), carry, num_dense, layers.num_layers, at_a_time, with_trace
