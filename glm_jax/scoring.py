@@ -18,7 +18,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.model import Glm4Moe, Weights, abstract_model, bind
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import partition_spec, sharding_for
-from glm_jax.steps import DEFAULT_OPTIONS, StepOptions, compiler_options, step_specs
+from glm_jax.steps import DEFAULT_OPTIONS, LOWERING, StepOptions, compiler_options, step_specs
 
 ScoreResult = tuple[KVCache, Int32[Array, "score_outputs T"]]
 
@@ -115,9 +115,10 @@ def lower_score(
         return jax.ShapeDtypeStruct((shapes.score_rows, num_columns), np.int32, sharding=sharding)
 
     function = jax.jit(sharded, donate_argnums=1, compiler_options=compiler_options(mesh))
-    return function.lower(
-        weights,
-        KVCache(pool, pool),  # type: ignore[arg-type]
-        integers(shapes.columns("prefill")),
-        integers(shapes.prefill_tile),
-    )
+    with LOWERING:
+        return function.lower(
+            weights,
+            KVCache(pool, pool),  # type: ignore[arg-type]
+            integers(shapes.columns("prefill")),
+            integers(shapes.prefill_tile),
+        )

@@ -55,7 +55,7 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
 # Mosaic keeps in one place for all threads whether code is for a single thread of the GPU
 # (jax 0.11 and 0.12, mosaic/gpu/utils.py): of kernels lowered side by side, one may come out with all
 # threads doing what one is to do.
-_LOWERING = threading.Lock()
+LOWERING = threading.Lock()
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def lower(
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
 
     function = step_function(config, shapes, mesh, dtype, phase, options)
-    with _LOWERING:
+    with LOWERING:
         return function.lower(
             *jax.tree.map(abstract, (specs.weights, _both(specs.cache), specs.slots)),
             integers(shapes.num_slots, shapes.control_columns),
