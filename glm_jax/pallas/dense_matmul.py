@@ -3,6 +3,7 @@
 Knows neither quantization of tokens nor partial sums over devices.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,18 +70,23 @@ def _least_traffic(chip: Chip, num_tokens: int, num_rows: int, width: int) -> Tu
     fitting = [t for t in _TOKENS if min(num_tokens, 16) <= t < 2 * max(num_tokens, 8)]
     tokens, rows = min(((t, r) for t in fitting for r in _ROWS), key=rows_taken_in)
     warpgroups = 2 if rows > 64 else 1
+    # More in flight helps where few SMs read weights, or where tokens take most of the room.
+    tiles = pl.cdiv(num_rows, rows) * pl.cdiv(num_tokens, tokens)
+    is_compact = rows < 64 and (tiles < chip.num_cores // 2 or tokens >= 64)
 
     def stages(step: int) -> int:
-        return fitting_stages(tokens, 64 * warpgroups, step=step)
+        return fitting_stages(tokens, 64 * warpgroups, step=step, fill=rows if is_compact else None)
 
-    # Four lines only where all of K is in flight: otherwise so few stages are free too late.
-    steps = [4 * LINE] if 4 * LINE * stages(4 * LINE) >= width else []
+    # Four lines only where most of K is in flight: otherwise so few stages are free too late.
+    is_wide = 4 * LINE * stages(4 * LINE) >= width or (is_compact and tokens <= 16)
+    steps = [4 * LINE] if is_wide else []
     steps += [2 * LINE, LINE]
     step = next((step for step in steps if stages(step) >= _FEWEST_STAGES), LINE)
     return TuningConfig(
         tokens=tokens, rows=64, warpgroups=warpgroups, step=step,
         stages=stages(step),
         fill=None if warpgroups == 2 else rows,
+        is_compact=is_compact,
     )  # fmt: skip
 
 
@@ -111,6 +117,9 @@ def matmul(
     if padding := fp8_product.padding(num_tokens):
         x, x_scale = (jnp.pad(operand, ((0, padding), (0, 0))) for operand in (x, x_scale))
     config = config or default_config(chip, num_tokens, num_rows, width)
+    if interpret:
+        # It takes what products read beyond a stage for a race.
+        config = replace(config, is_compact=False)
     if chip.architecture == "sm100" and config.takes_turns:
         raise NotImplementedError(f"{config.takes_turns=}: not on sm100")
     num_steps = pl.cdiv(width, config.step)

@@ -78,7 +78,10 @@ def scratch_types(
     stages, warpgroups, step = config.stages, config.warpgroups, config.step
     # Who takes turns never waits for what the other one reads, so barriers of one's own count that.
     readers, teams = (1, warpgroups) if config.takes_turns else (warpgroups, 1)
-    shapes = (stages, halves, config.cta_rows, step), (stages, config.tokens, step)
+    weights = (stages, halves, config.cta_rows, step)
+    if config.is_compact:
+        weights = (1, halves, stages * config.tile_rows + WGMMA_ROWS - config.tile_rows, step)
+    shapes = weights, (stages, config.tokens, step)
     rings = [
         [plgpu.SMEM(shape, FP8, transforms=_tiled(columns, FP8)) for shape in shapes]
         for columns in _swizzles(chip, widths, interpret)
@@ -218,7 +221,7 @@ def _stream_sm90(
                     for (half, rows), accumulator in zip(blocks, accumulators, strict=True):
                         plgpu.wgmma(
                             accumulator,
-                            weights.at[stage, half, rows],
+                            loop.weights(weights, stage, WGMMA_ROWS).at[half, rows],
                             tokens.at[stage].transpose((1, 0)),
                         )
                     # All but this step's products are done: the stage before is free.

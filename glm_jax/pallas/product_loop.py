@@ -100,6 +100,12 @@ class Loop:
     def stage(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.config.stages))
 
+    def weights(self, ring: Any, stage: jax.Array, rows: int) -> Any:
+        """A stage of a ring of weights: [halves, rows, step]; of a compact one, so many rows from its first."""
+        if not self.config.is_compact:
+            return ring.at[stage]
+        return ring.at[0, :, pl.ds(stage * self.config.tile_rows, rows)]
+
     def full(self, number: jax.Array, stage: jax.Array) -> Any:
         """The barrier of those who read a stage of a tile."""
         if self.config.takes_turns:
@@ -136,7 +142,12 @@ class Loop:
 
                 full = self.full(number, stage)
                 for operand, fetch, _scales in fetches:
-                    refs = [ring[operand].at[stage] for ring in self.rings]
+                    refs = [
+                        ring[1].at[stage]
+                        if operand
+                        else self.weights(ring[0], stage, self.config.tile_rows)
+                        for ring in self.rings
+                    ]
                     fetch(place, index, refs, full)
 
                 # Scales are wanted last, but must not wait for the ring to come round.

@@ -37,6 +37,8 @@ class TuningConfig:
         is always one.
       ctas_per_sm: how many CTAs, each with so much less room, share an SM.
       last_cuts: into how many a tile of the last round may be cut, 1, 2 or 4, where CTAs would be idle then.
+      is_compact: whether a stage has room for the rows of `fill` only, so that more are in flight: products
+        read on into the next one, and nobody stores what comes of that. Only on sm90.
       is_stacked: whether rows of two halves, gate above up, share a warpgroup's rows, in tiles of half as
         many: finer tiles with as much in flight.
     """
@@ -53,6 +55,7 @@ class TuningConfig:
     ctas_per_sm: int = 1
     is_stacked: bool = False
     last_cuts: int = 1
+    is_compact: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens % 8 or not 0 < self.tokens <= 256:
@@ -71,6 +74,8 @@ class TuningConfig:
             raise ValueError(f"fill={self.fill} is for one warpgroup alone")
         if self.is_stacked and (self.rows != 64 or self.fill != 32):
             raise ValueError(f"is_stacked is for 32 of 64 rows, {self.rows=}, {self.fill=}")
+        if self.is_compact and (not self.fill or self.is_stacked or self.last_cuts > 1):
+            raise ValueError(f"is_compact is for whole tiles of fewer rows, {self.fill=}")
         if self.step % LINE or not LINE <= self.step <= 8 * LINE:
             raise ValueError(f"step={self.step} is no multiple of {LINE} up to {8 * LINE}")
         if self.last_cuts not in (1, 2, 4) or (self.last_cuts > 1 and self.warpgroups != 1):
@@ -119,13 +124,18 @@ def fitting_stages(
     num_staged: int = 1,
     store: int | None = None,
     ctas_per_sm: int = 1,
+    fill: int | None = None,
 ) -> int:
     """How many stages a tile of so many tokens and weight rows leaves room for, 16 at most.
 
     Args:
       num_staged: tiles whose products may be on their way out.
       store, ctas_per_sm: as TuningConfig has them.
+      fill: the same, of a compact ring.
     """
     staged = num_staged * (store or tokens) * rows * 2
     room = _SHARED_MEMORY // ctas_per_sm - staged
+    if fill:
+        # The last stage's products read on, too. A KiB less is left over: few tokens have few scales.
+        room, rows = room + 1024 - (rows - fill) * step, fill
     return min(16, room // ((halves * rows + tokens) * step))
