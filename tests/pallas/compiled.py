@@ -24,6 +24,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from glm_jax.aot.topology import mesh_of, missing_wheels, stay_off_devices
+from glm_jax.pallas import launch_order
 from glm_jax.pallas.chip import Chip, chip_in_trace
 from glm_jax.targets.target import parse_target
 
@@ -155,7 +156,9 @@ def _compile_all(target: str, path: str, name: str) -> dict[str, list[dict[str, 
         sharded = jax.shard_map(
             function, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False
         )
-        jax.jit(sharded).lower(*arguments).compile()
+        # As in a step's layers of experts.
+        with launch_order.overlapping():
+            jax.jit(sharded).lower(*arguments).compile()
         kernels[program] = [asdict(kernel) for kernel in _read_all(set(folder.iterdir()) - before)]
     return kernels
 
