@@ -14,8 +14,9 @@ Why the order stays:
 - Nothing is written to device memory before the wait: kernels ahead may still read what it overwrites.
 - A kernel begins when all CTAs of the one ahead run or have ended. So it takes no room from CTAs that
   others of their kernel, or of other devices, wait for.
-- XLA's own kernels wait too, but read what they take for constant by loads that ptxas may put before
-  the wait. So none of them may read what a kernel right ahead makes that lets the next one begin.
+- XLA's own kernels wait too; one between ours that did not would end before what is ahead of it. But
+  they read what they take for constant by loads that ptxas may put before the wait: so none of them may
+  read what a kernel right ahead makes that lets the next one begin. Compiled steps are tested for both.
 """
 
 import functools
