@@ -1,5 +1,7 @@
 """Where kernels wait for the one ahead of them, as they are traced; test_compile reads the PTX."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,9 @@ def double_late(x: jax.Ref, out: jax.Ref) -> None:
 
 
 @pytest.mark.parametrize(("body", "waits"), [(double, True), (double_late, False)])
-def test_a_kernel_waits_once_then_lets_the_next_begin(body: object, waits: bool) -> None:
+def test_a_kernel_waits_once_then_lets_the_next_begin(
+    body: Callable[..., None], waits: bool
+) -> None:
     doubled = launch_order.kernel(body, waits=waits, out_type=ROW, grid=(2,), grid_names=("cta",))
     with launch_order.overlapping():
         traced = str(jax.make_jaxpr(doubled)(X))
