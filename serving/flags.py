@@ -133,6 +133,11 @@ FLAGS = (
         type=_COUNT, metavar="DEVICES",
     ),
     _devices(
+        "--plain-sums", False,
+        "Sum over devices by XLA and NCCL, slower, where a kernel may not write into the memory of "
+        "another device.",
+    ),
+    _devices(
         "--coordinator", None,
         "Address of process 0, where several share the devices; the port above it is used too.",
         type=str, metavar="HOST:PORT",

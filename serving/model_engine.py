@@ -53,6 +53,9 @@ from serving.wiring import Options
 
 logger = logging.getLogger(__name__)
 
+# In what XLA says where a device cannot reach into another's memory.
+_NO_PEER_MEMORY = "ncclGetPeerDevicePointer"
+
 _DUMMY_SEED = 0
 _CACHE_DIRECTORY = Path("~/.cache/glm-jax/steps")
 
@@ -209,7 +212,7 @@ def _runner(
         zeros = saved.make_zeros if saved else None
         runner = Runner(config, shapes, mesh, dtype, weights, programs.result(), zeros, how)
     with start.phase("warm_up"):
-        runner.warm_up()
+        _warm_up(runner)
     tell_memory(start, config, shapes, mesh, weights, how.kv_dtype or dtype)
     return runner
 
@@ -245,11 +248,28 @@ def _shapes(options: Options, config: ModelConfig, mesh: Mesh, dtype: np.dtype) 
     return replace(shapes, decode_steps=options.decode_steps)
 
 
+def _warm_up(runner: Runner) -> None:
+    try:
+        runner.warm_up()
+    except jax.errors.JaxRuntimeError as error:
+        if _NO_PEER_MEMORY not in str(error):
+            raise
+        raise CannotStartError(
+            "sums over devices are made by kernels that write into each other's memory, and NCCL "
+            "does not give it to them on this host (its own message is in the log): "
+            "--plain-sums has NCCL make the sums"
+        ) from error
+
+
 def step_options(options: Options) -> StepOptions:
     """How steps are to be computed, as the command line says it."""
     return StepOptions(
         kv_dtype=KV_DTYPES[options.kv_cache_dtype],
-        kernels=Kernels(allow_reference=options.allow_reference_ops, native=not options.plain_ops),
+        kernels=Kernels(
+            allow_reference=options.allow_reference_ops,
+            native=not options.plain_ops,
+            fused_all_reduce=not options.plain_sums,
+        ),
     )
 
 

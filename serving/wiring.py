@@ -57,6 +57,7 @@ class Options:
     process_id: int = 0
     allow_reference_ops: bool = False
     plain_ops: bool = False
+    plain_sums: bool = False
     served_model_names: tuple[str, ...]
     http: HttpOptions = field(default_factory=HttpOptions)
 

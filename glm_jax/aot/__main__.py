@@ -78,6 +78,10 @@ _HOW = [
         "--allow-reference-ops", is_flag=True,
         help="Let what has no kernel on the target be a plain operation, many times slower.",
     ),
+    _speed(
+        "--plain-sums", is_flag=True,
+        help="Sum over devices by XLA and NCCL, not by kernels that write into each other's memory.",
+    ),
 ]  # fmt: skip
 
 
@@ -210,6 +214,7 @@ def build(
     target: str,
     kv_cache_dtype: str,
     allow_reference_ops: bool,
+    plain_sums: bool,
     on_devices: bool,
     out: Path,
     **limits: int,
@@ -232,7 +237,7 @@ def build(
     with _explained():
         config, parsed = find_config(model), parse_target(target)
         mesh = topology.mesh_here(parsed) if on_devices else topology.mesh_of(parsed)
-        options = _options(kv_cache_dtype, allow_reference_ops)
+        options = _options(kv_cache_dtype, allow_reference_ops, plain_sums)
         shapes = engine_shapes(
             config, parsed, mesh, ACTIVATIONS, Limits(**limits), options.kv_dtype
         )
@@ -287,6 +292,7 @@ def inspect_(
     target: str,
     kv_cache_dtype: str,
     allow_reference_ops: bool,
+    plain_sums: bool,
     steps: tuple[str, ...],
     expect: Path | None,
     write: Path | None,
@@ -302,7 +308,7 @@ def inspect_(
     with _explained():
         found = inspect_steps(
             find_config(model), parse_target(target), ACTIVATIONS, Limits(**limits), steps,
-            _options(kv_cache_dtype, allow_reference_ops),
+            _options(kv_cache_dtype, allow_reference_ops, plain_sums),
         )  # fmt: skip
     text = json.dumps(found, indent=2)
     click.echo(text)
@@ -315,14 +321,14 @@ def inspect_(
         sys.exit(1 if differences else 0)
 
 
-def _options(kv_cache_dtype: str, allow_reference_ops: bool) -> StepOptions:
+def _options(kv_cache_dtype: str, allow_reference_ops: bool, plain_sums: bool) -> StepOptions:
     from glm_jax.cache import KV_DTYPES
     from glm_jax.kernels import Kernels
     from glm_jax.steps import StepOptions
 
     return StepOptions(
         kv_dtype=KV_DTYPES[kv_cache_dtype],
-        kernels=Kernels(allow_reference=allow_reference_ops),
+        kernels=Kernels(allow_reference=allow_reference_ops, fused_all_reduce=not plain_sums),
     )
 
 

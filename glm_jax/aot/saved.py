@@ -74,6 +74,7 @@ def manifest_of(
         "limits": dict(limits),
         "kv_cache_dtype": np.dtype(dtype if options.kv_dtype is None else options.kv_dtype).name,
         "allow_reference_ops": options.kernels.allow_reference,
+        "plain_sums": not options.kernels.fused_all_reduce,
         "devices": mesh.size,
         "device_kind": device.device_kind,
         "host": _host(options.kernels.native) if device.platform == "cpu" else "any",

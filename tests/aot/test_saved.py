@@ -202,6 +202,17 @@ def test_a_server_with_the_wrong_engine_does_not_start_unless_it_may_compile(eng
 
 
 @pytest.mark.slow
+def test_an_engine_with_other_sums_is_refused(engine: Path, tmp_path: Path) -> None:
+    tokenizer, plain = ModelTokenizer.from_directory(NANO), tmp_path / "plain"
+    with pytest.raises(CannotStartError, match="plain_sums is False there, True here"):
+        build_engine(options(engine=engine, plain_sums=True, **LIMITS), tokenizer)
+    with cache_off():
+        assert build(plain, plain_sums=True).exit_code == 0
+    with pytest.raises(CannotStartError, match="plain_sums is True there, False here"):
+        build_engine(options(engine=plain, **LIMITS), tokenizer)
+
+
+@pytest.mark.slow
 def test_an_engine_is_replaced_whole_and_other_things_are_left_alone(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

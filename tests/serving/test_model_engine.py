@@ -3,12 +3,14 @@
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.request import Request, SamplingParams
+from glm_jax.runner import Runner
 from serving.bridge import CannotStartError
-from serving.model_engine import build_engine
+from serving.model_engine import build_engine, step_options
 from serving.server import Address
 from serving.tokenizer import ModelTokenizer
 from serving.wiring import Options
@@ -114,3 +116,23 @@ def test_random_weights_of_any_config_answer() -> None:
     sampling = SamplingParams(max_new_tokens=5, temperature=0.0)
     requests = [Request(id=str(n), prompt=(n + 1,), sampling=sampling) for n in range(3)]
     assert [len(tokens) for tokens in answers(engine, requests).values()] == [5, 5, 5]
+
+
+def test_plain_sums_are_said_to_the_steps() -> None:
+    assert step_options(options()).kernels.fused_all_reduce
+    assert not step_options(options(plain_sums=True)).kernels.fused_all_reduce
+
+
+@pytest.mark.parametrize("is_memory", [True, False])
+def test_a_host_whose_devices_do_not_reach_each_other_is_told_what_helps(
+    monkeypatch: pytest.MonkeyPatch, is_memory: bool
+) -> None:
+    said = "NCCL operation ncclGetPeerDevicePointer(…) failed" if is_memory else "out of memory"
+
+    def fail(_: Runner) -> None:
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(Runner, "warm_up", fail)
+    expected = CannotStartError if is_memory else jax.errors.JaxRuntimeError
+    with pytest.raises(expected, match="--plain-sums" if is_memory else "out of memory"):
+        build_engine(options(), ModelTokenizer.from_directory(NANO))
