@@ -25,10 +25,13 @@ class Pages(NamedTuple):
 
     Attributes:
       table: the pages of each row, in order.
+      rows_per_sequence: so many rows after one another are tokens of the same sequence: each sees
+        what this step stores for those before it.
       rotary, counters, plan: what the layers of a step share, from Attention.prepare.
     """
 
     table: Int32[Array, "B P"]
+    rows_per_sequence: int = 1
     rotary: Float[Array, "B T 2 half"] | None = None
     counters: jax.Ref | None = None
     plan: AttentionPlan | None = None
@@ -156,8 +159,9 @@ class Attention(nnx.Module):
         assert cache is not None, "pages are those of a cache"
         operands = qkv, self._norms(), positions, pages.table, layer, cache, pages.rotary
         return self.kernels.write_and_attend(
-            *operands, is_fp8=self.is_fp8, counters=pages.counters, plan=pages.plan
-        )
+            *operands, is_fp8=self.is_fp8, counters=pages.counters, plan=pages.plan,
+            rows_per_sequence=pages.rows_per_sequence,
+        )  # fmt: skip
 
     def _rows(self, attended: Float[Array, "B T K G H"]) -> Rows:
         kv_heads = attended.shape[2]

@@ -52,9 +52,11 @@ def write_and_attend(
     is_fp8: bool,
     counters: jax.Ref | None,
     plan: prefill_attention.Plan | None,
+    rows_per_sequence: int,
     interpret: bool,
 ) -> tuple[Rows, KVCache]:
-    """`write`, then attends over the pages; with counters, one kernel does both."""
+    """`write`, then attends over the pages; with counters, and rows of sequences of their own, one
+    kernel does both: what it writes for a row no other row may read."""
     qkv, norms, positions, page_table, layer, cache, rotary = inputs
     num_rows, num_tokens = positions.shape
     where = layer, page_table, positions
@@ -66,7 +68,7 @@ def write_and_attend(
         values, scale = attended
         return Rows(None, values.reshape(num_rows, -1), scale)
 
-    if counters is not None:
+    if counters is not None and rows_per_sequence == 1:
         weights: Any = () if norms.q_norm is None else norms[:2]
         angles: Any = rotary
         made, *pages = decode_attention.write_and_attend(
@@ -79,7 +81,7 @@ def write_and_attend(
         attended = prefill_attention.attend(q, *written, *where, plan=plan, **on)
         return as_rows(attended, is_fp8), written
     attend: Any = decode_attention.attend_quantized if is_fp8 else decode_attention.attend
-    return of_decode(attend(q, *written, *where, **on)), written
+    return of_decode(attend(q, *written, *where, counters=counters, **on)), written
 
 
 def as_rows(attended: Float[Array, "B T K G H"], is_fp8: bool) -> Rows:

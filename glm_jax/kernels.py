@@ -217,8 +217,7 @@ class Kernels(Selection):
         Args:
           rotary: of the positions, as rotary_table makes it.
         """
-        where = positions, page_table, layer
-        inputs = attention_kernels.Inputs(qkv, norms, *where, cache, rotary)
+        inputs = attention_kernels.Inputs(qkv, norms, positions, page_table, layer, cache, rotary)
 
         def kernel(chip: Chip) -> tuple[Array, KVCache]:
             return attention_kernels.write(chip, inputs, interpret=self._interprets)
@@ -253,20 +252,21 @@ class Kernels(Selection):
         is_fp8: bool,
         counters: jax.Ref | None = None,
         plan: AttentionPlan | None = None,
+        rows_per_sequence: int = 1,
     ) -> tuple[Rows, KVCache]:
         """`write`, then attends over the pages: rows for o_proj, with a scale for each kv head.
 
         Args:
-          counters: as attention_counters makes them; then one kernel does both.
+          counters: as attention_counters makes them.
           plan: as attention_plan makes it; without one, a prefill step's layer makes its own.
+          rows_per_sequence: so many rows see what is written for those of them before.
         """
-        where = positions, page_table, layer
-        inputs = attention_kernels.Inputs(qkv, norms, *where, cache, rotary)
+        inputs = attention_kernels.Inputs(qkv, norms, positions, page_table, layer, cache, rotary)
 
         def kernel(chip: Chip) -> tuple[Rows, KVCache]:
             return attention_kernels.write_and_attend(
                 chip, inputs, is_fp8=is_fp8, counters=counters, plan=plan,
-                interpret=self._interprets,
+                rows_per_sequence=rows_per_sequence, interpret=self._interprets,
             )  # fmt: skip
 
         def reference() -> tuple[Rows, KVCache]:

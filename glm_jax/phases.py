@@ -166,9 +166,11 @@ def forward(
     positions: Int32[Array, "B T"],
     cache: KVCache,
     table: Int32[Array, "B P"],
+    rows_per_sequence: int = 1,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """The normed last hidden states; keys and values are in the cache."""
-    hidden, cache_after, _ = model(tokens, positions, cache, Pages(table))
+    pages = Pages(table, rows_per_sequence)
+    hidden, cache_after, _ = model(tokens, positions, cache, pages)
     assert cache_after is not None
     return hidden, cache_after
 

@@ -224,7 +224,8 @@ def _verify(
     num_rows, per_row = tokens.shape
     wide, wide_table = (jnp.repeat(x, per_row, axis=0) for x in (batch, table))
     flat = positions.reshape(-1)
-    hidden, cache = forward(decoder, tokens.reshape(-1, 1), flat[:, None], cache, wide_table)
+    rows = tokens.reshape(-1, 1), flat[:, None]
+    hidden, cache = forward(decoder, *rows, cache, wide_table, per_row)
     output = choose(decoder, slots, controls, wide, hidden[:, 0], flat + 1, wide_table)
     output = output.reshape(-1, num_rows, per_row).transpose(2, 0, 1)
     return hidden.reshape(num_rows, per_row, -1), cache, output

@@ -1,0 +1,78 @@
+"""Which kernels write keys and values in a decode step, and when others of the step may read them.
+
+Traced for a GPU that is not there: on a CPU, references and interpreted kernels run one after the other.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from glm_jax.aot.memory import Limits, shapes_for
+from glm_jax.aot.presets import find_config
+from glm_jax.aot.topology import mesh_of
+from glm_jax.pallas import decode_attention, kv_write
+from glm_jax.steps import lower
+from glm_jax.targets.target import parse_target
+from tests.pallas.compiled import needs_compiler
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("without_compilation_cache")]
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+ROWS, LAYERS = 8, 2
+
+# A kernel's name, and of how many rows it is.
+Kernel = tuple[str, int]
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
+    """The kernels of attention, as they are traced: in the order in which they run."""
+    found: list[Kernel] = []
+
+    def watch(module: Any, name: str) -> None:
+        kernel: Callable[..., Any] = getattr(module, name)
+
+        def seen(heads: Any, *operands: Any, **options: Any) -> Any:
+            found.append((name, heads.shape[0] * heads.shape[1]))
+            return kernel(heads, *operands, **options)
+
+        monkeypatch.setattr(module, name, seen)
+
+    watch(kv_write, "write")
+    watch(decode_attention, "write_and_attend")
+    watch(decode_attention, "attend_quantized")
+    return found
+
+
+def trace(num_drafts: int) -> None:
+    """A decode step of one dense layer and one of experts."""
+    target, whole = parse_target("h200x8"), find_config("glm-4.7")
+    config = replace(whole, num_hidden_layers=LAYERS, first_k_dense_replace=1)
+    limits = Limits(max_concurrency=ROWS, max_seq_len=1024, max_batch_tokens=1024)
+    shapes = shapes_for(config, target, BF16, BF16, limits)
+    shapes = replace(shapes, decode_buckets=(ROWS,), num_drafts=num_drafts)
+    lower(config, shapes, mesh_of(target), BF16, "decode", ROWS)
+
+
+def test_rows_of_sequences_of_their_own_are_written_where_they_are_attended_to(
+    traced: list[Kernel],
+) -> None:
+    trace(0)
+    assert traced == [("write_and_attend", ROWS)] * LAYERS
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2])
+def test_rows_of_one_sequence_are_all_written_before_any_attends(
+    num_drafts: int, traced: list[Kernel]
+) -> None:
+    trace(num_drafts)
+    catching_up, draft, *verified = traced
+    assert catching_up == ("write", ROWS * num_drafts)
+    # A draft's row sees itself and what earlier kernels wrote.
+    assert draft == ("write_and_attend", ROWS)
+    fed = ROWS * (1 + num_drafts)
+    assert verified == [("write", fed), ("attend_quantized", fed)] * LAYERS
