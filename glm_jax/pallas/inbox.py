@@ -8,8 +8,8 @@ NVLink, with no fence, no counter and no answer.
 Why a slot is empty when a row comes:
 - A CTA that has read a row empties its slot, so a kernel that ends leaves the slots of its turn empty.
 - Slots of exchange n are written again in exchange n + 2. A device gets there after it has read, in
-  exchange n + 1, rows of all others, or a sum of such; those were sent by kernels that began after
-  their exchange n had ended.
+  exchange n + 1, rows of all others, or a sum of such; those were sent after the senders' exchange n
+  had ended.
 - A step's first rows: `make_inbox` empties all slots, then holds XLA's barrier between the devices. That
   also keeps a device that is ahead out of memory that another's earlier kernels still use.
 - Kernels change the slots in place, so XLA leaves them where they are, through loops too.
@@ -17,6 +17,11 @@ Why a slot is empty when a row comes:
 A device may so be ahead of another by one exchange, and what runs between makes no difference. All
 devices make the same exchanges in the same order; none ends before its rows have come, and since
 each row's CTA sends before it waits, all CTAs need not even run at once if devices begin them in order.
+
+Where launches overlap, as launch_order says: a kernel touches no slot before all kernels ahead of it have
+ended. What follows a sum begins when all of the sum's CTAs run, and what began early waits for kernels of
+its own device alone, so neither takes room from a CTA that a peer waits for: the first exchange that has
+not ended everywhere can go on.
 """
 
 from collections.abc import Sequence

@@ -93,6 +93,85 @@ def test_no_row_is_overwritten_or_taken_for_another_and_all_end(seed: int) -> No
     assert not running and not slots
 
 
+def busy(steps: int) -> Iterator[None]:
+    """A CTA that has to do with no other device."""
+    for _ in range(steps):
+        yield
+
+
+class Overlapping:
+    """A device whose kernels begin early, as launch_order has it, on so few multiprocessors that CTAs of
+    one kernel keep those of another waiting."""
+
+    def __init__(
+        self, kernels: list[list[Iterator[None]]], room: int, order: random.Random
+    ) -> None:
+        self.kernels, self.room, self.order = kernels, room, order
+        self.started = [0] * len(kernels)
+        self.running: list[tuple[int, Iterator[None]]] = []
+
+    def has_ended(self, kernel: int) -> bool:
+        return kernel < 0 or (
+            self.started[kernel] == len(self.kernels[kernel])
+            and all(kernel != of for of, _ in self.running)
+        )
+
+    def may_begin(self, kernel: int) -> bool:
+        ahead = kernel - 1
+        if ahead < 0:
+            return True
+        has_started = self.started[ahead] == len(self.kernels[ahead])
+        # What waits for the kernel ahead of its own lets nobody begin.
+        return has_started and self.has_ended(ahead - 1)
+
+    def step(self) -> bool:
+        """Whether anything is left to do; does some of it, if that can be done now."""
+        left = [at for at, ctas in enumerate(self.kernels) if self.started[at] < len(ctas)]
+        if left and len(self.running) < self.room and self.may_begin(left[0]):
+            at = left[0]
+            self.running.append((at, self.kernels[at][self.started[at]]))
+            self.started[at] += 1
+        if self.running:
+            chosen = self.order.choice(self.running)
+            if self.has_ended(chosen[0] - 1) and next(chosen[1], StopIteration) is StopIteration:
+                self.running.remove(chosen)
+        return bool(left or self.running)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_row_is_lost_and_all_end_where_launches_overlap(seed: int) -> None:
+    """Between the sums are kernels of any number of CTAs; a sum's CTAs, up to all the room there is."""
+    order = random.Random(seed)
+    devices, room = order.choice([2, 3, 5, 8]), order.choice([1, 4, 9])
+    slots: Slots = {}
+    shapes = [
+        (
+            order.randrange(room) + 1,
+            [order.randrange(3 * room) + 1 for _ in range(order.randrange(3))],
+        )
+        for _ in range(6)
+    ]
+    rows = [shape[0] for shape in shapes]
+    turns = [[sum(row < count for count in rows[:at]) for row in range(room)] for at in range(6)]
+    running: dict[int, Overlapping] = {}
+    for device in range(devices):
+        kernels: list[list[Iterator[None]]] = []
+        for at, (count, between) in enumerate(shapes):
+            kernels += [[busy(order.randrange(5)) for _ in range(each)] for each in between]
+            ctas = [cta(slots, device, row, turns[at][row], devices) for row in range(count)]
+            kernels.append(ctas)
+        running[device] = Overlapping(kernels, room, order)
+    speeds = {device: order.choice([1, 5, 50]) for device in running}
+    for _ in range(1_000_000):
+        device = order.choice(list(running))
+        for _ in range(order.randrange(speeds[device]) + 1):
+            if device in running and not running[device].step():
+                del running[device]
+        if not running:
+            break
+    assert not running and not slots
+
+
 def programs(chip: Chip) -> dict[str, Program]:
     """Sums of a row of every device, and of what experts made."""
     spec = jax.ShapeDtypeStruct
