@@ -53,7 +53,7 @@ from serving.wiring import Options
 
 logger = logging.getLogger(__name__)
 
-# In what XLA says where a device cannot reach into another's memory.
+# In what XLA says where a device cannot reach into another's memory, and where NCCL is older than 2.29.2.
 _NO_PEER_MEMORY = "ncclGetPeerDevicePointer"
 
 _DUMMY_SEED = 0
@@ -256,8 +256,8 @@ def _warm_up(runner: Runner) -> None:
             raise
         raise CannotStartError(
             "sums over devices are made by kernels that write into each other's memory, and NCCL "
-            "does not give it to them on this host (its own message is in the log): "
-            "--plain-sums has NCCL make the sums"
+            "does not give it to them on this host (its own message is in the log; none is there where "
+            "it is older than 2.29.2): --plain-sums has NCCL make the sums"
         ) from error
 
 
