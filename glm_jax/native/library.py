@@ -77,13 +77,14 @@ def build(kept: Path) -> Path:
     library = kept / f"glm-{_digest(compiler)}.so"
     if library.is_file():
         return library
+    # Under a name of its own first: another process may be at it.
     try:
         kept.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        kept = Path(tempfile.mkdtemp(prefix="glm-"))  # a home that cannot be written
-        library = kept / library.name
-    # Under a name of its own first: another process may be at it.
-    with tempfile.TemporaryDirectory(dir=kept) as own:
+        place = tempfile.TemporaryDirectory(dir=kept)
+    except OSError:  # it cannot be written
+        library = Path(tempfile.mkdtemp(prefix="glm-")) / library.name
+        place = tempfile.TemporaryDirectory(dir=library.parent)
+    with place as own:
         made = Path(own) / library.name
         command = [compiler, *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCES / "host.c"), "-lm"]
         try:

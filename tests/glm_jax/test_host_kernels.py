@@ -308,6 +308,14 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert list(tmp_path.iterdir()) == [compiler]
 
 
+def test_where_nothing_can_be_kept_a_library_is_built_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Nobody may write there, whoever runs the tests.
+    assert library.build(Path("/proc")).is_relative_to(tmp_path)
+
+
 def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = library.build(tmp_path)
     monkeypatch.setattr("subprocess.run", None)
