@@ -17,7 +17,7 @@ import click
 
 import checkpoints
 from glm_jax.command_line import Group
-from serving.flags import EXAMPLES, serve_flags
+from serving.flags import DEFAULT_SEQ_LEN, DEFAULT_SHARE, EXAMPLES, serve_flags
 
 if TYPE_CHECKING:
     from serving.app import HttpOptions
@@ -81,6 +81,11 @@ def _options(flags: dict[str, Any]) -> Options:
 
     http = _http_options(flags)
     _log_flags(flags)
+    share = DEFAULT_SHARE
+    if flags["max_seq_len"] > DEFAULT_SEQ_LEN:
+        share = flags["max_seq_len"]
+    for name in ("max_prompt_tokens", "max_new_tokens"):
+        flags[name] = flags[name] or share
     address = Address(
         host=flags.pop("host"),
         port=flags.pop("port"),

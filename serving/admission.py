@@ -104,7 +104,7 @@ def admit(
     if not prompt:
         raise errors.invalid(param, f"Invalid '{param}': the prompt must not be empty.")
     if not all(0 <= token < vocab_size for token in prompt):
-        message = f"Invalid '{param}': token ids must be in 0 … {vocab_size - 1}."
+        message = f"Invalid '{param}': token ids must be in 0 to {vocab_size - 1}."
         raise errors.invalid(param, message)
     if len(prompt) > limits.longest_prompt:
         raise prompt_too_long(param, f"{len(prompt)}", limits)
@@ -169,7 +169,7 @@ def _max_new_tokens(request: GenerationRequest, prompt: int, param: str, limits:
 
 def _logit_bias(request: GenerationRequest, vocab_size: int) -> tuple[tuple[int, float], ...]:
     if not all(0 <= token < vocab_size for token in request.logit_bias):
-        message = f"Invalid 'logit_bias': token ids must be in 0 … {vocab_size - 1}."
+        message = f"Invalid 'logit_bias': token ids must be in 0 to {vocab_size - 1}."
         raise errors.invalid("logit_bias", message)
     return tuple(request.logit_bias.items())
 
@@ -179,7 +179,7 @@ def _stop_token_ids(
 ) -> frozenset[int]:
     asked = frozenset(request.stop_token_ids or ())
     if not all(0 <= token < vocab_size for token in asked):
-        message = f"Invalid 'stop_token_ids': token ids must be in 0 … {vocab_size - 1}."
+        message = f"Invalid 'stop_token_ids': token ids must be in 0 to {vocab_size - 1}."
         raise errors.invalid("stop_token_ids", message)
     return asked if request.ignore_eos else asked | defaults.stop_token_ids
 
@@ -192,6 +192,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return fields

@@ -111,6 +111,7 @@ class ToolParam(Wire):
     name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
     type: Literal["custom"] | None = None
 
     @model_validator(mode="before")
@@ -128,6 +129,8 @@ class ToolParam(Wire):
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
+        if self.strict is not None:
+            function["strict"] = self.strict
         return {"type": "function", "function": {**function, "parameters": self.input_schema}}
 
 

@@ -13,7 +13,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from quart import Quart, Response, make_response, request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+from werkzeug.exceptions import (
+    HTTPException,
+    MethodNotAllowed,
+    NotFound,
+    RequestEntityTooLarge,
+)
 
 from serving import anthropic, errors, openai_responses, protocol, wire
 from serving.anthropic import MessagesRequest
@@ -219,6 +224,10 @@ def _add_errors(app: Quart) -> None:
             message = f"{where} is not allowed; use {methods}."
             found = ApiError(405, message, code="method_not_allowed")
             headers["allow"] = methods
+        elif isinstance(error, RequestEntityTooLarge):
+            most = app.config["MAX_CONTENT_LENGTH"] / 2**20
+            message = f"The body is too large: this server takes up to {most:g} MiB."
+            found = ApiError(413, message, code="body_too_large")
         else:
             found = ApiError(error.code or 500, error.description or error.name)
         return await _error(found, headers)

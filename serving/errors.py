@@ -5,6 +5,7 @@ Knows neither routes nor requests: whoever finds the fault raises, the app answe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 ErrorType = Literal[
@@ -43,6 +44,20 @@ class ApiError(Exception):
         self.param = param if param is None else shorten(param, 200)
         self.code = code
         self.retry_after = retry_after
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same for clients of another API, whose fields have these names."""
+        if self.param is None or self.param not in names:
+            return self
+        asked = names[self.param]
+        return ApiError(
+            self.status,
+            self.message.replace(self.param, asked),
+            type=self.type,
+            param=asked,
+            code=self.code,
+            retry_after=self.retry_after,
+        )
 
     def body(self) -> dict[str, Any]:
         """The JSON body, `{"error": {...}}`."""

@@ -33,6 +33,11 @@ def _option(
     return flag(name, default=default, help=help, group=group, envvar=variable, **kwargs)
 
 
+# Of a prompt or a completion where nothing is said of it, which is as much as it takes that a
+# longer --max-seq-len is of use to either.
+DEFAULT_SEQ_LEN, DEFAULT_SHARE = 4096, 2048
+_SHARE = f"{DEFAULT_SHARE}; where --max-seq-len is above {DEFAULT_SEQ_LEN}, all of it"
+
 _model = partial(_option, group="The model")
 _sizes = partial(_option, group="How much at a time")
 _speed = partial(_option, group="How it computes")
@@ -77,11 +82,17 @@ FLAGS = (
         type=_COUNT, metavar="REQUESTS",
     ),
     _sizes(
-        "--max-seq-len", 4096, "Prompt and completion together, at most. Longer ones take more pages.",
+        "--max-seq-len", DEFAULT_SEQ_LEN, "Prompt and completion together, at most. Longer ones take more pages.",
         type=click.IntRange(min=2), metavar="TOKENS",
     ),
-    _sizes("--max-prompt-tokens", 2048, "A prompt, at most.", type=_COUNT, metavar="TOKENS"),
-    _sizes("--max-new-tokens", 2048, "A completion, at most.", type=_COUNT, metavar="TOKENS"),
+    _sizes(
+        "--max-prompt-tokens", None, "A prompt, at most.",
+        type=_COUNT, metavar="TOKENS", show_default=_SHARE,
+    ),
+    _sizes(
+        "--max-new-tokens", None, "A completion, at most.",
+        type=_COUNT, metavar="TOKENS", show_default=_SHARE,
+    ),
     _sizes(
         "--max-batch-tokens", 32768,
         "Prompt tokens of one prefill step. Fewer: answers under way wait less for long prompts.",
@@ -92,7 +103,7 @@ FLAGS = (
         type=_FROM_ZERO, metavar="REQUESTS",
     ),
     _sizes(
-        "--queue-timeout", 0.0, "Wait of a request to begin, before it gets 429; 0: no limit.",
+        "--queue-timeout", 0.0, "Wait of a request to begin, before it gets 503; 0: no limit.",
         type=_SECONDS, metavar="SECONDS",
     ),
     _speed(

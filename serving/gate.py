@@ -32,7 +32,7 @@ Receive = Callable[[], Awaitable[Message]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Probes, numbers and pages; everything else needs a key where there are keys.
-_OPEN = ("/", "/docs", "/healthz", "/readyz", "/metrics", "/openapi.json", "/version", "/load")
+_OPEN = frozenset("/ /docs /healthz /readyz /health /metrics /openapi.json /version /load".split())
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,200}")
 # Where a route leaves what it was asked and what it answers, for the access log and traces.

@@ -73,6 +73,7 @@ class Grammars:
         tools: Tools | None,
         *,
         required: Sequence[str],
+        is_strict: bool = False,
         has_one_call: bool,
     ) -> str | None:
         """The grammar of an answer after its reasoning; None when it is free.
@@ -81,6 +82,7 @@ class Grammars:
           rule: the form of its text.
           tools: what it may call; calls then stand beside the text that the rule asks for.
           required: tools of which it must call some; they then stand in place of any text.
+          is_strict: whether the calls that it makes of its own accord fit their schemas.
           has_one_call: whether it makes one call at most.
 
         Raises:
@@ -91,7 +93,11 @@ class Grammars:
             lark = self._calls(tools, required, has_one_call)
             return self._compiled("tool_choice", llguidance.LLMatcher.grammar_from_lark(lark))
         if rule is None:
-            return None
+            if tools is None or not is_strict:
+                return None
+            calls = self._calls(tools, tools.names, has_one_call).removeprefix("start: calls\n")
+            lark = f"start: TEXT calls?\n{calls}"
+            return self._compiled("tools", llguidance.LLMatcher.grammar_from_lark(lark))
         if tools is None:
             return self._compiled(rule.param, _alone(rule))
         if rule.kind in ("grammar", "regex"):

@@ -26,6 +26,12 @@ REFUSED: Refused = {
     "prompt": (),
     "truncation": ("disabled", "auto"),
 }
+# What fields of a conversation are called here.
+NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+}
 _LOGPROBS = "message.output_text.logprobs"
 _PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")

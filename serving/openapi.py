@@ -112,6 +112,7 @@ _GETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "/healthz": ("Whether the process is up", {"status": {"const": "ok"}}),
     "/readyz": ("Whether requests are answered", {"status": {"type": "string"}}),
+    "/health": ("The same, by the name that other servers have for it", {"status": {"type": "string"}}),
     "/version": ("The server's version", {"version": {"type": "string"}}),
     "/load": ("Requests in work", {"server_load": {"type": "integer"}}),
 }  # fmt: skip
@@ -163,7 +164,7 @@ def _operation(
             "503": {"description": "No requests are taken now", "content": refused},
         },
     }
-    if path == "/readyz":
+    if path in ("/readyz", "/health"):
         operation["responses"]["503"]["content"] = content
     if kind is not None:
         schema = {"$ref": _REF + kind.__name__}

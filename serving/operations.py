@@ -106,7 +106,7 @@ def _add_tokens(app: Quart, service: Service) -> None:
         service.model_name(body.model)
         if any(token >= service.tokenizer.size for token in body.tokens):
             most = service.tokenizer.size - 1
-            message = f"Invalid 'tokens': token ids must be in 0 … {most}."
+            message = f"Invalid 'tokens': token ids must be in 0 to {most}."
             raise errors.invalid("tokens", message)
         return await json_response({"prompt": service.tokenizer.decode(body.tokens)})
 
@@ -125,6 +125,7 @@ def _add_health(app: Quart, service: Service) -> None:
         return await json_response({"status": "ok"})
 
     @app.get("/readyz")
+    @app.get("/health")  # as other servers of models call it
     async def readyz() -> Response:
         state = service.bridge.state
         return await json_response({"status": state}, 200 if state == "ready" else 503)

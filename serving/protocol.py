@@ -338,6 +338,12 @@ class ChatRequest(GenerationRequest):
         return []
 
     @property
+    def has_strict_tools(self) -> bool:
+        """Whether arguments are to fit their schemas, whatever the model would write."""
+        offered = {tool["function"]["name"] for tool in self.offered_tools}
+        return any(t.function.strict for t in self.tools or [] if t.function.name in offered)
+
+    @property
     def enable_thinking(self) -> bool | None:
         """Whether the model is to reason; None leaves it to the template."""
         if self.chat_template_kwargs.enable_thinking is not None:

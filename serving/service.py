@@ -19,7 +19,7 @@ from glm_jax.engine.request import (
     QueueFullError,
     Request,
 )
-from serving import errors
+from serving import errors, openai_responses
 from serving.admission import GenerationDefaults, Limits, admit, prompt_too_long
 from serving.answer import Answer, Reading, Usage
 from serving.anthropic import MessagesRequest
@@ -155,9 +155,12 @@ class Service:
         Raises:
           ApiError: the request cannot be taken.
         """
-        chat = body.chat()
-        head = self._head("resp_", chat)
-        reply = await self._converse(head.id, chat, endpoint, arrived)
+        try:
+            chat = body.chat()
+            head = self._head("resp_", chat)
+            reply = await self._converse(head.id, chat, endpoint, arrived)
+        except errors.ApiError as error:
+            raise error.renamed(openai_responses.NAMES) from None
         spell = self.tokenizer.spelling
         return reply, ResponsesFormat(head, body.echoed(), spell, body.wants_logprobs)
 
@@ -195,12 +198,18 @@ class Service:
 
     async def _grammar(self, body: GenerationRequest, tools: Tools | None) -> str | None:
         rule = body.rule
-        required = body.required_tools if isinstance(body, ChatRequest) else []
-        if rule is None and not required:
+        is_chat = isinstance(body, ChatRequest)
+        required = body.required_tools if is_chat else []
+        is_strict = is_chat and body.has_strict_tools
+        if rule is None and not required and not is_strict:
             return None
-        has_one_call = isinstance(body, ChatRequest) and body.parallel_tool_calls is False
         return await asyncio.to_thread(
-            self.grammars.grammar, rule, tools, required=required, has_one_call=has_one_call
+            self.grammars.grammar,
+            rule,
+            tools,
+            required=required,
+            is_strict=is_strict,
+            has_one_call=is_chat and body.parallel_tool_calls is False,
         )
 
     async def _encode(self, prompt: str | list[int], body: CompletionRequest) -> Sequence[int]:

@@ -6,6 +6,7 @@ Knows no API: what the fields are is each protocol's to say.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,6 +19,9 @@ Refused = dict[str, tuple[Any, ...]]
 
 # The branches of a union are parts of pydantic's path, not of the client's.
 _BRANCHES = frozenset({"str", "list[int]", "ToolChoice", "literal['auto','none','required']"})
+
+# What pydantic's messages begin with; the field's name stands there already.
+_SUBJECT = re.compile(r"^(Input|Value|String|List|Dictionary) (?=should )")
 
 
 class Wire(BaseModel):
@@ -82,7 +86,7 @@ def _api_error(detail: ErrorDetails) -> errors.ApiError:
         code = kind
     else:
         code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-    what = detail["msg"].removeprefix("Input ")
+    what = _SUBJECT.sub("", detail["msg"]).replace(" after validation", "")
     value = detail["input"]
     if isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**256):
         what += f", not {errors.shorten(json.dumps(value, ensure_ascii=False), 100)}"

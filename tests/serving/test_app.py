@@ -303,6 +303,10 @@ BAD = [
     (RESPONSES, {"input": []}, 400, "input", VALUE),
     (RESPONSES, {"input": "Hi", "previous_response_id": "x"}, 400, "previous_response_id", NOT_YET),
     (RESPONSES, {"input": "Hi", "tools": [{"type": "web_search"}]}, 400, "tools", NOT_YET),
+    (RESPONSES, {"input": "Hi", "max_output_tokens": 65}, 400, "max_output_tokens", VALUE),
+    (RESPONSES, {"input": "x" * 300}, 400, "input", "context_length_exceeded"),
+    (RESPONSES, {"input": "Hi", "text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}},
+     400, "text.format", VALUE),
     (RESPONSES, {"input": "Hi", "model": "gpt-9"}, 404, "model", "model_not_found"),
     ("/tokenize", {}, 400, "prompt", MISSING),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]", VALUE),
@@ -339,6 +343,21 @@ async def test_a_prompt_that_is_too_long_is_told_in_the_words_clients_look_for(t
             response = await client.post(CHAT, json=user(content))
             message = (await response.get_json())["error"]["message"]
             assert "This model's maximum context length is 128 tokens" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"messages": []}, "Invalid 'messages': should have at least 1 item, not 0."),
+        ({"messages": HI, "stop": ""}, "Invalid 'stop[0]': should have at least 1 character"),
+        ({"messages": HI, "stop": ["a"] * 17}, "Invalid 'stop': should have at most 16 items"),
+        ({"messages": HI, "n": 0}, "Invalid 'n': should be greater than or equal to 1, not 0."),
+    ],
+)
+async def test_an_error_is_a_sentence_about_its_field(tmp_path, fields, words):
+    async with scripted_service(says("a"), tmp_path) as service:
+        response = await create_app(service).test_client().post(CHAT, json=fields)
+        assert (await response.get_json())["error"]["message"].startswith(words)
 
 
 async def test_a_body_that_is_too_large_is_refused(tmp_path):
@@ -414,7 +433,8 @@ async def test_draining_turns_new_requests_away_and_finishes_the_others(tmp_path
         running = asyncio.ensure_future(post(app, CHAT, {"messages": HI}))
         await asyncio.sleep(0.01)
         service.bridge.stop()
-        assert (await client.get("/readyz")).status_code == 503
+        for probe in ("/readyz", "/health"):
+            assert (await client.get(probe)).status_code == 503
         response = await client.post(CHAT, json={"messages": HI})
         assert response.status_code == 503
         assert "retry-after" in response.headers

@@ -58,7 +58,8 @@ async def test_a_key_opens_and_nothing_else_does(tmp_path, headers, status, code
 
 async def test_probes_and_pages_need_no_key_and_everything_else_does(tmp_path):
     async with client_for(tmp_path, access=KEYS) as client:
-        for path in ("/", "/docs", "/healthz", "/readyz", "/metrics", "/openapi.json", "/version"):
+        probes = ("/healthz", "/readyz", "/health", "/metrics", "/version")
+        for path in ("/", "/docs", "/openapi.json", *probes):
             assert (await client.get(path)).status_code == 200, path
         for path in ("/v1/models", "/nowhere"):
             assert (await client.get(path)).status_code == 401, path
@@ -106,7 +107,9 @@ async def test_a_body_that_is_too_large_or_too_slow_is_refused(tmp_path):
     async with client_for(tmp_path, max_body_bytes=1000, body_timeout=0.05) as client:
         response = await client.post(CHAT, data=b"x" * 1001)
         assert response.status_code == 413
-        assert (await response.get_json())["error"]["type"] == "invalid_request_error"
+        error = (await response.get_json())["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "body_too_large")
+        assert "up to" in error["message"]
         response = await client.post(MESSAGES, data=b"x" * 1001)
         assert (await response.get_json())["error"]["type"] == "request_too_large"
         async with client.request(CHAT, method="POST") as connection:

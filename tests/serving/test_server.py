@@ -303,6 +303,23 @@ async def test_while_the_model_loads_the_server_says_so_and_can_be_ended(tmp_pat
         assert code == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "fits", "exceeds"),
+    [
+        ((), 2048, 2049),
+        (("--max-seq-len", "8192"), 8000, 8192),
+        (("--max-seq-len", "8192", "--max-prompt-tokens", "3000"), 3000, 3001),
+    ],
+)
+def test_a_longer_conversation_needs_one_flag(tmp_path, flags, fits, exceeds):
+    with served(tmp_path / "tiny", "--mock-rate", "0", *flags) as process:
+        for tokens, status in ((fits, 200), (exceeds, 400)):
+            answer = httpx.post(
+                f"{process.url}/v1/completions", json={"prompt": [5] * tokens, "max_tokens": 1}
+            )
+            assert answer.status_code == status, answer.text
+
+
 def test_https_works_with_a_certificate(tmp_path):
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(

@@ -241,6 +241,34 @@ async def test_a_named_tool_is_the_one_that_is_called(tmp_path, choice):
         assert call["function"] == {"name": "now", "arguments": "{}"}
 
 
+@pytest.mark.parametrize("is_strict", [True, False])
+async def test_arguments_of_a_strict_tool_fit_its_schema(tmp_path, is_strict):
+    # The model wants to call it with a city that the schema does not know.
+    wish = "Hm.<tool_call>weather<arg_key>city</arg_key><arg_value>Bonn</arg_value></tool_call>"
+    engine = ScriptedEngine(lambda request: [*tokens(wish), END])
+    cities = {"city": {"enum": ["Oslo", "Rome"]}}
+    schema = {"type": "object", "properties": cities, "required": ["city"]}
+    weather = {"name": "weather", "strict": is_strict, "parameters": schema}
+    async with scripted_service(engine, tmp_path) as service:
+        body = {"messages": HI, "tools": [{"type": "function", "function": weather}]}
+        body |= {"reasoning_effort": "none", "max_tokens": 100}
+        [choice] = (await post(create_app(service), CHAT, body))["choices"]
+    assert choice["message"]["content"] == "Hm."
+    [call] = choice["message"]["tool_calls"]
+    arguments = json.loads(call["function"]["arguments"])
+    assert (arguments["city"] in cities["city"]["enum"]) == is_strict
+
+
+@pytest.mark.parametrize("text", ["", "No tool is for that."])
+async def test_with_a_strict_tool_an_answer_may_call_none(tmp_path, text):
+    engine = ScriptedEngine(lambda request: [*tokens(text), END])
+    tool = {"type": "function", "function": {"name": "now", "strict": True}}
+    async with scripted_service(engine, tmp_path) as service:
+        body = {"messages": HI, "tools": [tool], "reasoning_effort": "none", "max_tokens": 100}
+        [choice] = (await post(create_app(service), CHAT, body))["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", text)
+
+
 async def test_with_tools_at_hand_an_answer_is_a_call_or_has_the_form(tmp_path):
     async with babbling(tmp_path) as app:
         body = {"tools": TOOLS[:1], "structured_outputs": {"choice": ["yes"]}}
@@ -249,6 +277,14 @@ async def test_with_tools_at_hand_an_answer_is_a_call_or_has_the_form(tmp_path):
         assert {choice["message"]["content"] for choice in choices} == {"yes", None}
 
 
+STRICT: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "strict": True,
+        "parameters": {"properties": {"a": {"type": "integer", "not": {"const": 1}}}},
+    },
+}
 BAD = [
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -264,6 +300,7 @@ BAD = [
     ({"ebnf": 'root ::= "' + "x" * 200_000 + '"'}, "ebnf"),
     ({"regex": "a", "ebnf": 'root ::= "a"'}, "ebnf"),
     ({"regex": "a", "tools": TOOLS}, "regex"),
+    ({"tools": [STRICT]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"function": {"name": "other"}}}, "tool_choice"),
 ]
