@@ -179,6 +179,7 @@ class Glm4Moe(nnx.Module):
         positions: Int32[Array, "B T"],
         cache: KVCache | None,
         attend: Attend,
+        workspace: Workspace | None = None,
         *,
         with_trace: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Trace | None]:
@@ -186,13 +187,14 @@ class Glm4Moe(nnx.Module):
 
         Layers run as a loop over the layer index with the stacked weights held outside it: a loop
         that carried each layer's weights as its input would copy them.
+
+        Args:
+          workspace: of so many rows, where the step has made one before.
         """
         layers = self.layers
         attend = layers.self_attn.prepare(attend, positions)
         norms = layers.norms_between(self.norm)
-        workspace = layers.kernels.workspace(
-            tokens.size, norms.weight.shape[-1], layers.moe.experts.num_local
-        )
+        workspace = workspace or self.workspace(tokens.size)
 
         def run(is_dense: bool, carry: Carry, _: None) -> tuple[Carry, Layerwise | None]:
             layer, normed, cache = carry
@@ -227,6 +229,12 @@ class Glm4Moe(nnx.Module):
             trace = Trace(hidden.reshape(-1, *tokens.shape, hidden.shape[-1]), routing)
         assert last.rows.plain is not None
         return last.rows.plain.reshape(*tokens.shape, -1), cache, trace
+
+    def workspace(self, num_rows: int) -> Workspace | None:
+        """Memory that the kernels of a step of so many rows share; None where each does without."""
+        layers = self.layers
+        width = layers.input_layernorm.stacked().shape[-1]
+        return layers.kernels.workspace(num_rows, width, layers.moe.experts.num_local)
 
     def logits(self, hidden: Float[Array, "T D"]) -> Float32[Array, "T V"]:
         """Scores of every token of the vocabulary, for normed hidden states."""

@@ -19,6 +19,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.kernels import PLAIN_KERNELS, Kernels
 from glm_jax.layers import Linear, RMSNorm
 from glm_jax.model import DecoderLayers, Weights, abstract_weights, bind, specs_of
+from glm_jax.operands import Workspace
 from glm_jax.ops import NormedRows
 from glm_jax.sharding import WeightSpec
 
@@ -60,6 +61,7 @@ class MtpLayer(nnx.Module):
         positions: Int32[Array, "B T"],
         cache: KVCache,
         pages: Pages,
+        workspace: Workspace | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Normed states whose logits guess the token after each; they also stand in for the
         decoder's own where a further guess is made of this one.
@@ -70,14 +72,17 @@ class MtpLayer(nnx.Module):
           positions: -1 where there is nothing.
           cache: of this layer alone.
           pages: of the rows, the same as in the decoder's cache.
+          workspace: of so many rows, the decoder's own.
         """
         layers = self.layers
         pages = self._prepared(pages, positions)
         entered = self._enter(embedded, hidden)
-        normed, cache_after, _ = layers.attention_block(entered, positions, 0, cache, pages)
+        normed, cache_after, _ = layers.attention_block(
+            entered, positions, 0, cache, pages, workspace
+        )
         assert cache_after is not None
-        partials, _ = layers.mlp_block(normed, 0, is_dense=False)
-        normed = layers.add(partials, normed.residual, self.norm, 0)
+        partials, _ = layers.mlp_block(normed, 0, is_dense=False, workspace=workspace)
+        normed = layers.add(partials, normed.residual, self.norm, 0, workspace)
         assert normed.rows.plain is not None
         return normed.rows.plain.reshape(hidden.shape), cache_after
 

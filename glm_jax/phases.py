@@ -16,6 +16,7 @@ from glm_jax import shapes as columns
 from glm_jax.attention import Pages
 from glm_jax.cache import KVCache
 from glm_jax.model import Glm4Moe
+from glm_jax.operands import Workspace
 from glm_jax.sampling import (
     Adjustments,
     SamplingRows,
@@ -107,7 +108,7 @@ def run_prompt(
     start, num_tokens = batch[:, columns.START], batch[:, columns.NUM_TOKENS]
     tokens, positions, table = prompt
     slots = remember(slots, table, positions, tokens)
-    hidden, cache = forward(model, tokens, positions, cache, table)
+    hidden, cache = forward(model, tokens, positions, cache, Pages(table))
     newest = newest_of(hidden, num_tokens)
     lengths = start + num_tokens
     is_last = (batch[:, columns.IS_LAST] == 1) & (num_tokens > 0)
@@ -136,7 +137,7 @@ def decode(
     positions = jnp.where(is_valid, slots.lengths[slot], -1)
     tokens = slots.tokens[slot]
     slots = remember(slots, table, positions[:, None], tokens[:, None])
-    hidden, cache = forward(model, tokens[:, None], positions[:, None], cache, table)
+    hidden, cache = forward(model, tokens[:, None], positions[:, None], cache, Pages(table))
     length = positions + 1
     return _finish(model, cache, slots, controls, batch, hidden[:, 0], length, is_valid, table)
 
@@ -165,12 +166,11 @@ def forward(
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     cache: KVCache,
-    table: Int32[Array, "B P"],
-    rows_per_sequence: int = 1,
+    pages: Pages,
+    workspace: Workspace | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """The normed last hidden states; keys and values are in the cache."""
-    pages = Pages(table, rows_per_sequence)
-    hidden, cache_after, _ = model(tokens, positions, cache, pages)
+    hidden, cache_after, _ = model(tokens, positions, cache, pages, workspace)
     assert cache_after is not None
     return hidden, cache_after
 

@@ -28,6 +28,7 @@ from glm_jax.cache import KVCache, cache_spec
 from glm_jax.config import ModelConfig
 from glm_jax.model import Glm4Moe
 from glm_jax.mtp import MtpLayer, one_layer
+from glm_jax.operands import Workspace
 from glm_jax.phases import (
     Drafting,
     PromptRows,
@@ -42,7 +43,7 @@ from glm_jax.phases import (
     run_prompt,
     sampling_rows,
 )
-from glm_jax.sampling import sample
+from glm_jax.sampling import likeliest, pick
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import WeightSpec
 
@@ -135,12 +136,13 @@ def decode(
     places = jnp.arange(slots.drafting.hidden.shape[1])[None]
     fits = places < batch[:, columns.NUM_TOKENS, None]
     positions = jnp.where(fits, slots.lengths[slot][:, None] + places, -1)
+    workspace = models.decoder.workspace(positions.size)
     with jax.named_scope("draft"):
-        drafts, draft_cache = _draft(models, slots, batch, slot, positions, table)
+        drafts, draft_cache = _draft(models, slots, batch, slot, positions, table, workspace)
     tokens = jnp.concatenate([slots.tokens[slot][:, None], drafts], axis=1)
     slots = remember(slots, table, positions, tokens)
     hidden, cache, output = _verify(
-        models.decoder, cache, slots, controls, batch, tokens, positions, table
+        models.decoder, cache, slots, controls, batch, tokens, positions, table, workspace
     )
     targets = output[:, columns.OUTPUT_TOKENS].T
     is_right = (drafts == targets[:, :-1]) & fits[:, 1:]
@@ -160,50 +162,71 @@ def _draft(
     slot: Int32[Array, " B"],
     positions: Int32[Array, "B tokens_per_step"],
     table: Int32[Array, "B P"],
+    workspace: Workspace | None,
 ) -> tuple[Int32[Array, "B drafts"], KVCache]:
     """A chain of guesses: each takes the token guessed before it, and the state that guessed it."""
     decoder, mtp = models
-    drafting, pages = slots.drafting, Pages(table)
-    assert drafting is not None
-    cache = _catch_up(models, slots, slot, positions[:, 0], table)
+
+    def guess(state: Float[Array, "B D"], position: Int32[Array, " B"]) -> Int32[Array, " B"]:
+        logits = decoder.logits(state)
+        is_drawn = (batch[:, columns.TEMPERATURE] != 0).any()
+        # What only a drawn token takes is computed in its branch.
+        return lax.cond(
+            is_drawn,
+            lambda: pick(logits, sampling_rows(batch, position + 1)),
+            lambda: likeliest(logits),
+        )
+
+    state, cache = _follow_up(models, slots, slot, positions[:, 0], table, workspace)
+    first = guess(state, positions[:, 0])
+    if positions.shape[1] == 2:
+        return first[:, None], cache
 
     def link(
         carry: tuple[Array, Array, KVCache], position: Int32[Array, " B"]
     ) -> tuple[tuple[Array, Array, KVCache], Int32[Array, " B"]]:
         token, hidden, cache = carry
         embedded = decoder.embed_tokens.embed(token)
-        state, cache = mtp(embedded[:, None], hidden[:, None], position[:, None], cache, pages)
-        rows = sampling_rows(batch, position + 1)
-        drawn, _ = sample(decoder.logits(state[:, 0]), rows)
-        return (drawn, state[:, 0], cache), drawn
+        place = position[:, None]
+        states, cache = mtp(embedded[:, None], hidden[:, None], place, cache, Pages(table))
+        drawn = guess(states[:, 0], position)
+        return (drawn, states[:, 0], cache), drawn
 
-    start = (slots.tokens[slot], drafting.hidden[slot, -1], cache)
-    (_, _, cache), drafts = lax.scan(link, start, positions[:, :-1].T)
-    return drafts.T, cache
+    start = (first, state, cache)
+    (_, _, cache), others = lax.scan(link, start, positions[:, 1:-1].T)
+    return jnp.concatenate([first[:, None], others.T], axis=1), cache
 
 
-def _catch_up(
+def _follow_up(
     models: Models,
     slots: Slots,
     slot: Int32[Array, " B"],
     length: Int32[Array, " B"],
     table: Int32[Array, "B P"],
-) -> KVCache:
-    """The MTP layer's cache with entries of the decoder's states for all tokens but the newest.
+    workspace: Workspace | None,
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """The MTP layer's state after the newest token, and its cache with entries of all tokens up to it.
 
-    Where the last step kept drafts, their entries are those of guessed states, or are not there.
+    Where the last step kept drafts, their entries are those of guessed states, or are not there: they
+    are made again of the decoder's, in rows beside the newest token's. So a step's layers, this one too,
+    are of as many rows, and can share memory.
     """
+    decoder, mtp = models
     drafting = slots.drafting
     assert drafting is not None
-    num_drafts = drafting.hidden.shape[1] - 1
-    behind = num_drafts - jnp.arange(num_drafts)[None]  # positions before the newest token's
-    is_missing = (behind < drafting.num_hidden[slot][:, None]) & (length >= 0)[:, None]
-    positions = jnp.where(is_missing, length[:, None] - behind, -1)
+    hidden = drafting.hidden[slot]
+    num_rows, per_row, width = hidden.shape
+    behind = per_row - 1 - jnp.arange(per_row)[None]  # positions before the newest token's
+    is_missing = behind < jnp.maximum(drafting.num_hidden[slot], 1)[:, None]
+    positions = jnp.where(is_missing & (length >= 0)[:, None], length[:, None] - behind, -1)
     page_size = slots.history.shape[1]
     page = jnp.take_along_axis(table, jnp.maximum(positions, 0) // page_size, axis=1)
-    embedded = models.decoder.embed_tokens.embed(slots.history[page, positions % page_size])
-    hidden = drafting.hidden[slot, :-1]
-    return models.mtp.remember(embedded, hidden, positions, drafting.cache, Pages(table))
+    tokens = slots.history[page, positions % page_size].at[:, -1].set(slots.tokens[slot])
+    embedded = decoder.embed_tokens.embed(tokens.reshape(-1, 1))
+    rows = hidden.reshape(-1, 1, width), positions.reshape(-1, 1)
+    pages = Pages(jnp.repeat(table, per_row, axis=0), per_row)
+    states, cache = mtp(embedded, *rows, drafting.cache, pages, workspace)
+    return states.reshape(num_rows, per_row, width)[:, -1], cache
 
 
 def _verify(
@@ -215,6 +238,7 @@ def _verify(
     tokens: Int32[Array, "B tokens_per_step"],
     positions: Int32[Array, "B tokens_per_step"],
     table: Int32[Array, "B P"],
+    workspace: Workspace | None,
 ) -> tuple[Float[Array, "B tokens_per_step D"], KVCache, Int32[Array, "tokens_per_step outputs B"]]:
     """What decode would say after each token, given those before it in its row.
 
@@ -225,7 +249,8 @@ def _verify(
     wide, wide_table = (jnp.repeat(x, per_row, axis=0) for x in (batch, table))
     flat = positions.reshape(-1)
     rows = tokens.reshape(-1, 1), flat[:, None]
-    hidden, cache = forward(decoder, *rows, cache, wide_table, per_row)
+    pages = Pages(wide_table, per_row)
+    hidden, cache = forward(decoder, *rows, cache, pages, workspace)
     output = choose(decoder, slots, controls, wide, hidden[:, 0], flat + 1, wide_table)
     output = output.reshape(-1, num_rows, per_row).transpose(2, 0, 1)
     return hidden.reshape(num_rows, per_row, -1), cache, output
