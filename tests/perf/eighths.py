@@ -33,10 +33,13 @@ class Eighths(ModelConfig):
         return super().shared_width * self.num_key_value_heads // _WHOLE
 
 
-def eighths(num_devices: int, num_layers: int, **changes: Any) -> Eighths:
+def eighths(
+    num_devices: int, num_layers: int, *, with_mtp: bool = False, **changes: Any
+) -> Eighths:
     """The configuration of num_layers layers, of which the first three at most are dense.
 
     Args:
+      with_mtp: whether the layer that guesses comes after them.
       changes: of fields of the published config.json, for a rehearsal.
     """
     whole = PRESETS["glm-4.7"] | changes
@@ -47,7 +50,7 @@ def eighths(num_devices: int, num_layers: int, **changes: Any) -> Eighths:
         | {
             "num_hidden_layers": num_layers,
             "first_k_dense_replace": min(3, num_layers - 1),
-            "num_nextn_predict_layers": 0,
+            "num_nextn_predict_layers": int(with_mtp),
             "eos_token_id": [1],
             "pad_token_id": 1,
         }
@@ -86,7 +89,6 @@ def held_parts(num_devices: int) -> Iterator[None]:
 
 def even_loads(weights: dict[str, jax.Array]) -> None:
     """Takes the routers' random bias out: a trained one evens out loads, this leaves many without tokens."""
-    bias = "layers.moe.gate.e_score_correction_bias"
-    weights[bias] = jax.device_put(
-        np.zeros(weights[bias].shape, np.float32), weights[bias].sharding
-    )
+    for path in [path for path in weights if path.endswith("gate.e_score_correction_bias")]:
+        zeros = np.zeros(weights[path].shape, np.float32)
+        weights[path] = jax.device_put(zeros, weights[path].sharding)
