@@ -59,9 +59,9 @@ class Kernels(Selection):
         return layer + by if self._chip() is None else Shifted(jnp.asarray(layer, jnp.int32), by)
 
     def _fuses_sums(self, num_rows: int) -> bool:
-        # Other processes' memory is not within a kernel's reach.
+        # Not other processes' memory, nor what references leave: it is wider, and of XLA's kernels.
         reaches = jax.process_count() == 1 and num_rows <= all_reduce.MAX_ROWS
-        return self.fused_all_reduce and reaches
+        return self.fused_all_reduce and reaches and not self.allow_reference
 
     def workspace(self, num_rows: int, width: int, num_local: int) -> Workspace | None:
         """What kernels of so many rows and experts of this device share; None where each does without."""
@@ -89,7 +89,7 @@ class Kernels(Selection):
         """residual + added, and the same normed and quantized for what follows."""
 
         def kernel(chip: Chip) -> NormedRows:
-            at, shift = index(layer)
+            at, shift = (layer, 0) if isinstance(layer, int) else index(layer)
             normed = norm.add_norm_quantize(
                 residual, added, weight, at, eps=eps, chip=chip, shift=shift,
                 interpret=self._interprets,

@@ -38,6 +38,9 @@ _TOGETHER = 4
 _ROWS_IN_A_WAY = 36
 # CTAs of 128 threads and up to 255 registers that a multiprocessor runs at once.
 _CTAS_A_CORE = 2
+# A thread needs nothing that others have stored but in a row's reductions, and where a row is received:
+# both have barriers of their own.
+_NO_BARRIERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
 
 
 class Summands(NamedTuple):
@@ -134,7 +137,8 @@ def all_reduce_add_norm(
             addends = [load_row(own[0], row) if summed is None else summed]
         total = before + _sum(addends)
         total_ref[row] = total
-        store_normed(total, weight_row, eps, row, normed_ref, values_ref, scale_ref)
+        made_refs = normed_ref, values_ref, scale_ref
+        store_normed(total, weight_row, eps, row, *made_refs, interpret=interpret)
         for place_ref in place_refs:
 
             @pl.when(row == 0)
@@ -146,6 +150,7 @@ def all_reduce_add_norm(
         out_type=outputs,
         grid=(num_rows,),
         grid_names=("row",),
+        compiler_params=_NO_BARRIERS,
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         waits=False,
         kernel_name="all_reduce_add_norm",
@@ -261,6 +266,7 @@ def add_up(summands: Summands, *, interpret: bool = False) -> BFloat16[Array, "T
         out_type=jax.ShapeDtypeStruct((num_tokens, width), jnp.bfloat16),
         grid=(num_tokens,),
         grid_names=("row",),
+        compiler_params=_NO_BARRIERS,
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="add_up",
     )(*summands)

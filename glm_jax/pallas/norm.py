@@ -43,7 +43,7 @@ def add_norm_quantize(
     x: BFloat16[Array, "T D"],
     added: BFloat16[Array, "T D"] | None,
     weight: BFloat16[Array, "L D"],
-    layer: Int32[Array, ""],
+    layer: Int32[Array, ""] | int,
     *,
     eps: float,
     chip: Chip,
@@ -56,36 +56,51 @@ def add_norm_quantize(
     divides to within 2 units of the last place, so a value on the edge between two FP8 numbers may
     become the other one.
 
+    Args:
+      layer: a number that is known here asks for weights that no kernel makes: they are read before
+        the kernel ahead has ended.
+
     Raises:
       NotImplementedError: D is no multiple of 128.
     """
     del chip  # a row fits one warpgroup of either
     num_rows, width = x.shape
     check_width(width)
+    known = layer + shift if isinstance(layer, int) else None
 
     def add_norm_quantize_kernel(*refs: jax.Ref) -> None:
+        (weight_ref, *others), outs = refs[: len(operands)], refs[len(operands) :]
         row = lax.axis_index("row")
-        x_ref, *added_refs, weight_ref, layer_ref = refs[: -len(outputs)]
-        residual_ref, normed_ref, values_ref, scale_ref = (None, *refs[-3:])
-        total = load_row(x_ref, row)
-        if added_refs:
-            residual_ref = refs[-len(outputs)]
-            total = total + load_row(added_refs[0], row)
-            residual_ref[row] = total
-        weight_row = load_row(weight_ref, layer_ref[0] + shift)
-        store_normed(total, weight_row, eps, row, normed_ref, values_ref, scale_ref)
+        weight_row = None if known is None else load_row(weight_ref, known)
+        launch_order.wait(interpret=interpret)
+        place = others.pop()[0] + shift if known is None else known
+        rows = [load_row(ref, row) for ref in others]
+        if weight_row is None:
+            # After the rows, which need not wait for the place; ahead of what needs them.
+            weight_row = load_row(weight_ref, place)
+        total = rows[0]
+        if added is not None:
+            total = total + rows[1]
+            outs[0][row] = total
+        store_normed(total, weight_row, eps, row, *outs[-3:], interpret=interpret)
 
     outputs = [*normed_types(num_rows, width)]
     if added is not None:
         outputs.insert(0, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    operands = [x] if added is None else [x, added]
+    operands = [weight, x] if added is None else [weight, x, added]
+    if not isinstance(layer, int):
+        operands.append(layer.reshape(1))
     *residual, normed, values, scale = launch_order.kernel(
         add_norm_quantize_kernel,
         out_type=outputs,
         grid=(num_rows,),
         grid_names=("row",),
+        # Threads exchange nothing but in reductions, which have barriers of their own.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*operands, weight, layer.reshape(1))
+        waits=False,
+        kernel_name="norm_quantize" if added is None else "add_norm_quantize",
+    )(*operands)
     return NormedRows(residual[0] if residual else x, normed, values, scale)
 
 
@@ -127,6 +142,8 @@ def store_normed(
     normed_ref: jax.Ref,
     values_ref: jax.Ref,
     scale_ref: jax.Ref,
+    *,
+    interpret: bool,
 ) -> None:
     """Norms a row held by the calling warpgroup, quantizes it and writes all three outputs."""
     wide = row.astype(jnp.float32)
@@ -137,6 +154,17 @@ def store_normed(
     largest = jnp.max(jnp.abs(wide))
     # Below the smallest normal number a scale may be flushed to 0; such a row becomes zeros too.
     scale = jnp.where(largest > _FP8_MAX * _TINY, largest / _FP8_MAX, 1.0)
-    # A conversion past 448 gives NaN, not the largest value, so the division's rounding is clamped.
-    values_ref[index] = jnp.clip(wide / scale, -_FP8_MAX, _FP8_MAX).astype(FP8)
+    values_ref[index] = to_fp8(wide, scale, interpret=interpret)
     scale_ref[index, 0] = scale
+
+
+def to_fp8(rows: Float32[Array, " *shape"], scale: Array, *, interpret: bool) -> Array:
+    """rows / scale in FP8, for a scale that is a normal number, at most the largest one / 448.
+
+    A GPU divides by multiplying with an approximate reciprocal, and cuts off what is past 448 as it
+    converts. Said so, the bits are the same, and what only other scales need is not compiled.
+    """
+    if not interpret:
+        return (rows * (1.0 / scale)).astype(FP8)
+    # Here a conversion past 448 gives NaN, not the largest value.
+    return jnp.clip(rows / scale, -_FP8_MAX, _FP8_MAX).astype(FP8)

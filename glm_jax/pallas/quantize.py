@@ -51,7 +51,8 @@ def quantize_hidden(
     def body(num_tiles_ref: Any, *refs: Any) -> None:
         inputs, outs = refs[: len(arrays)], refs[len(arrays) :]
         in_use = num_tiles_ref[0] * (dispatch.tile // GROUP)
-        quantize_groups(in_use, inputs, outs, lax.axis_index("cta"), num_ctas)
+        cta = lax.axis_index("cta")
+        quantize_groups(in_use, inputs, outs, cta, num_ctas, interpret=interpret)
 
     outs = launch_order.kernel(
         body,
@@ -73,6 +74,8 @@ def quantize_groups(
     first: jax.Array,
     stride: int,
     tell: Callable[[], None] = lambda: None,
+    *,
+    interpret: bool = False,
 ) -> None:
     """Quantizes every stride-th group from first on: of routed rows those in use, then of tokens' all.
 
@@ -86,7 +89,7 @@ def quantize_groups(
 
         def visit(number: jax.Array, _: None, first: Any, side: int = side, ref: Any = ref) -> None:
             values, scale = quantized[2 * side], quantized[2 * side + 1]
-            quantize_rows(ref, values, scale, first + number * stride)
+            quantize_rows(ref, values, scale, first + number * stride, interpret=interpret)
             tell()
 
         number = lax.div(count - first + stride - 1, jnp.int32(stride))
@@ -123,15 +126,23 @@ def as_pair(outs: Any, num_rows: int) -> Quantized:
     return values[:num_rows], scale[:num_rows, None]
 
 
-def quantize_rows(rows_ref: Any, values_ref: Any, scale_ref: Any, group: jax.Array) -> None:
+def quantize_rows(
+    rows_ref: Any, values_ref: Any, scale_ref: Any, group: jax.Array, *, interpret: bool
+) -> None:
     """Quantizes the GROUP rows of a group, each by its own largest magnitude: a warpgroup's work."""
     part = pl.ds(group * GROUP, GROUP)
     rows = plgpu.load(rows_ref.at[part], layout=_layout(rows_ref.shape[1]), optimized=False)
     rows = rows.astype(jnp.float32)
     largest = jnp.max(jnp.abs(rows), axis=1)
     scale = jnp.where(largest > _FP8_MAX * _TINY, largest / _FP8_MAX, 1.0)
-    scaled = jnp.clip(rows / lax.broadcast_in_dim(scale, rows.shape, (0,)), -_FP8_MAX, _FP8_MAX)
-    _store(values_ref.at[part], scaled.astype(jnp.float8_e4m3fn))
+    if interpret:
+        # A conversion past 448 gives NaN here, not the largest value.
+        wide = lax.broadcast_in_dim(scale, rows.shape, (0,))
+        values = jnp.clip(rows / wide, -_FP8_MAX, _FP8_MAX)
+    else:
+        # As norm.to_fp8.
+        values = rows * lax.broadcast_in_dim(1.0 / scale, rows.shape, (0,))
+    _store(values_ref.at[part], values.astype(jnp.float8_e4m3fn))
     _store(scale_ref.at[part], scale)
 
 

@@ -47,7 +47,7 @@ FP8_PRODUCTS = {"dense_matmul", "grouped_gate_up", "grouped_down"}
 ATTENTION = {
     "decode_attention_split", "decode_attention_combine", "prefill_attention", "widen_pages",
 }  # fmt: skip
-SMALL = {"add_norm_quantize_kernel", "router_products", "router_picks", "kv_write"}
+SMALL = {"add_norm_quantize", "norm_quantize", "router_products", "router_picks", "kv_write"}
 MOVERS = {
     "all_reduce_add_norm",
     "empty_inbox",
@@ -59,10 +59,11 @@ MOVERS = {
 }
 # Begin while the kernel ahead of them still runs, and read before it has ended; see launch_order.
 EARLY = {
-    "all_reduce_add_norm", "dense_matmul", "grouped_down", "router_picks_dispatch", "router_products",
+    "all_reduce_add_norm", "dense_matmul", "grouped_down", "norm_quantize", "router_picks_dispatch",
+    "router_products",
 }  # fmt: skip
 WAITING = EARLY | {
-    "add_norm_quantize_kernel", "dispatch", "grouped_gate_up", "quantize_hidden", "router_picks",
+    "add_norm_quantize", "dispatch", "grouped_gate_up", "quantize_hidden", "router_picks",
 }  # fmt: skip
 REGISTERS_OF_AN_SM = 65536
 SHARED_MEMORY_OF_A_CTA = 227 * 1024
@@ -85,6 +86,7 @@ def small_programs(chip: Chip) -> dict[str, Program]:
         rows, weight = spec((tokens, HIDDEN), BF16), spec((LAYERS, HIDDEN), BF16)
         add_norm = partial(norm.add_norm_quantize, eps=1e-5, chip=chip)
         programs[f"norm {step}"] = add_norm, (rows, rows, weight, LAYER)
+        programs[f"first norm {step}"] = partial(_first_norm, add_norm), (rows, weight)
         router_weights = spec((MOE_LAYERS, EXPERTS, HIDDEN), BF16), spec((MOE_LAYERS, EXPERTS), F32)
         programs[f"router {step}"] = route, (rows, *router_weights, LAYER)
         batch = (tokens, 1) if step == "decode" else (1, tokens)
@@ -111,6 +113,10 @@ def small_programs(chip: Chip) -> dict[str, Program]:
         *summands, rows, weight, LAYER,
     )  # fmt: skip
     return programs
+
+
+def _first_norm(add_norm: Callable[..., NormedRows], rows: Array, weight: Array) -> NormedRows:
+    return add_norm(rows, None, weight, 0)
 
 
 def _sum(

@@ -64,6 +64,16 @@ def test_without_an_addend_the_residual_is_the_input() -> None:
     assert_same(got, norm_reference(x, None, weight, 2))
 
 
+@pytest.mark.parametrize("is_sum", [True, False])
+def test_a_place_that_is_known_when_traced_is_as_good_as_one_that_is_read(is_sum: bool) -> None:
+    x, other, weight = draw(1, 3, 384)
+    added = other if is_sum else None
+    norm = partial(add_norm_quantize, eps=EPS, chip=Chip("sm90", 4), shift=1, interpret=True)
+    known = rounded(lambda x, added, weight: norm(x, added, weight, 1))(x, added, weight)
+    for mine, read in zip(known[:4], run(x, added, weight, jnp.int32(2))[:4], strict=True):
+        np.testing.assert_array_equal(np.asarray(mine, np.float32), np.asarray(read, np.float32))
+
+
 def test_a_row_of_zeros_stays_zeros_with_scale_one() -> None:
     x, added, weight = draw(0, 3, 256)
     x, added = x.at[1].set(0), added.at[1].set(0)
