@@ -8,6 +8,7 @@ The last CTA of a row to arrive combines what all of them made, and may quantize
 that follows (decode_combine); where nothing counts arrivals, a second kernel does that.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -36,9 +37,9 @@ __all__ = [
 _COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 
-def make_counters(num_rows: int, kv_heads: int) -> jax.Ref:
-    """What counts the arrivals of a step's CTAs, for all its layers."""
-    return last_arrival.make_counters(num_rows, kv_heads)
+def make_counters(num_tokens: int, kv_heads: int) -> jax.Ref:
+    """What counts the arrivals of a step's CTAs, for all its layers; num_tokens of all its rows."""
+    return last_arrival.make_counters(num_tokens, kv_heads)
 
 
 def attend(
@@ -60,12 +61,13 @@ def attend(
       k_pages, v_pages: [L, pages, K, page_size, H], bfloat16 or FP8 of scale 1; arrays or Refs.
       layer: index into the pages.
       positions: of each query; one at -1 sees nothing and gets zeros. What pages hold beyond a row's
-        last position is not seen, whatever it is.
+        last position is not seen, whatever it is. A token's answer has the bits that it would have as
+        a row of its own.
       counters: of make_counters, by which one kernel does it all; not for interpretation.
 
     Raises:
       NotImplementedError: the head is not 128 wide, pages do not tile `config.tile_size`, or more than
-        64 queries share a KV head.
+        64 queries of a token share a KV head.
     """
     del chip  # The same instructions on all of them.
     operands = q, k_pages, v_pages, layer, page_table, positions
@@ -173,6 +175,9 @@ def _run(
     layers = jnp.asarray(layer, jnp.int32).reshape(1)
     arguments = (q, layers, page_table, positions, k_pages, v_pages, *more)
     if counters is not None:
+        num_counters = math.prod(counters.shape)
+        if num_counters < cut.num_rows * cut.kv_heads:
+            raise ValueError(f"{num_counters=} for {cut.num_rows} rows of {cut.kv_heads} heads")
         results = _whole_kernel(cut, is_quantized, new)(*arguments, counters)
         return results[: len(result_types(cut, is_quantized))]
     partials = _parts_kernel(cut, interpret, new)(*arguments)
@@ -233,12 +238,12 @@ def _whole_kernel(cut: Cut, is_quantized: bool, new: decode_write.Kind | None) -
             decode_splits.attend_part(cut, products, inputs, scratch, part, partials, token)
             place = part.row * cut.kv_heads + part.kv_head
             is_last = last_arrival.is_last(counters, words, place, num_ctas)
-            _, (_, *_, result_smem) = scratch.warps
+            *_, result_smem = scratch.warps
 
             @pl.when(is_last)
             def _combine() -> None:
                 at = (part.row, part.kv_head)
-                combine(cut, *at, part.last, partials, results_gmem, result_smem)
+                combine(cut, *at, part.positions, partials, results_gmem, result_smem)
 
     over_warps = (*(new.scratch_types() if new else ()), result_scratch(cut, is_quantized))
     scratch = decode_splits.scratch_types(cut, products, *over_warps)
@@ -266,8 +271,8 @@ def _combine_kernel(cut: Cut, is_quantized: bool, interpret: bool) -> Any:
     def body(positions: Any, *refs: Any) -> None:
         partials, results, smem = refs[:2], refs[2:-1], refs[-1]
         row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
-        last = decode_splits.last_position(cut, positions, row)
-        combine(cut, row, kv_head, last, partials, results, smem)
+        of_tokens = decode_splits.positions_of(cut, positions, row)
+        combine(cut, row, kv_head, of_tokens, partials, results, smem)
 
     return launch_order.kernel(
         body,

@@ -3,6 +3,7 @@
 Knows no pages. The tree of sums is decode_cut's: leaves to splits, splits to the row.
 """
 
+from functools import reduce
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from glm_jax.pallas.decode_cut import (
     load,
     nothing_of_rows,
     put,
+    where_below,
 )
 
 _FP8_MAX = 448.0
@@ -34,9 +36,9 @@ _AHEAD = 2, 4, 8
 def result_types(cut: Cut, is_quantized: bool) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What combine writes: the answers [B, T, K, G, H], or values [B * T, K, G, H] and scales."""
     heads = (cut.kv_heads, cut.query_groups, HEAD_DIM)
-    num_tokens = cut.num_rows * cut.num_tokens
+    num_tokens = cut.sequences * cut.sequence_tokens
     if not is_quantized:
-        shape = (cut.num_rows, cut.num_tokens, *heads)
+        shape = (cut.sequences, cut.sequence_tokens, *heads)
         return (jax.ShapeDtypeStruct(shape, jnp.bfloat16),)
     return (
         jax.ShapeDtypeStruct((num_tokens, *heads), FP8),
@@ -53,20 +55,23 @@ def combine(
     cut: Cut,
     row: Array,
     kv_head: Array,
-    last: Array,
+    positions: list[Array],
     partials: tuple[Any, ...],
     results: tuple[Any, ...],
     smem: Any,
 ) -> None:
-    """Folds all partial answers of a row whose last position is `last`, token by token.
+    """Folds all partial answers of a row, token by token.
 
     A token that sees nothing of a part finds a sum of 0 there. One that sees nothing at all gets zeros.
 
     Args:
+      positions: of the row's tokens.
       partials: refs of memory_types of [rows, kv_heads, num_parts, stored_rows].
       results: refs of result_types.
       smem: of result_scratch.
     """
+
+    last = reduce(jnp.maximum, positions)
 
     def by(is_leaves: bool) -> None:
         config = cut.config
@@ -85,6 +90,8 @@ def combine(
         for token in range(cut.num_tokens):
             parts = num_parts, per_split, step_size
             answers = _fold_parts(cut, (row, kv_head), token, partials, *parts)
+            if cut.num_tokens > 1:
+                answers = where_below(-1, positions[token], answers)
             _write(cut, (row, kv_head), token, answers, results, smem)
         if cut.token_rows != cut.query_groups:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -107,7 +114,7 @@ def _fold_parts(
     step_size: int,
 ) -> Answers:
     """Folds num_parts partial answers, step_size at a time: per_split of them to a split, then those."""
-    rows = pl.ds(token * cut.query_groups, cut.token_rows)
+    rows = cut.rows_of(token)
 
     def visit(step: Array, carry: Answers) -> Answers:
         first = step * step_size
@@ -146,10 +153,10 @@ def _write(
     groups, shape = cut.query_groups, out.shape
     out = out / lax.broadcast_in_dim(jnp.where(total > 0, total, 1.0), shape, [0])
     attended = out.astype(jnp.bfloat16)
-    place = row * cut.num_tokens + token
+    sequence, number = cut.sequence_of(row), cut.token_of(row, token)
     if len(results) == 1:
         (attended_gmem,) = results
-        _send(cut, attended, smem, attended_gmem, (row, token, kv_head), is_first=not token)
+        _send(cut, attended, smem, attended_gmem, (sequence, number, kv_head), is_first=not token)
         return
     wide = attended.astype(jnp.float32)
     is_row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WHOLE_ROWS) < groups
@@ -157,6 +164,7 @@ def _write(
     largest = jnp.max(jnp.max(jnp.where(is_row, jnp.abs(wide), 0.0), axis=1))
     scale = jnp.where(largest > _FP8_MAX * _TINY, largest / _FP8_MAX, 1.0)
     values_gmem, scale_gmem = results
+    place = sequence * cut.sequence_tokens + number
     values = jnp.clip(wide / scale, -_FP8_MAX, _FP8_MAX).astype(FP8)
     _send(cut, values, smem, values_gmem, (place, kv_head), is_first=not token)
     scale_gmem[place, kv_head] = scale

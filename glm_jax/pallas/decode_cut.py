@@ -50,6 +50,8 @@ class TuningConfig:
       pair_from: splits of such a batch from which a CTA takes two of them, one after the other: so
         many keep every multiprocessor busy, and a second split's first tiles come while the first one
         is finished.
+      alone_to: tokens times KV heads of a step up to which tokens of one row are in CTAs of their own:
+        so few leave multiprocessors idle, and each is done the sooner.
     """
 
     leaf_size: int = 512
@@ -59,6 +61,7 @@ class TuningConfig:
     leaf_rows: int = 16
     leaf_to: int = 128
     pair_from: int = 384
+    alone_to: int = 8
 
     def __post_init__(self) -> None:
         if self.tile_size % 64:
@@ -77,9 +80,19 @@ class TuningConfig:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A step's shapes and its config."""
+    """A step's shapes and its config.
 
-    num_rows: int
+    A row here is what a CTA takes of a sequence's tokens: one, or two that meet each key as it comes by.
+    They are apart in all but that, so that a token's answer does not depend on who is beside it.
+
+    Attributes:
+      sequences: of the batch; each has a row of the page table.
+      sequence_tokens: queries of each, for every head.
+      num_tokens: of a row.
+    """
+
+    sequences: int
+    sequence_tokens: int
     num_tokens: int
     kv_heads: int
     query_groups: int
@@ -89,9 +102,23 @@ class Cut:
     config: TuningConfig
 
     @property
-    def queries(self) -> int:
-        """Queries that share a KV head."""
-        return self.num_tokens * self.query_groups
+    def rows_per_sequence(self) -> int:
+        return pl.cdiv(self.sequence_tokens, self.num_tokens)
+
+    @property
+    def num_rows(self) -> int:
+        return self.sequences * self.rows_per_sequence
+
+    def sequence_of(self, row: Array) -> Array:
+        """Whose tokens a row's are."""
+        return row if self.rows_per_sequence == 1 else row // self.rows_per_sequence
+
+    def token_of(self, row: Array, index: int) -> Array | int:
+        """Which of its sequence's tokens a row's is. What is left over is the last one again."""
+        if self.rows_per_sequence == 1:
+            return index
+        first = row % self.rows_per_sequence * self.num_tokens
+        return jnp.minimum(first + index, self.sequence_tokens - 1)
 
     @property
     def token_rows(self) -> int:
@@ -100,9 +127,12 @@ class Cut:
 
     @property
     def stored_rows(self) -> int:
-        """Rows of a partial answer."""
-        last = (self.num_tokens - 1) * self.query_groups + self.token_rows
-        return pl.cdiv(last, 4) * 4
+        """Rows of a partial answer, those of one token after the other's."""
+        return self.num_tokens * self.token_rows
+
+    def rows_of(self, token: int) -> Any:
+        """Where a partial answer has a token's."""
+        return pl.ds(token * self.token_rows, self.token_rows)
 
     @property
     def takes_leaves(self) -> bool:
@@ -152,23 +182,23 @@ def cut_of(
     Raises:
       NotImplementedError: as decode_attention.attend.
     """
-    num_rows, num_tokens, kv_heads, query_groups, head_dim = q_shape
+    sequences, tokens, kv_heads, query_groups, head_dim = q_shape
     page_size, cache_dtype = k_pages.shape[3], jnp.dtype(k_pages.dtype)
     # Twice the bytes, or four times the scores, of what is best otherwise.
-    is_wide = cache_dtype != FP8 or num_tokens * query_groups > 2 * WARP_ROWS
+    is_wide = cache_dtype != FP8 or query_groups > 2 * WARP_ROWS
     config = config or (TuningConfig(tile_size=64) if is_wide else TuningConfig())
     if head_dim != HEAD_DIM:
         raise NotImplementedError(f"{head_dim=}: heads are {HEAD_DIM} wide")
     if config.tile_size % page_size or page_size % 8:
         raise NotImplementedError(f"{page_size=}: tiles of {config.tile_size=} are whole pages")
-    if num_tokens * query_groups > ROWS:
-        raise NotImplementedError(
-            f"{num_tokens=} of {query_groups=}: at most {ROWS} queries share a KV head"
-        )
+    if query_groups > ROWS:
+        raise NotImplementedError(f"{query_groups=}: at most {ROWS} queries share a KV head")
     if cache_dtype not in (jnp.bfloat16, FP8):
         raise NotImplementedError(f"{cache_dtype=}: pages are bfloat16 or FP8")
+    is_alone = tokens == 1 or sequences * tokens * kv_heads <= config.alone_to
     return Cut(
-        num_rows, num_tokens, kv_heads, query_groups, page_size, pages_per_sequence, cache_dtype, config,
+        sequences, tokens, 1 if is_alone else 2, kv_heads, query_groups, page_size, pages_per_sequence,
+        cache_dtype, config,
     )  # fmt: skip
 
 

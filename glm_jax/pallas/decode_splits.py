@@ -2,7 +2,8 @@
 
 Knows neither what becomes of partial answers nor who else makes some. Pages come by TMA, a tile ahead;
 the warps share out a tile's keys, keep a softmax and a sum each (warp_products), and add them up in their
-order once a leaf. The same code serves sm90 and sm100.
+order once a leaf. Two tokens of a row have each of these for themselves, and only tiles in common. The same
+code serves sm90 and sm100.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fragmented
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxtyping import Array, Int32
+from jaxtyping import Array
 
 from glm_jax.pallas.decode_cut import (
     HEAD_DIM,
@@ -25,8 +26,8 @@ from glm_jax.pallas.decode_cut import (
     Cut,
     fold,
     load,
-    memory_types,
     nothing,
+    put,
     store,
     where_below,
 )
@@ -54,13 +55,16 @@ class Scratch(NamedTuple):
 
     Attributes:
       keys, values: tiles, as many as there are stages.
-      warps: Answers of each warp, to be added up.
-      split: Answers over a split's leaves so far.
-      queries: as they come, and as warp_products reads them, in one place.
+      rows: maxima and sums of one token's warps, then of a split's leaves so far. Each place in shared
+        memory takes up 1 KB at least.
+      warps: each part's answers of one token, to be added up.
+      split: answers over a split's leaves so far, if it has more than one.
+      queries: of each token, as they come, and as warp_products reads them, in one place.
     """
 
     keys: Any
     values: Any
+    rows: Any
     warps: Any
     split: Any
     queries: Any
@@ -73,6 +77,7 @@ class Part(NamedTuple):
     """Which positions are a CTA's, and what is known before its row's length is.
 
     Attributes:
+      sequence: whose pages the row has.
       number: of the row's parts.
       layer: whose pages are read.
       positions: of the row's tokens.
@@ -81,6 +86,7 @@ class Part(NamedTuple):
     """
 
     row: Array
+    sequence: Array
     kv_head: Array
     number: Array
     layer: Array
@@ -90,7 +96,8 @@ class Part(NamedTuple):
 
 
 def products_of(cut: Cut, interpret: bool) -> WarpProducts:
-    return WarpProducts(cut.queries, cut.config.tile_size, cut.cache_dtype, interpret)
+    shape = cut.query_groups, cut.num_tokens, cut.config.tile_size
+    return WarpProducts(*shape, cut.cache_dtype, interpret)
 
 
 def scratch_types(cut: Cut, products: WarpProducts, *over_warps: Any) -> Scratch:
@@ -100,25 +107,27 @@ def scratch_types(cut: Cut, products: WarpProducts, *over_warps: Any) -> Scratch
       over_warps: what may lie where warps' answers are, before or once all is done.
     """
 
-    def memory(rows: int) -> list[Any]:
-        return [plgpu.SMEM(x.shape, x.dtype) for x in memory_types(rows)]
-
     config = cut.config
     pages = plgpu.SMEM(
         (config.stages, config.tile_size, HEAD_DIM), cut.cache_dtype, transforms=products.transforms
     )
     arrivals = config.tile_size // cut.page_size
     tiles = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
-    rows, out = memory(ROWS)
-    out = plgpu.RefUnion(out, *over_warps)
+    stored = cut.stored_rows if config.leaves_per_split > 1 else 0
+
+    def answers(rows: int) -> Any:
+        return plgpu.SMEM((rows, HEAD_DIM), jnp.float32)
+
+    query_rows = cut.num_tokens * products.query_rows
     return Scratch(
         keys=pages,
         values=pages,
-        warps=[rows, out],
-        split=memory(cut.stored_rows) if config.leaves_per_split > 1 else [],
+        rows=plgpu.SMEM((2, ROWS + stored), jnp.float32),
+        warps=plgpu.RefUnion(answers(products.num_parts * cut.token_rows), *over_warps),
+        split=answers(stored) if stored else [],
         queries=plgpu.RefUnion(
-            plgpu.SMEM((products.query_rows, HEAD_DIM), jnp.bfloat16),
-            plgpu.SMEM((products.query_rows, HEAD_DIM), products.operand),
+            plgpu.SMEM((query_rows, HEAD_DIM), jnp.bfloat16),
+            plgpu.SMEM((query_rows, HEAD_DIM), products.operand),
         ),
         query_barrier=plgpu.Barrier(num_arrivals=cut.num_tokens),
         key_barrier=tiles,
@@ -129,7 +138,8 @@ def scratch_types(cut: Cut, products: WarpProducts, *over_warps: Any) -> Scratch
 def part_here(cut: Cut, inputs: Inputs, interpret: bool) -> Part:
     """This CTA's, of the axes row, kv_head and part."""
     row, kv_head = lax.axis_index("row"), lax.axis_index("kv_head")
-    number = lax.axis_index("part")
+    number, sequence = lax.axis_index("part"), cut.sequence_of(row)
+    tokens = [cut.token_of(row, index) for index in range(cut.num_tokens)]
     starts = [
         number * span + index * cut.config.tile_size
         for span in cut.spans
@@ -139,8 +149,8 @@ def part_here(cut: Cut, inputs: Inputs, interpret: bool) -> Part:
     words = _words(
         [
             (inputs.layer, (0,)),
-            *((inputs.positions, (row, token)) for token in range(cut.num_tokens)),
-            *((inputs.page_table, (row, at)) for place in places for at in place),
+            *((inputs.positions, (sequence, token)) for token in tokens),
+            *((inputs.page_table, (sequence, at)) for place in places for at in place),
         ],
         interpret,
     )
@@ -148,7 +158,8 @@ def part_here(cut: Cut, inputs: Inputs, interpret: bool) -> Part:
     positions, pages = words[: cut.num_tokens], iter(words[cut.num_tokens :])
     tiles = iter([[_page(inputs, next(pages)) for _ in place] for place in places])
     ahead = [[next(tiles) for _ in range(cut.config.stages)] for _ in cut.spans]
-    return Part(row, kv_head, number, layer, positions, reduce(jnp.maximum, positions), ahead)
+    last = reduce(jnp.maximum, positions)
+    return Part(row, sequence, kv_head, number, layer, positions, last, ahead)
 
 
 def _words(places: list[tuple[Any, tuple[Any, ...]]], interpret: bool) -> list[Array]:
@@ -174,12 +185,10 @@ def _words(places: list[tuple[Any, tuple[Any, ...]]], interpret: bool) -> list[A
     return list(inline(load)(*(ref.at[(*at[:-1], pl.ds(at[-1], 1))] for ref, at in places)))
 
 
-def last_position(cut: Cut, positions: Any, row: Array) -> Int32[Array, ""]:
-    """Of any token of a row."""
-    last = positions[row, 0]
-    for token in range(1, cut.num_tokens):
-        last = jnp.maximum(last, positions[row, token])
-    return last
+def positions_of(cut: Cut, positions: Any, row: Array) -> list[Array]:
+    """Positions of a row's tokens."""
+    sequence = cut.sequence_of(row)
+    return [positions[sequence, cut.token_of(row, index)] for index in range(cut.num_tokens)]
 
 
 def _places_of_tile(cut: Cut, start: Array) -> list[Array]:
@@ -213,20 +222,21 @@ def attend_part(
     """
     config, groups, tile = cut.config, cut.query_groups, cut.config.tile_size
     query_rows, warp_keys = products.query_rows, products.keys_per_warp
-    tiles_per_leaf, stored = config.leaf_size // tile, pl.ds(0, cut.stored_rows)
+    tiles_per_leaf, tokens = config.leaf_size // tile, range(cut.num_tokens)
     layout, row_layout = products.score_layout, products.score_layout.reduce(1)
     q_smem, kept_smem = scratch.queries
     row, layer, row_positions, last = part.row, part.layer, part.positions, part.last
+    table = inputs.page_table.at[part.sequence]
 
     span = cut.choose(last, [jnp.int32(size) for size in cut.spans])
     first = part.number * span
     num_tiles = jnp.minimum(span, last + 1 - first + tile - 1) // tile
     turning: Any = None
     if new is None:
-        for token in range(cut.num_tokens):
+        for token in tokens:
             plgpu.copy_gmem_to_smem(
-                inputs.q.at[row, token, part.kv_head],
-                q_smem.at[pl.ds(token * groups, groups)],
+                inputs.q.at[part.sequence, cut.token_of(row, token), part.kv_head],
+                q_smem.at[pl.ds(token * query_rows, groups)],
                 scratch.query_barrier,
             )
     else:
@@ -246,7 +256,7 @@ def attend_part(
 
     def pages_of(index: Array | int) -> list[Array]:
         places = _places_of_tile(cut, first + index * tile)
-        return [_page(inputs, inputs.page_table[row, at]) for at in places]
+        return [_page(inputs, table[at]) for at in places]
 
     firsts = [
         [cut.choose(last, choice) for choice in zip(*page, strict=True)]
@@ -255,7 +265,7 @@ def attend_part(
 
     def new_place() -> tuple[Any, ...]:
         position = jnp.maximum(last, 0)
-        word = inputs.page_table[row, position // cut.page_size]
+        word = table[position // cut.page_size]
         at = pl.ds(position % cut.page_size, 1)
         return layer, _page(inputs, word), part.kv_head, at
 
@@ -282,18 +292,21 @@ def attend_part(
         fetch_firsts(
             lambda index: (index >= num_ready) & (index < num_tiles), new.wait_until_written
         )
-    queries = plgpu.load(q_smem, layout=products.query_layout, optimized=False)
-    products.keep(queries, kept_smem)
+    of_tokens = [pl.ds(token * query_rows, query_rows) for token in tokens]
+    # All are read before one is kept where they lay.
+    queries = [
+        plgpu.load(q_smem.at[rows], layout=products.query_layout, optimized=False)
+        for rows in of_tokens
+    ]
+    for rows, of_token in zip(of_tokens, queries, strict=True):
+        products.keep(of_token, kept_smem.at[rows])
     row_of, column_of = (
         plgpu.broadcasted_iota(jnp.int32, (ROWS, warp_keys), axis, layout=layout)
         for axis in range(2)
     )
 
-    def is_visible(start: Array) -> Array:
-        last_visible = jnp.full((ROWS, warp_keys), row_positions[-1], jnp.int32)
-        for token in reversed(range(cut.num_tokens - 1)):
-            is_earlier = row_of % query_rows < (token + 1) * groups
-            last_visible = jnp.where(is_earlier, row_positions[token], last_visible)
+    def is_visible(start: Array, token: int) -> Array:
+        last_visible = jnp.full((ROWS, warp_keys), row_positions[token], jnp.int32)
         return start + row_of // query_rows * warp_keys + column_of <= last_visible
 
     def silence(start: Array, values_smem: Any) -> None:
@@ -304,7 +317,7 @@ def attend_part(
             plgpu.commit_smem()
 
     def visit(index: Array, carry: Any, *, is_masked: bool) -> Any:
-        largest, total, out, pages = carry
+        streams, pages = carry
         slot = lax.rem(index, config.stages)
         start = first + index * tile
         ahead = index + config.stages - 1
@@ -318,50 +331,63 @@ def attend_part(
         # For the next tile's turn to fetch, by when they are here.
         pages = pages_of(ahead + 1)
         plgpu.barrier_wait(scratch.key_barrier.at[slot])
-        scores = products.scores(kept_smem, scratch.keys.at[slot])
-        if is_masked:
-            scores = jnp.where(is_visible(start), scores, -jnp.inf)
-        new_largest = jnp.maximum(largest, scores.max(axis=1) * SCALE)
-        along = lax.broadcast_in_dim(new_largest, scores.shape, [0])
-        shares = jnp.exp2(scores * SCALE - along)
-        fade = jnp.exp2(largest - new_largest)
-        total = total * fade + shares.sum(axis=1)
-        out = out * lax.broadcast_in_dim(fade, out.shape, [0])
+        of_tokens = products.scores(kept_smem, scratch.keys.at[slot])
+        made = []
+        for token, (scores, (largest, total, out)) in enumerate(
+            zip(of_tokens, streams, strict=True)
+        ):
+            if is_masked:
+                scores = jnp.where(is_visible(start, token), scores, -jnp.inf)
+            new_largest = jnp.maximum(largest, scores.max(axis=1) * SCALE)
+            along = lax.broadcast_in_dim(new_largest, scores.shape, [0])
+            shares = jnp.exp2(scores * SCALE - along)
+            fade = jnp.exp2(largest - new_largest)
+            total = total * fade + shares.sum(axis=1)
+            out = out * lax.broadcast_in_dim(fade, out.shape, [0])
+            made.append((new_largest, total, out, shares.astype(products.operand)))
+        all_largest, totals, outs, all_shares = zip(*made, strict=True)
         plgpu.barrier_wait(scratch.value_barrier.at[slot])
         if is_masked:
             silence(start, scratch.values.at[slot])
-        out = products.add(out, shares.astype(products.operand), scratch.values.at[slot])
-        return new_largest, total, out, pages
+        outs = products.add(list(outs), list(all_shares), scratch.values.at[slot])
+        return list(zip(all_largest, totals, outs, strict=True)), pages
 
     # Up to where every token sees all keys, and past it.
-    least = row_positions[0]
-    for position in row_positions[1:]:
-        least = jnp.minimum(least, position)
+    # One that sees nothing may see all: its answers are zeros in the end.
+    least = reduce(jnp.minimum, [jnp.where(x < 0, last, x) for x in row_positions])
     num_whole = jnp.clip((least + 1 - first) // tile, 0, num_tiles)
     num_leaves = (num_tiles + tiles_per_leaf - 1) // tiles_per_leaf
-    warp_rows, (warp_out, *_) = scratch.warps
-    warps = warp_rows, warp_out
+    warp_out, *_ = scratch.warps
 
-    def add_up(of_warps: Answers) -> Answers:
-        """A leaf's answers, from its warps' in the order of their keys."""
+    def add_up(token: int, of_warps: Answers) -> Answers:
+        """A leaf's answers of a token, from its warps' in the order of their keys."""
         # Since the leaf before was read from there, all threads have met in a visit.
-        store(warps, of_warps, pl.ds(0, ROWS))
+        if token:
+            plgpu.commit_smem()
+        *of_rows, out = of_warps
+        for i, values in enumerate(of_rows):
+            put(scratch.rows, (i, pl.ds(0, ROWS)), values)
+        products.store(out, cut.token_rows, warp_out)
         plgpu.commit_smem()
-        of_leaf = load(warps, stored)
-        for number in range(1, products.num_parts):
-            of_leaf = fold(of_leaf, load(warps, pl.ds(number * query_rows, cut.stored_rows)))
-        return of_leaf
 
-    def put(number: Array, of_leaf: Answers) -> None:
-        """Stores a leaf's answers, or a split's after its last leaf."""
+        def load_part(number: int) -> Answers:
+            of_rows = scratch.rows.at[:, pl.ds(number * query_rows, cut.token_rows)]
+            return load((of_rows, warp_out.at[cut.rows_of(number)]), pl.ds(0, cut.token_rows))
+
+        return reduce(fold, map(load_part, range(products.num_parts)))
+
+    def finish(number: Array, token: int, of_leaf: Answers) -> None:
+        """Stores a leaf's answers of a token, or a split's after its last leaf."""
+        rows = cut.rows_of(token)
         if config.leaves_per_split == 1:
             place = (first + number * config.leaf_size) // config.split_size
-            store(partials, of_leaf, stored, (row, part.kv_head, place))
+            store(partials, of_leaf, rows, (row, part.kv_head, place))
             return
         at = lax.rem(number, config.leaves_per_split)
         # Each thread reads there what it has stored itself.
-        of_split = fold(where_below(0, at, load(scratch.split, stored)), of_leaf)
-        store(scratch.split, of_split, stored)
+        split = scratch.rows.at[:, pl.ds(ROWS, cut.stored_rows)], scratch.split
+        of_split = fold(where_below(0, at, load(split, rows)), of_leaf)
+        store(split, of_split, rows)
         is_last = (at == config.leaves_per_split - 1) | (number == num_leaves - 1)
         start = first + number * config.leaf_size
 
@@ -370,17 +396,19 @@ def attend_part(
             # A leaf that is a part by itself stands where a split of that number would.
             sizes = config.leaf_size, config.split_size
             place = jnp.where(span < config.split_size, *(start // size for size in sizes))
-            store(partials, of_split, stored, (row, part.kv_head, place))
+            store(partials, of_split, rows, (row, part.kv_head, place))
 
     def sum_up(number: Array, pages: list[Array]) -> list[Array]:
         start = number * tiles_per_leaf
         end = jnp.minimum(start + tiles_per_leaf, num_tiles)
         whole = jnp.clip(num_whole, start, end)
-        carry = (*nothing(ROWS, products.out_layout, row_layout), pages)
+        empty = nothing(ROWS, products.out_layout, row_layout)
+        carry = [empty for _ in tokens], pages
         carry = lax.fori_loop(start, whole, partial(visit, is_masked=False), carry)
         carry = lax.fori_loop(whole, end, partial(visit, is_masked=True), carry)
-        *of_warps, pages = carry
-        put(number, add_up(tuple(of_warps)))
+        streams, pages = carry
+        for token, of_warps in enumerate(streams):
+            finish(number, token, add_up(token, of_warps))
         return pages
 
     lax.fori_loop(0, num_leaves, sum_up, firsts[-1])

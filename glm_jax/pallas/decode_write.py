@@ -92,6 +92,6 @@ class Kind:
     def here(self, qkv: Any, more: Any, scratch: Any, interpret: bool) -> NewToken:
         """The token in a CTA of attention with such scratch."""
         angles, *norms = more
-        _, (_, of_heads, *_) = scratch.warps
+        _, of_heads, *_ = scratch.warps
         refs = Refs(qkv, angles, tuple(norms))
         return NewToken(self.heads, refs, Scratch(*of_heads), scratch.query_barrier, interpret)

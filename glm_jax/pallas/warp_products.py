@@ -11,8 +11,12 @@ operands agree on it, so that a lane keeps the bytes it got, and FP8 ones are wi
 
 For the rest of a kernel a warpgroup's arrays are as tall as its warps: rows 16 w to 16 w + 15 are warp
 w's, its queries against its keys. Where there are more than 16 queries, fewer warps share the keys.
+
+Several tokens' queries may meet the same tile, a list of arrays for all of them: each token's numbers are
+what they would be without the others, while what is loaded and widened serves all.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +54,10 @@ cvt.rn.f16x2.e4m3x2 $1, high;
 }"""
 _LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
 _ZERO = "@$1 st.shared.v4.b32 [$0], {0, 0, 0, 0};"
+_STORES = {
+    8: "@$1 st.shared.v2.f32 [$0+{}], {{$2, $3}};",
+    16: "@$1 st.shared.v4.f32 [$0+{}], {{$2, $3, $4, $5}};",
+}
 _MMA = (
     "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
     "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
@@ -61,13 +69,15 @@ class WarpProducts:
     """The products of one tile after another.
 
     Attributes:
-      num_queries: at most 64.
+      num_queries: of a token, at most 64.
+      num_tokens: whose queries meet the same keys.
       tile_size: keys of a tile, a multiple of 64.
       cache_dtype: of keys and values, bfloat16 or FP8.
       interpret: computes the same in plain operations, which the interpreter knows.
     """
 
     num_queries: int
+    num_tokens: int
     tile_size: int
     cache_dtype: Any
     interpret: bool
@@ -128,7 +138,7 @@ class WarpProducts:
         return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
 
     def keep(self, queries: Array, memory: Any) -> None:
-        """Puts queries, in query_layout, where scores reads them: operand[query_rows, 128]."""
+        """Puts a token's queries, in query_layout, where scores reads them: operand[query_rows, 128]."""
         queries = queries.astype(jnp.float32).astype(self.operand)
         if self.interpret:
             memory[...] = queries
@@ -136,33 +146,51 @@ class WarpProducts:
         inline: Any = plgpu.inline_mgpu(arg_types=(self.query_layout, plgpu.RefType()))
         inline(lambda _, queries, memory: self._emit_keep(queries, memory))(queries, memory)
 
-    def scores(self, queries: Any, keys: Any) -> Float32[Array, "rows keys_per_warp"]:
-        """Each warp's queries, as `keep` left them, times its keys."""
+    def scores(self, queries: Any, keys: Any) -> list[Float32[Array, "rows keys_per_warp"]]:
+        """Each warp's queries times its keys, token by token.
+
+        Args:
+          queries: as `keep` left them, operand[num_tokens * query_rows, 128].
+        """
         if self.interpret:
             parts = keys[...].astype(jnp.float32).reshape(self.num_parts, -1, _HEAD_DIM)
-            rows = queries[...].astype(jnp.float32)
-            return jnp.einsum("qd,pkd->pqk", rows, parts).reshape(ROWS, -1)
+            tokens = queries[...].astype(jnp.float32).reshape(self.num_tokens, -1, _HEAD_DIM)
+            return [jnp.einsum("qd,pkd->pqk", x, parts).reshape(ROWS, -1) for x in tokens]
+        shape = (ROWS, self.keys_per_warp)
         inline: Any = plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(), plgpu.RefType(self.transforms)),
-            return_type=plgpu.ShapeDtypeStruct(
-                (ROWS, self.keys_per_warp), jnp.dtype(jnp.float32), layout=self.score_layout
-            ),
+            return_type=[_float32(shape, self.score_layout)] * self.num_tokens,
         )
         return inline(lambda _, queries, keys: self._emit_scores(queries, keys))(queries, keys)
 
-    def add(self, out: Array, shares: Array, values: Any) -> Float32[Array, "rows head"]:
-        """out, in out_layout, plus each warp's shares, in score_layout, times its values."""
+    def add(
+        self, outs: list[Array], shares: list[Array], values: Any
+    ) -> list[Float32[Array, "rows head"]]:
+        """Tokens' outs, in out_layout, plus each warp's shares, in score_layout, times its values."""
         if self.interpret:
             parts = values[...].astype(jnp.float32).reshape(self.num_parts, -1, _HEAD_DIM)
-            rows = shares.astype(jnp.float32).reshape(self.num_parts, self.query_rows, -1)
-            return out + jnp.einsum("pqk,pkd->pqd", rows, parts).reshape(ROWS, -1)
-        inline: Any = plgpu.inline_mgpu(
-            arg_types=(self.out_layout, self.score_layout, plgpu.RefType(self.transforms)),
-            return_type=plgpu.ShapeDtypeStruct(
-                (ROWS, _HEAD_DIM), jnp.dtype(jnp.float32), layout=self.out_layout
-            ),
+            tokens = [
+                x.astype(jnp.float32).reshape(*parts.shape[:1], -1, parts.shape[1]) for x in shares
+            ]
+            more = [jnp.einsum("pqk,pkd->pqd", x, parts).reshape(ROWS, -1) for x in tokens]
+            return [out + x for out, x in zip(outs, more, strict=True)]
+        outs_layouts, share_layouts = (
+            [layout] * self.num_tokens for layout in (self.out_layout, self.score_layout)
         )
-        return inline(lambda _, *operands: self._emit_add(*operands))(out, shares, values)
+        inline: Any = plgpu.inline_mgpu(
+            arg_types=(outs_layouts, share_layouts, plgpu.RefType(self.transforms)),
+            return_type=[_float32((ROWS, _HEAD_DIM), self.out_layout)] * self.num_tokens,
+        )
+        return inline(lambda _, *operands: self._emit_add(*operands))(outs, shares, values)
+
+    def store(self, out: Array, rows: int, memory: Any) -> None:
+        """Stores the first rows of each part of a token's answers: float32[num_parts * rows, 128]."""
+        if self.interpret:
+            parts = out.reshape(self.num_parts, self.query_rows, _HEAD_DIM)
+            memory[...] = parts[:, :rows].reshape(-1, _HEAD_DIM)
+            return
+        inline: Any = plgpu.inline_mgpu(arg_types=(self.out_layout, plgpu.RefType()))
+        inline(lambda _, out, memory: self._emit_store(out, rows, memory))(out, memory)
 
     def silence(self, values: Any, first: Array) -> None:
         """Zeros in place of a tile's values from key `first` on; who reads them commits them first."""
@@ -238,35 +266,44 @@ class WarpProducts:
             chunks.append(_at(row, place))
         kept = self._kept(queries)
         zero = utils.c(0.0, ir.F32Type.get())
-        sums = [[zero] * 4 for _ in range(self.keys_per_warp // 8)]
+        num_eights = self.keys_per_warp // 8
+        sums = [[[zero] * 4 for _ in range(num_eights)] for _ in range(self.num_tokens)]
         step = 0
         for line in range(self._lines):
             for chunk in chunks:
                 rhs = []
-                for eight in range(len(sums)):
+                for eight in range(num_eights):
                     at = _at(chunk, (eight * self._lines + line) * _ATOM)
                     rhs.append(
                         self._as_pairs(_elements(llvm.load(words, at, alignment=_LANE_BYTES)))
                     )
                 for pairs in zip(*rhs, strict=True):
-                    at = _at(kept, step * 32 * _LANE_BYTES)
-                    lhs = _elements(llvm.load(words, at, alignment=_LANE_BYTES))
-                    sums = [self._mma(s, lhs, pair) for s, pair in zip(sums, pairs, strict=True)]
+                    for token, of_token in enumerate(sums):
+                        place = token * self.query_rows * _HEAD_DIM * 2 + step * 32 * _LANE_BYTES
+                        at = _at(kept, place)
+                        lhs = _elements(llvm.load(words, at, alignment=_LANE_BYTES))
+                        of_token[:] = [
+                            self._mma(s, lhs, pair) for s, pair in zip(of_token, pairs, strict=True)
+                        ]
                     step += 1
-        registers = [_vector(s[half : half + 2]) for s in sums for half in (0, 2)]
         layout = self.score_layout.to_mgpu()
         shape = layout.registers_shape((ROWS, self.keys_per_warp))
-        return _fragmented(registers, shape, layout)
+        return [
+            _fragmented([_vector(s[i : i + 2]) for s in of_token for i in (0, 2)], shape, layout)
+            for of_token in sums
+        ]
 
-    def _as_pairs(self, words: list[ir.Value]) -> list[tuple[ir.Value, ir.Value]]:
-        """Registers of two elements, two at a time, of the elements as they lay."""
+    def _as_pairs(self, words: list[ir.Value]) -> Iterator[tuple[ir.Value, ir.Value]]:
+        """Registers of two elements, two at a time, of the elements as they lay, widened one by one."""
         if not self._is_fp8:
-            return list(zip(words[::2], words[1::2], strict=True))
+            yield from zip(words[::2], words[1::2], strict=True)
+            return
         i32 = ir.IntegerType.get_signless(32)
-        widened = (utils.inline_ptx(WIDEN, word, result_types=(i32, i32)) for word in words)
-        return [(first, second) for first, second in widened]
+        for word in words:
+            first, second = utils.inline_ptx(WIDEN, word, result_types=(i32, i32))
+            yield first, second
 
-    def _emit_add(self, out: Any, shares: Any, values: Any) -> Any:
+    def _emit_add(self, outs: list[Any], shares: list[Any], values: Any) -> list[Any]:
         """Emits answers of this warp; its lanes address 16 keys by 32 bytes at a time."""
         i32 = ir.IntegerType.get_signless(32)
         start, lane = self._part_of_warp(values)
@@ -290,19 +327,49 @@ class WarpProducts:
             )
             for pair in range(4)
         ]
-        lhs = [utils.bitcast(register, i32) for register in shares.registers.flatten()]
-        answers = self._unpack(out)
+        lhs = [[utils.bitcast(word, i32) for word in x.registers.flatten()] for x in shares]
+        answers = [self._unpack(out) for out in outs]
         for step in range(self.keys_per_warp // 16):
             for line in range(self._lines):
                 for pair, place in enumerate(places):
                     at = _at(place, (2 * step * self._lines + line) * _ATOM)
                     blocks = self._values(at)
-                    for i, block in enumerate(blocks):
-                        index = (line * 4 + pair) * len(blocks) + i
-                        answers[index] = self._mma(
-                            answers[index], lhs[4 * step : 4 * step + 4], block
-                        )
-        return _fragmented(self._pack(answers), out.registers.shape, out.layout)
+                    for of_token, left in zip(answers, lhs, strict=True):
+                        for i, block in enumerate(blocks):
+                            index = (line * 4 + pair) * len(blocks) + i
+                            of_token[index] = self._mma(
+                                of_token[index], left[4 * step : 4 * step + 4], block
+                            )
+        return [
+            _fragmented(self._pack(of_token), out.registers.shape, out.layout)
+            for of_token, out in zip(answers, outs, strict=True)
+        ]
+
+    def _emit_store(self, out: Any, rows: int, memory: Any) -> None:
+        """Emits stores of this warp's rows; its lane 4 g + t has rows g and g + 8."""
+        i32 = ir.IntegerType.get_signless(32)
+        warp, lane = self._warp_and_lane()
+        warps = utils.c(self.query_rows // WARP_ROWS, i32)
+        g, t = arith.divui(lane, utils.c(4, i32)), arith.remui(lane, utils.c(4, i32))
+        block = arith.muli(arith.remui(warp, warps), utils.c(WARP_ROWS, i32))
+        row = arith.addi(block, g)
+        first = arith.muli(arith.divui(warp, warps), utils.c(rows, i32))
+        registers = out.registers.reshape(-1, 2)
+        size = 4 * ir.VectorType(registers[0, 0].type).shape[0]
+        start = arith.addi(
+            arith.muli(arith.addi(first, row), utils.c(4 * _HEAD_DIM, i32)),
+            arith.muli(t, utils.c(size, i32)),
+        )
+        address = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(memory)), start)
+        for half in range(2):
+            below = utils.c(rows - 8 * half, i32)
+            is_there = arith.cmpi(arith.CmpIPredicate.slt, row, below)
+            for column, register in enumerate(registers[:, half]):
+                offset = 8 * half * 4 * _HEAD_DIM + column * 4 * size
+                code = _STORES[size].format(offset)
+                utils.inline_ptx(
+                    code, address, is_there, *_elements(register), has_side_effects=True
+                )
 
     def _emit_silence(self, values: Any, first: Any) -> None:
         """Emits stores of zeros; a thread has a key, whose lines are whole whatever the swizzle."""
@@ -391,3 +458,7 @@ def _vector(elements: list[ir.Value]) -> ir.Value:
 def _fragmented(registers: list[ir.Value], shape: tuple[int, ...], layout: Any) -> Any:
     array = np.asarray(registers, dtype=object).reshape(shape)
     return fragmented.FragmentedArray(_registers=array, _layout=layout, _is_signed=None)
+
+
+def _float32(shape: tuple[int, ...], layout: Any) -> Any:
+    return plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layout)

@@ -17,6 +17,8 @@ from tests.pallas.compiled import Program, compile_programs, needs_compiler
 CHIP = Chip("sm90", 132)
 LAYERS = 2
 SMALL = TuningConfig(leaf_size=64, split_size=128, tile_size=64, stages=2)
+# Tokens of a row two and two, however few there are.
+PAIRED = replace(SMALL, alone_to=0)
 
 
 def some_step(
@@ -57,11 +59,11 @@ def assert_as_close_as_rounding(got: jax.Array, wanted: jax.Array) -> None:
     [
         (0, [[0], [-1], [130]], 1, 12, 64, FP8),
         (1, [[127]], 2, 12, 32, jnp.bfloat16),
-        (2, [[62, 63, 64, -1]], 1, 3, 8, FP8),
+        (2, [[62, 63, 64, -1], [-1, -1, -1, 9], [8, 9, -1, -1]], 1, 3, 8, FP8),
         (3, [[128, 129]], 1, 12, 64, jnp.bfloat16),
         (4, [[61, 62, 63, 64]], 1, 12, 64, FP8),
         # Two warps' queries: two parts of the keys.
-        (5, [[127, 128]], 1, 12, 64, FP8),
+        (5, [[127, 128]], 1, 20, 64, FP8),
         # More splits than the combining kernel reads at a time.
         (7, [[1100]], 1, 12, 64, FP8),
     ],
@@ -114,6 +116,39 @@ def test_rows_of_one_step_may_be_cut_in_different_ways() -> None:
     np.testing.assert_array_equal(np.asarray(mixed), np.asarray(many))
 
 
+@pytest.mark.parametrize(
+    ("positions", "kv_heads", "groups", "dtype", "config"),
+    [
+        # Within a tile; over the ends of a tile, a leaf and a split; a row of padding and one of both.
+        ([[0, 1], [62, 63], [63, 64], [127, 128], [-1, -1], [200, -1]], 1, 12, FP8, PAIRED),
+        ([[63, 64], [-1, 70]], 2, 3, jnp.bfloat16, PAIRED),
+        # Tokens that one has left over, and as many as a split's end divides.
+        ([[126, 127, 128], [5, -1, -1]], 1, 12, FP8, PAIRED),
+        ([[254, 255, 256, 257]], 1, 20, FP8, PAIRED),
+        # Leaves, splits and pairs of splits; a token at a time.
+        ([[255, 256]], 1, 12, FP8, replace(PAIRED, leaf_to=0)),
+        ([[383, 384]], 1, 12, FP8, replace(PAIRED, leaf_to=0, pair_from=1)),
+        ([[126, 127, 128]], 1, 12, FP8, replace(SMALL, alone_to=3)),
+    ],
+)
+def test_a_token_has_the_bits_of_a_row_of_its_own(
+    positions, kv_heads, groups, dtype, config
+) -> None:
+    q, k, v, layer, table, where = some_step(10, positions, kv_heads, groups, 64, dtype)
+    how = {"chip": CHIP, "config": config, "interpret": True}
+    attend = decode_attention.attend_quantized if dtype == FP8 else decode_attention.attend
+    got = attend(q, k, v, layer, table, where, **how)
+    num_rows, num_tokens = where.shape
+    of_rows = jnp.repeat(table, num_tokens, axis=0), where.reshape(-1, 1)
+    alone = attend(q.reshape(num_rows * num_tokens, 1, *q.shape[2:]), k, v, layer, *of_rows, **how)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(in_bits(ours), in_bits(theirs).reshape(ours.shape))
+
+
+def in_bits(x: jax.Array) -> np.ndarray:
+    return np.asarray(x).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+
+
 def test_the_quantized_form_is_that_of_quantize_rows() -> None:
     step = some_step(5, [[9], [-1]], 2, 3, 64, FP8)
     arguments = {"chip": CHIP, "config": SMALL, "interpret": True}
@@ -133,8 +168,8 @@ def test_other_shapes_are_refused() -> None:
     step = some_step(6, [[0]], 1, 2, 24, FP8)
     with pytest.raises(NotImplementedError, match="page_size="):
         decode_attention.attend(*step, chip=CHIP)
-    step = some_step(6, [list(range(6))], 1, 12, 64, FP8)
-    with pytest.raises(NotImplementedError, match="num_tokens=6 of .*: at most 64 queries"):
+    step = some_step(6, [[0]], 1, 65, 64, FP8)
+    with pytest.raises(NotImplementedError, match="query_groups=65: at most 64 queries"):
         decode_attention.attend(*step, chip=CHIP)
 
 
@@ -158,7 +193,7 @@ def deployment_programs(chip: Chip) -> dict[str, Program]:
         def attend(*arguments):
             is_plain = dtype == jnp.bfloat16
             function = decode_attention.attend if is_plain else decode_attention.attend_quantized
-            counters = decode_attention.make_counters(num_rows, 1)
+            counters = decode_attention.make_counters(num_rows * num_tokens, 1)
             return function(*arguments, chip=chip, counters=counters)
 
         return attend, (q, pages, pages, *integers)
@@ -167,7 +202,9 @@ def deployment_programs(chip: Chip) -> dict[str, Program]:
         "float8": program(64, 1, FP8),
         "few rows": program(4, 1, FP8),
         "bfloat16": program(64, 1, jnp.bfloat16),
-        "drafts": program(64, 4, FP8),
+        "a guess": program(64, 2, FP8),
+        "a guess, bfloat16": program(64, 2, jnp.bfloat16),
+        "guesses": program(64, 4, FP8),
     }
 
 
