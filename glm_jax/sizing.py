@@ -137,7 +137,13 @@ def shapes_within(
     except ValueError as error:
         raise SizingError(f"{error} (--num-gpus)") from error
     geometry = _GEOMETRY[platform]
-    page_size = min(geometry.page_size, max_seq_len)
+    # A GPU's kernels read whole pages of one size, and rows by eights: others XLA would pad in every
+    # layer, and no launch would overlap the one before.
+    is_gpu = platform == "gpu"
+    page_size = geometry.page_size if is_gpu else min(geometry.page_size, max_seq_len)
+    most_decoded = max_concurrency
+    if is_gpu and max_concurrency > 8:
+        most_decoded += -max_concurrency % 8
     per_sequence = math.ceil(max_seq_len / page_size)
     fitting = kv_bytes // page_bytes(config, page_size, kv_dtype, with_mtp=with_mtp)
     if fitting < per_sequence:
@@ -154,7 +160,7 @@ def shapes_within(
         max_seq_len=max_seq_len,
         prefill_tile=tile,
         prefill_buckets=_up_to(tuple(n // tile for n in geometry.prefill_tokens), most_rows),
-        decode_buckets=_up_to(geometry.decode_rows, max_concurrency),
+        decode_buckets=_up_to(geometry.decode_rows, most_decoded),
         vocab_size=config.vocab_size,
         num_drafts=num_drafts,
     )

@@ -136,6 +136,14 @@ def test_decode_buckets_end_with_the_most_sequences(
     assert choose(max_concurrency=max_concurrency).decode_buckets == buckets
 
 
+@pytest.mark.parametrize(("max_concurrency", "most"), [(3, 3), (8, 8), (9, 16), (100, 104)])
+def test_a_gpu_decodes_rows_by_eights_and_has_whole_pages(max_concurrency: int, most: int) -> None:
+    limits = {"max_concurrency": max_concurrency, "max_seq_len": 50, "max_batch_tokens": 8192}
+    shapes = choose(gpu_mesh(8, 139 * GIB), glm_4_7(), **limits)
+    assert (shapes.num_slots, shapes.decode_buckets[-1]) == (max_concurrency, most)
+    assert (shapes.page_size, shapes.max_seq_len, shapes.pages_per_sequence) == (64, 50, 1)
+
+
 @pytest.mark.parametrize(
     ("max_batch_tokens", "tile", "buckets"),
     [
