@@ -112,4 +112,14 @@ class VocabTable(nnx.Module):
 
     def logits(self, x: Float[Array, "T D"], kernels: Kernels) -> Float32[Array, "T V"]:
         """The product with every token's vector, joined over devices."""
-        return sharding.all_gather(kernels.vocab_logits(x, self.values[...]), axis=1)
+        return sharding.all_gather(self.logits_here(x, kernels), axis=1)
+
+    def logits_of_share(
+        self, x: Float[Array, "T D"], kernels: Kernels
+    ) -> Float32[Array, "share V"]:
+        """Of this device's share of the rows alone."""
+        return sharding.exchange(self.logits_here(x, kernels))
+
+    def logits_here(self, x: Float[Array, "T D"], kernels: Kernels) -> Float32[Array, "T N"]:
+        """The product with the vectors of this device's part."""
+        return kernels.vocab_logits(x, self.values[...])

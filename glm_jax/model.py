@@ -17,6 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
+from glm_jax import sharding
 from glm_jax.attention import Attend, Attention
 from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
@@ -240,6 +241,21 @@ class Glm4Moe(nnx.Module):
         """Scores of every token of the vocabulary, for normed hidden states."""
         with jax.named_scope("lm_head"):
             return self.lm_head.logits(hidden, self.layers.kernels)
+
+    def choose(
+        self,
+        hidden: Float[Array, "T D"],
+        rows: tuple[Array, ...],
+        choose: Callable[..., Int32[Array, "*outputs T"]],
+    ) -> Int32[Array, "*outputs T"]:
+        """choose(logits, *rows), which knows each row by itself: where rows are many, each device
+        does it for its share of them, and none gets the logits of all."""
+        if not sharding.shares_rows(len(hidden)):
+            return choose(self.logits(hidden), *rows)
+        with jax.named_scope("lm_head"):
+            logits = self.lm_head.logits_of_share(hidden, self.layers.kernels)
+        chosen = choose(logits, *map(sharding.share_of, rows))
+        return sharding.all_gather(chosen, axis=chosen.ndim - 1)
 
 
 def _walk(

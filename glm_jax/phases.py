@@ -5,6 +5,7 @@ array whose columns shapes.py names. The sampled token stays in `Slots` for the 
 returned besides.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -208,24 +209,34 @@ def choose(
 ) -> Int32[Array, "outputs B"]:
     """A token after each row's hidden state, for position `lengths`, and what is told of it."""
     with jax.named_scope("sample"):
-        logits = model.logits(hidden)
+        rows = batch, lengths, table
+        return model.choose(hidden, rows, partial(_choose, slots.history, controls))
 
-        def history() -> Int32[Array, "B S"]:
-            return slots.history[table].reshape(len(table), -1)
 
-        def as_asked() -> tuple[Array, Array, Array]:
-            adjusted = adjust(logits, _adjustments(batch, controls), lengths, history)
-            tokens = pick(adjusted, sampling_rows(batch, lengths))
-            wanted = batch[:, columns.NUM_LOGPROBS]
-            return tokens, *top_logprobs(logits, wanted, columns.MAX_TOP_LOGPROBS)
+def _choose(
+    tokens_of: Int32[Array, "pages page_size"],
+    controls: Int32[Array, "slots control_columns"],
+    logits: Float[Array, "B V"],
+    batch: Int32[Array, "B columns"],
+    lengths: Int32[Array, " B"],
+    table: Int32[Array, "B P"],
+) -> Int32[Array, "outputs B"]:
+    def history() -> Int32[Array, "B S"]:
+        return tokens_of[table].reshape(len(table), -1)
 
-        def greedily() -> tuple[Array, Array, Array]:
-            return likeliest(logits), *no_logprobs(len(logits), columns.MAX_TOP_LOGPROBS)
+    def as_asked() -> tuple[Array, Array, Array]:
+        adjusted = adjust(logits, _adjustments(batch, controls), lengths, history)
+        tokens = pick(adjusted, sampling_rows(batch, lengths))
+        wanted = batch[:, columns.NUM_LOGPROBS]
+        return tokens, *top_logprobs(logits, wanted, columns.MAX_TOP_LOGPROBS)
 
-        # Each branch of its own costs a step some 5 us, and one that changes logits a copy of them.
-        is_asked = (batch[:, jnp.array(columns.ASKS)] != 0).any()
-        tokens, top_tokens, top = lax.cond(is_asked, as_asked, greedily)
-        logprobs = logprobs_of(logits, tokens)
+    def greedily() -> tuple[Array, Array, Array]:
+        return likeliest(logits), *no_logprobs(len(logits), columns.MAX_TOP_LOGPROBS)
+
+    # Each branch of its own costs a step some 5 us, and one that changes logits a copy of them.
+    is_asked = (batch[:, jnp.array(columns.ASKS)] != 0).any()
+    tokens, top_tokens, top = lax.cond(is_asked, as_asked, greedily)
+    logprobs = logprobs_of(logits, tokens)
     return jnp.concatenate([tokens[None], _bits(logprobs)[None], top_tokens, _bits(top)])
 
 

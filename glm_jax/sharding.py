@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int32
 # All devices form one axis: attention is split over kv heads and the experts over whole experts, so
 # every device holds every token and one all-reduce per sub-layer is all the traffic there is.
 MESH_AXIS = "tensor"
+# Rows a device from which on it is worth another exchange to have each choose for its own.
+_LEAST_SHARE = 4
 
 RULES: dict[str, str | None] = {
     "layers": None,
@@ -113,6 +115,23 @@ def all_reduce(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def all_gather(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Joins every device's x along one axis."""
     return lax.all_gather(x, MESH_AXIS, axis=axis, tiled=True)
+
+
+def shares_rows(num_rows: int) -> bool:
+    """Whether devices had better take a share of so many rows each than all of them all rows."""
+    devices = num_devices()
+    return devices > 1 and num_rows % devices == 0 and num_rows >= _LEAST_SHARE * devices
+
+
+def share_of(x: Array) -> Array:
+    """This device's share of the rows, [T, …], that all have."""
+    share = len(x) // num_devices()
+    return lax.dynamic_slice_in_dim(x, device_index() * share, share)
+
+
+def exchange(x: Float[Array, "T N"]) -> Float[Array, "share all_N"]:
+    """This device's share of the rows, of which each device has a part of the columns."""
+    return lax.all_to_all(x, MESH_AXIS, split_axis=0, concat_axis=1, tiled=True)
 
 
 def sum_in_order(x: Float[Array, "T D"]) -> Float[Array, "T D"]:

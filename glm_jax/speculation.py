@@ -168,14 +168,7 @@ def _draft(
     decoder, mtp = models
 
     def guess(state: Float[Array, "B D"], position: Int32[Array, " B"]) -> Int32[Array, " B"]:
-        logits = decoder.logits(state)
-        is_drawn = (batch[:, columns.TEMPERATURE] != 0).any()
-        # What only a drawn token takes is computed in its branch.
-        return lax.cond(
-            is_drawn,
-            lambda: pick(logits, sampling_rows(batch, position + 1)),
-            lambda: likeliest(logits),
-        )
+        return decoder.choose(state, (batch, position + 1), draw)
 
     state, cache = _follow_up(models, slots, slot, positions[:, 0], table, workspace)
     first = guess(state, positions[:, 0])
@@ -195,6 +188,17 @@ def _draft(
     start = (first, state, cache)
     (_, _, cache), others = lax.scan(link, start, positions[:, 1:-1].T)
     return jnp.concatenate([first[:, None], others.T], axis=1), cache
+
+
+def draw(
+    logits: Float[Array, "B V"], batch: Int32[Array, "B columns"], position: Int32[Array, " B"]
+) -> Int32[Array, " B"]:
+    """A guess for each row's position."""
+    is_drawn = (batch[:, columns.TEMPERATURE] != 0).any()
+    # What only a drawn token takes is computed in its branch.
+    return lax.cond(
+        is_drawn, lambda: pick(logits, sampling_rows(batch, position)), lambda: likeliest(logits)
+    )
 
 
 def _follow_up(

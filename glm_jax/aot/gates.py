@@ -33,6 +33,7 @@ MAX_LAYER_KERNELS, MAX_TURN_KERNELS = 9, 1
 MAX_TEMPORARIES: dict[Phase, int] = {"decode": 1_200_000_000, "prefill": 4 * 10**9}
 # Outside the layers a step sums the embedding once and joins the logits once.
 _SUMS_OUTSIDE, _GATHERS_OUTSIDE = 1, 1
+_SHARED_LOGITS = "all-to-all", "f32"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -82,10 +83,13 @@ def check(
 
 
 def _traffic(findings: Findings, num_layers: int) -> list[Violation]:
-    # A sum in a fixed order is an all-to-all, after which everyone gathers the sums.
-    sums = [each for each in findings.collectives if each.kind in ("all-reduce", "all-to-all")]
-    gathers = [each for each in findings.collectives if each.kind == "all-gather"]
-    others = [each for each in findings.collectives if each not in sums + gathers]
+    # A sum in a fixed order is an all-to-all, after which everyone gathers the sums; that of logits
+    # gives each device those of its share of the rows, of whose tokens everyone gathers what they are.
+    logits = [each for each in findings.collectives if (each.kind, each.dtype) == _SHARED_LOGITS]
+    found = [each for each in findings.collectives if each not in logits]
+    sums = [each for each in found if each.kind in ("all-reduce", "all-to-all")]
+    gathers = [each for each in found if each.kind == "all-gather"]
+    others = [each for each in found if each not in sums + gathers]
     violations = []
     executions = sum(each.executions for each in sums) + findings.fused_sums
     if executions != 2 * num_layers + _SUMS_OUTSIDE:
@@ -98,6 +102,8 @@ def _traffic(findings: Findings, num_layers: int) -> list[Violation]:
     ]
     in_order = sum(each.executions for each in sums if each.kind == "all-to-all")
     of_sums = sum(each.executions for each in gathers if each.dtype == "bf16")
+    if sum(each.executions for each in logits) > _GATHERS_OUTSIDE:
+        others = others + logits
     if sum(each.executions for each in gathers) > min(in_order, of_sums) + _GATHERS_OUTSIDE:
         others = others + gathers
     violations += [

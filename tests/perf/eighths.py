@@ -75,6 +75,9 @@ class _PartOfVocabulary(layers.VocabTable):
     def logits(self, x: jax.Array, kernels: Kernels) -> jax.Array:
         return jnp.tile(super().logits(x, kernels), (1, self.num_copies))
 
+    def logits_of_share(self, x: jax.Array, kernels: Kernels) -> jax.Array:
+        return jnp.tile(super().logits_of_share(x, kernels), (1, self.num_copies))
+
 
 @contextmanager
 def held_parts(num_devices: int) -> Iterator[None]:

@@ -64,6 +64,8 @@ KINDS: dict[str, dict[str, int]] = {
     "racing": {"num_drafts": 1},
     "row8": {"decode_steps": 8},
 }
+# Compiled for one number of rows.
+_OF_ONE_SIZE = ("racing", "row8")
 # Prefill is the same with a kind that takes the same arrays.
 _PREFILL = {"racing": "guess", "row8": "single"}
 _NEW_TOKENS = 40
@@ -83,11 +85,11 @@ def racing(does: bool) -> Iterator[None]:
 
 
 def kinds_of(options: argparse.Namespace) -> dict[str, StepShapes]:
-    """The shapes of each kind; what is wrong has one step, for answers to be compared."""
+    """The shapes of each kind."""
     shapes = shapes_of(options, VOCABULARY)
     kinds = {name: replace(shapes, **KINDS[name]) for name in options.kinds}
     small = {"num_slots": options.bits_rows, "decode_buckets": (options.bits_rows,)}
-    return {n: replace(s, **small) if n == "racing" else s for n, s in kinds.items()}
+    return {n: replace(s, **small) if n in _OF_ONE_SIZE else s for n, s in kinds.items()}
 
 
 def file_of(kind: str, phase: Phase, rows: int) -> str:
@@ -246,7 +248,7 @@ class Bench:
         """Milliseconds a step of every kind, in turns."""
         prompts, batches = prompts_of(self.config, rows, context - _NEW_TOKENS), {}
         for kind, runner in self.runners.items():
-            if kind == "racing":
+            if kind == "racing" or rows not in self.kinds[kind].decode_buckets:
                 continue
             budget = rows * -(-context // self.kinds[kind].prefill_tile)
             shapes = replace(self.kinds[kind], prefill_buckets=(budget,))
