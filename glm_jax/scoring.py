@@ -114,7 +114,8 @@ def lower_score(
         sharding = NamedSharding(mesh, replicated)
         return jax.ShapeDtypeStruct((shapes.score_rows, num_columns), np.int32, sharding=sharding)
 
-    function = jax.jit(sharded, donate_argnums=1, compiler_options=compiler_options(mesh))
+    how = compiler_options(mesh, options.kernels)
+    function = jax.jit(sharded, donate_argnums=1, compiler_options=how)
     with LOWERING:
         return function.lower(
             weights,

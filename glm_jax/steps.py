@@ -58,13 +58,17 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
 LOWERING = threading.Lock()
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """XLA's options for a step on the mesh."""
+def compiler_options(mesh: Mesh, kernels: Kernels = DEFAULT_KERNELS) -> dict[str, Any]:
+    """XLA's options for a step on the mesh, whose operations run so."""
     if mesh.devices.flat[0].platform != "gpu":
         return COMPILER_OPTIONS
     # Before 0.12, sums over devices could not be in a graph, and the option had no word for them.
     sums = ["COLLECTIVES_KERNEL", "COLLECTIVES"] if jax.__version_info__ >= (0, 12) else []
-    return GPU_COMPILER_OPTIONS | {"xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS + sums)}
+    options = GPU_COMPILER_OPTIONS | {"xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS + sums)}
+    if not kernels.fused_all_reduce:
+        # XLA's own kernels for small sums reach into other devices' memory too: all are NCCL's.
+        options["xla_gpu_experimental_use_collective_kernels"] = ""
+    return options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +166,9 @@ def step_function(
         out_specs=(*places[1:], replicated),
         check_vma=False,
     )
-    return jax.jit(sharded, donate_argnums=(1, 2), compiler_options=compiler_options(mesh))
+    return jax.jit(
+        sharded, donate_argnums=(1, 2), compiler_options=compiler_options(mesh, options.kernels)
+    )
 
 
 def _body(

@@ -80,7 +80,7 @@ def manifest_of(
         "host": _host(options.kernels.native) if device.platform == "cpu" else "any",
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
-        "compiler_options": compiler_options(mesh),
+        "compiler_options": compiler_options(mesh, options.kernels),
         "xla_flags": sorted(flag for flag in flags if not _HARMLESS_FLAGS.fullmatch(flag)),
         "source": _source_digest(),
     }
