@@ -22,7 +22,7 @@ from tests.perf.clock import LOWERING, ONE_BY_ONE, by_kernel, in_graph, time_pro
 from tests.perf.peers import Peer
 
 # A step takes the case's operands and a layer, and returns arrays.
-Step = Callable[[Any, jax.Array], Any]
+Step = Callable[[Any, Any], Any]
 
 _OURS = "mosaic_gpu_kernel"
 # XLA may leave out roundings to bfloat16 that the kernels and the layers make.
@@ -67,6 +67,7 @@ class Case:
       phase: of the steps that run this: "decode", "prefill", or "" where none does.
       written: places of the operands that all calls share and write, counters and pages: the step gets
         them as Refs, where it is not interpreted.
+      knows_layer: the step is traced for each layer, which it takes as a number.
       parts: of a case that is several kernels.
       is_timed_alone: leaves XLA's own kernels around ours out of the time, where a real step has none.
       alternatives: other ways to the same end in JAX, by name.
@@ -87,6 +88,7 @@ class Case:
     is_float32: bool = False
     phase: str = "decode"
     written: tuple[int, ...] = ()
+    knows_layer: bool = False
     parts: tuple[Part, ...] = ()
     is_timed_alone: bool = False
     alternatives: dict[str, Step] = field(default_factory=dict)
@@ -124,7 +126,8 @@ def split(case: Case, operands: Any) -> tuple[Any, list[Any]]:
 def all_layers(case: Case) -> Callable[[Any, list[Any]], tuple[list[Any], list[Any]]]:
     """A function of what split returns: the outputs of a call for each layer, and what they wrote."""
     # Traced and lowered once; not with what was traced of the same case before.
-    step = jax.jit(lambda operands, layer: case.step(operands, layer))
+    once = jax.jit(lambda operands, layer: case.step(operands, layer))
+    step = case.step if case.knows_layer else lambda operands, n: once(operands, jnp.int32(n))
 
     def run(kept: Any, written: list[Any]) -> tuple[list[Any], list[Any]]:
         refs = jax.tree.map(jax.new_ref, written)
@@ -134,7 +137,7 @@ def all_layers(case: Case) -> Callable[[Any, list[Any]], tuple[list[Any], list[A
             for at, ref in zip(case.written, refs, strict=True):
                 operands[at] = ref
             operands = tuple(operands)
-        outputs = [step(operands, jnp.int32(layer)) for layer in range(case.num_layers)]
+        outputs = [step(operands, layer) for layer in range(case.num_layers)]
         return outputs, jax.tree.map(jax.freeze, refs)
 
     return run
@@ -233,8 +236,12 @@ def check_interpreted(case: Case, seed: int) -> float:
     """The same at once, for kernels that are interpreted."""
     on = partial(on_mesh, mesh=make_mesh(1))
     operands = on(case.draw)(jax.random.key(seed))
-    layer = jnp.int32(seed % case.num_layers)
-    got, expected = (rounded(on(step))(operands, layer) for step in (case.step, case.reference))
+    layer = seed % case.num_layers
+    expected = rounded(on(case.reference))(operands, jnp.int32(layer))
+    if case.knows_layer:
+        got = rounded(on(lambda operands: case.step(operands, layer)))(operands)
+    else:
+        got = rounded(on(case.step))(operands, jnp.int32(layer))
     return largest(case.errors(got, expected))
 
 

@@ -56,24 +56,24 @@ def block(tokens: int) -> dict[str, Peer]:
 
 
 def attention(rows: int, tokens: int, length: int, heads: int) -> dict[str, Peer]:
-    """Attention: PyTorch's over bfloat16 keys that lie in one piece, Triton's over FP8 pages."""
-    in_triton = partial(_of_module, "triton_peers", "attention", rows, length, heads)
-    return _there(
-        {"torch sdpa": partial(_sdpa, rows, tokens, length, heads)},
-        {"Triton": in_triton} if tokens == 1 else {},
-    )
+    """Attention alone: PyTorch's over bfloat16 keys that lie in one piece."""
+    return _there({"torch sdpa": partial(_sdpa, rows, tokens, length, heads)}, {})
 
 
-def write_and_attend(rows: int, length: int, heads: int) -> dict[str, Peer]:
-    """Head norms, rotary, the write, attention and quantization of one token a row."""
-    both = partial(_of_module, "triton_peers", "write_and_attend", rows, length, heads)
-    return _there({}, {"Triton, torch sdpa": both})
+def write_and_attend(rows: int, length: int, heads: int, tokens: int = 1) -> dict[str, Peer]:
+    """Head norms, rotary, the write, attention and quantization of the last tokens of each row: PyTorch's
+    attention as above, or Triton's over FP8 pages, the rest by Triton."""
+    operands = rows, length, heads, tokens
+    return _there({}, {
+        "Triton, torch sdpa": partial(_of_module, "triton_peers", "write_and_attend", *operands),
+        "Triton": partial(_of_module, "triton_peers", "attention", *operands),
+    })  # fmt: skip
 
 
-def norm(tokens: int, width: int) -> dict[str, Peer]:
-    """Residual add, norm and quantization."""
-    in_triton = partial(_of_module, "triton_peers", "norm", tokens, width)
-    return _there({"torch.compile": partial(_norm, tokens, width)}, {"Triton": in_triton})
+def norm(tokens: int, width: int, *, is_sum: bool) -> dict[str, Peer]:
+    """Residual add, where there is one, norm and quantization."""
+    in_triton = partial(_of_module, "triton_peers", "norm", tokens, width, is_sum)
+    return _there({"torch.compile": partial(_norm, tokens, width, is_sum)}, {"Triton": in_triton})
 
 
 def prepare(peer: Peer) -> None:
@@ -172,11 +172,10 @@ def _sdpa(rows: int, tokens: int, length: int, heads: int, layers: int) -> Made:
     return Made({"": call})
 
 
-def _norm(tokens: int, width: int, layers: int) -> Made:
+def _norm(tokens: int, width: int, is_sum: bool, layers: int) -> Made:
     torch = _torch()
 
-    def add_norm_quantize(x: Any, added: Any, weight: Any) -> Any:
-        residual = x + added
+    def norm_quantize(residual: Any, weight: Any) -> Any:
         wide = residual.float()
         wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + _EPS)
         normed = wide.bfloat16() * weight
@@ -184,10 +183,13 @@ def _norm(tokens: int, width: int, layers: int) -> Made:
         values = (normed.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
         return residual, normed, values, scale
 
-    compiled = torch.compile(add_norm_quantize, dynamic=False)
     x, added = (torch.randn(tokens, width, device="cuda").bfloat16() for _ in range(2))
     weights = torch.randn(layers, width, device="cuda").bfloat16()
-    return Made({"": lambda layer: compiled(x, added, weights[layer])})
+    if not is_sum:
+        alone = torch.compile(lambda x, weight: norm_quantize(x, weight)[1:], dynamic=False)
+        return Made({"": lambda layer: alone(x, weights[layer])})
+    both = torch.compile(lambda x, added, weight: norm_quantize(x + added, weight), dynamic=False)
+    return Made({"": lambda layer: both(x, added, weights[layer])})
 
 
 def _in_graph(call: Callable[[int], Any], layers: int) -> float:

@@ -3,6 +3,7 @@
 Knows no other kernel.
 """
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -24,17 +25,21 @@ _SCALING = 2.5
 
 
 def norm_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
-    """Residual add, norm and quantization: alone, as prefill and a decode step's first layer have it,
-    and in the kernel that sums over devices, here one, as a layer's attention ends in a decode step."""
-    width, layers = sizes.hidden, sizes.layers
-    on: Any = {"eps": EPS, "chip": chip, "interpret": interpret}
+    """Norm and quantization: of rows alone, as a step begins; with a residual add, as layers of prefill
+    steps have it, and of decode steps only where XLA sums over devices; in the kernel that sums itself, here
+    over one, as a layer's attention ends in a decode step."""
+    width, on = sizes.hidden, {"eps": EPS, "chip": chip, "interpret": interpret}
 
-    def draw(num_rows: int, key: jax.Array) -> Any:
+    def draw(num_layers: int, num_rows: int, key: jax.Array) -> Any:
         keys = jax.random.split(key, 3)
         x, added = (jax.random.normal(k, (num_rows, width), jnp.bfloat16) for k in keys[:2])
-        return x, added, 1 + jax.random.normal(keys[2], (layers, width), jnp.bfloat16) / 4
+        return x, added, 1 + jax.random.normal(keys[2], (num_layers, width), jnp.bfloat16) / 4
 
-    def alone(operands: Any, layer: jax.Array) -> norm.NormedRows:
+    def first(operands: Any, layer: int) -> norm.NormedRows:
+        x, _, weight = operands
+        return norm.add_norm_quantize(x, None, weight, layer, **on)
+
+    def add(operands: Any, layer: jax.Array) -> norm.NormedRows:
         x, added, weight = operands
         return norm.add_norm_quantize(x, added, weight, layer, **on)
 
@@ -42,34 +47,43 @@ def norm_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
         x, added, weight = operands
         return all_reduce.all_reduce_add_norm(added, x, weight, layer, num_devices=1, **on)
 
-    def reference(operands: Any, layer: jax.Array) -> norm.NormedRows:
+    def reference(is_sum: bool, operands: Any, layer: jax.Array) -> norm.NormedRows:
         x, added, weight = operands
-        return normed(x, added, weight, layer)
+        return normed(x, added if is_sum else None, weight, layer)
 
-    steps = {"norm.add_norm_quantize": alone, "all_reduce.all_reduce_add_norm": summed}
-    for name, step in steps.items():
-        for num_rows in sizes.tokens:
-            if step is summed and num_rows > all_reduce.MAX_ROWS:
-                continue
-            yield Case(
-                kernel=name,
-                shape=f"T={num_rows}" + ", 1 device" * (step is summed),
-                draw=partial(draw, num_rows),
-                num_layers=layers,
-                step=step,
-                reference=reference,
-                errors=norm_errors,
-                tolerance=1e-3,
-                bytes=num_rows * width * (2 + 2 + 2 + 2 + 1) + 2 * width,
-                phase="prefill" if num_rows == sizes.prefill else "decode",
-                alternatives={"XLA": reference},
-                peers=peers.norm(num_rows, width),
-            )
+    kinds = (
+        ("norm.add_norm_quantize, first", first),
+        ("norm.add_norm_quantize", add),
+        ("all_reduce.all_reduce_add_norm", summed),
+    )
+    for (name, step), num_rows in itertools.product(kinds, sizes.tokens):
+        is_prefill, is_sum = num_rows == sizes.prefill, step is not first
+        if step is not add and num_rows > all_reduce.MAX_ROWS:
+            continue
+        num_layers = sizes.layers if is_sum else sizes.layers // 2
+        numbers = 2 + 2 + 1 + (2 + 2) * is_sum
+        yield Case(
+            kernel=name,
+            shape=f"T={num_rows}" + ", 1 device" * (step is summed),
+            draw=partial(draw, num_layers, num_rows),
+            num_layers=num_layers,
+            step=step,
+            reference=partial(reference, is_sum),
+            errors=norm_errors,
+            tolerance=1e-3,
+            bytes=num_rows * width * numbers + 2 * width,
+            phase="prefill" if is_prefill else "" if step is add else "decode",
+            knows_layer=not is_sum,
+            alternatives={"XLA": partial(reference, is_sum)},
+            peers=peers.norm(num_rows, width, is_sum=is_sum),
+        )
 
 
-def normed(residual: jax.Array, added: jax.Array, weight: jax.Array, layer: jax.Array) -> Any:
-    """Their sum, its norm by a layer's weights, and that quantized."""
-    residual = residual + added
+def normed(
+    residual: jax.Array, added: jax.Array | None, weight: jax.Array, layer: jax.Array
+) -> Any:
+    """Their sum, if there is one, its norm by a layer's weights, and that quantized."""
+    residual = residual if added is None else residual + added
     wide = residual.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)
     made = wide.astype(residual.dtype) * lax.dynamic_index_in_dim(weight, layer)

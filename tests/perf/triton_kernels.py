@@ -293,15 +293,17 @@ def down(
 @triton.jit
 def combine_norm(
     rows, added, picks, weights, residual, norm, total, normed, values, scale, E: tl.constexpr,
-    N: tl.constexpr, PICKS: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, PICKS: tl.constexpr, IS_SUM: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token's added row and the weighted rows of the picks that are held here, rounded to bfloat16, on top
-    of its residual; that normed; that quantized."""
+    of its residual; that normed; that quantized. Where there is no sum, the residual alone is normed."""
     _await_others()
     token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
-    acc = tl.load(added + token * N + columns, mask=mask, other=0).to(tl.float32)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    if IS_SUM:
+        acc = tl.load(added + token * N + columns, mask=mask, other=0).to(tl.float32)
     before = tl.load(residual + token * N + columns, mask=mask, other=0)
     weight = tl.load(norm + columns, mask=mask, other=0).to(tl.float32)
     for place in tl.static_range(PICKS):
@@ -309,9 +311,10 @@ def combine_norm(
         is_here = tl.load(picks + at) < E
         row = tl.load(rows + at * N + columns, mask=mask & is_here, other=0).to(tl.float32)
         acc += tl.where(is_here, tl.load(weights + at), 0.0) * row
-    acc = before.to(tl.float32) + acc.to(tl.bfloat16).to(tl.float32)
-    out = acc.to(tl.bfloat16)
-    tl.store(total + token * N + columns, out, mask=mask)
+    out = before
+    if IS_SUM:
+        out = (before.to(tl.float32) + acc.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16)
+        tl.store(total + token * N + columns, out, mask=mask)
     wide = out.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide, 0) / N + EPS)
     made = ((wide * factor).to(tl.bfloat16).to(tl.float32) * weight).to(tl.bfloat16)
@@ -323,26 +326,42 @@ def combine_norm(
 
 
 @triton.jit
-def quantize_rows(rows, values, scale, N: tl.constexpr, BLOCK: tl.constexpr):
-    """FP8 of bfloat16 rows, with a scale each."""
+def quantize_heads(
+    rows, values, scale, of_row, of_head, of_token, H: tl.constexpr, D: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """FP8 of the heads of each row's tokens, with a scale a token; rows lie as the three strides say."""
     _await_others()
-    row = tl.program_id(0)
-    _quantize_row(rows + row * N, values + row * N, scale + row, N, BLOCK)
+    token = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    at = token // TOKENS * of_row + token % TOKENS * of_token + columns // D * of_head + columns % D
+    row = tl.load(rows + at, mask=columns < H * D, other=0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(row), 0), 1e-12)
+    made = (row * (448.0 / largest)).to(tl.float8e4nv)
+    tl.store(values + token * H * D + columns, made, mask=columns < H * D)
+    tl.store(scale + token, largest / 448.0)
 
 
 @triton.jit(do_not_specialize=["length"])
 def write_heads(
-    qkv, q_norm, k_norm, cos, sin, positions, q, keys, values, length, H: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    qkv, q_norm, k_norm, cos, sin, positions, table, q, keys, values, length, H: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """A row's queries, normed and turned; its key, treated so, and its value where they belong."""
+    """A token's queries, normed and turned, [B, H, TOKENS, D]; its key, treated so, and its value where
+    they belong: in one piece a row or, where PAGE is not 0, in pages."""
     _await_others()
-    row, head = tl.program_id(0), tl.program_id(1)
+    token, head = tl.program_id(0), tl.program_id(1)
+    row = token // TOKENS
     dims = tl.arange(0, D)
     partner = tl.where(dims < 2 * HALF, dims ^ HALF, dims)
-    source = qkv + (row * (H + 2) + head) * D
+    source = qkv + (token * (H + 2) + head) * D
     x = tl.load(source + dims)
-    place = (row * length + tl.load(positions + row)) * D + dims
+    position = tl.load(positions + token)
+    if PAGE > 0:
+        page = tl.load(table + row * (length // PAGE) + position // PAGE)
+        place = (page.to(tl.int64) * PAGE + position % PAGE) * D + dims
+    else:
+        place = (row * length + position) * D + dims
     if head <= H:
         norm = q_norm if head < H else k_norm
         wide, other = x.to(tl.float32), tl.load(source + partner).to(tl.float32)
@@ -351,36 +370,38 @@ def write_heads(
         other = (other * factor).to(tl.bfloat16).to(tl.float32)
         wide *= tl.load(norm + dims).to(tl.float32)
         other *= tl.load(norm + partner).to(tl.float32)
-        at = row * HALF + dims % HALF
+        at = token * HALF + dims % HALF
         sign = tl.where(dims < HALF, -1.0, 1.0)
         turned = wide * tl.load(cos + at) + sign * other * tl.load(sin + at)
         x = tl.where(dims < 2 * HALF, turned, wide).to(tl.bfloat16)
         if head < H:
-            tl.store(q + (row * H + head) * D + dims, x)
+            tl.store(q + ((row * H + head) * TOKENS + token % TOKENS) * D + dims, x)
         else:
-            tl.store(keys + place, x)
+            tl.store(keys + place, x.to(keys.dtype.element_ty))
     else:
-        tl.store(values + place, x)
+        tl.store(values + place, x.to(values.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["pages_per_row"])
 def decode_attention(
     q, k_pages, v_pages, table, lengths, out, part, part_max, part_sum, arrived, pages_per_row,
     H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """bfloat16 [B, H, D]: flash decoding over pages of FP8; a row's last part adds all of them up."""
+    """bfloat16 [B, H, TOKENS, D] of queries [B, H, TOKENS, D], the last of which sees all of its row: flash
+    decoding over pages of FP8, in tiles of M queries; a row's last part adds all of them up."""
     _await_others()
     row, split = tl.program_id(0), tl.program_id(1)
-    heads, dims = tl.arange(0, 16), tl.arange(0, D)
+    heads, dims = tl.arange(0, M), tl.arange(0, D)
     length = tl.load(lengths + row)
     share = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
     begin, end = split * share, tl.minimum(length, (split + 1) * share)
-    in_q = (row * H + heads[:, None]) * D + dims[None, :]
-    query = tl.load(q + in_q, mask=heads[:, None] < H, other=0)
-    largest = tl.full((16,), float("-inf"), tl.float32)
-    total = tl.zeros((16,), tl.float32)
-    acc = tl.zeros((16, D), tl.float32)
+    in_q = (row * H * TOKENS + heads[:, None]) * D + dims[None, :]
+    query = tl.load(q + in_q, mask=heads[:, None] < H * TOKENS, other=0)
+    sees = tl.minimum(end, length - (TOKENS - 1) + heads % TOKENS)
+    largest = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, D), tl.float32)
     scale: tl.constexpr = 1.4426950408889634 / D**0.5
     for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
         positions = start + tl.arange(0, BLOCK)
@@ -390,7 +411,7 @@ def decode_attention(
         at = page.to(tl.int64) * PAGE + positions % PAGE
         key = tl.load(k_pages + at[:, None] * D + dims[None, :]).to(tl.bfloat16)
         score = tl.dot(query, tl.trans(key)) * scale
-        score = tl.where(positions[None, :] < end, score, float("-inf"))
+        score = tl.where(positions[None, :] < sees[:, None], score, float("-inf"))
         now = tl.maximum(largest, tl.max(score, 1))
         before = tl.exp2(largest - now)
         weight = tl.exp2(score - now[:, None])
@@ -401,25 +422,27 @@ def decode_attention(
     is_mine = True
     if SPLITS > 1:
         mine = row * SPLITS + split
-        tl.store(part_max + mine * 16 + heads, largest)
-        tl.store(part_sum + mine * 16 + heads, total)
-        tl.store(part + (mine * 16 + heads[:, None]) * D + dims[None, :], acc)
+        tl.store(part_max + mine * M + heads, largest)
+        tl.store(part_sum + mine * M + heads, total)
+        tl.store(part + (mine * M + heads[:, None]) * D + dims[None, :], acc)
         tl.debug_barrier()
         is_mine = tl.atomic_add(arrived + row, 1, sem="acq_rel") == SPLITS - 1
         if is_mine:
             splits = tl.arange(0, SPLITS)
-            all_of = (row * SPLITS + splits[:, None]) * 16 + heads[None, :]
+            all_of = (row * SPLITS + splits[:, None]) * M + heads[None, :]
             maxima = tl.load(part_max + all_of, cache_modifier=".cg")
             top = tl.max(maxima, 0)
             factors = tl.exp2(maxima - top[None, :])
             total = tl.sum(factors * tl.load(part_sum + all_of, cache_modifier=".cg"), 0)
-            acc = tl.zeros((16, D), tl.float32)
+            acc = tl.zeros((M, D), tl.float32)
             for other in range(SPLITS):
-                one = (row * SPLITS + other) * 16 + heads
+                one = (row * SPLITS + other) * M + heads
                 factor = tl.exp2(tl.load(part_max + one, cache_modifier=".cg") - top)
                 acc += factor[:, None] * tl.load(
                     part + one[:, None] * D + dims[None, :], cache_modifier=".cg"
                 )
             tl.store(arrived + row, 0)
     if is_mine:
-        tl.store(out + in_q, (acc / total[:, None]).to(tl.bfloat16), mask=heads[:, None] < H)
+        tl.store(
+            out + in_q, (acc / total[:, None]).to(tl.bfloat16), mask=heads[:, None] < H * TOKENS
+        )

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import bias
 
 from tests.perf import triton_kernels as kernels
 from tests.perf.peers import Made
@@ -82,40 +83,107 @@ def dense_cuts(tokens: int, rows: int, width: int) -> list[tuple[int, ...]]:
     return [cut for cut in cuts if fits(cut)]
 
 
-def attention(rows: int, length: int, heads: int, layers: int, device: str = "cuda") -> Made:
-    """One token of each row over FP8 pages that lie scattered."""
-    pages_per_row = length // _PAGE
+class _Heads:
+    """Queries, keys and values of so many last tokens of each row, and what goes around attention: norms,
+    rotary and the write by a kernel before it, quantization by another after it."""
+
+    def __init__(
+        self, rows: int, length: int, heads: int, tokens: int, layers: int, device: str
+    ) -> None:
+        self.heads, self.tokens, self.length, self.device = heads, tokens, length, device
+        count = rows * tokens
+        self.qkv, self.norms = self.draw(count, heads + 2, _HEAD), self.draw(layers, 2, _HEAD)
+        angles = torch.rand(count, _HEAD // 4, device=device)
+        self.cos, self.sin = angles.cos(), angles.sin()
+        self.q = self.draw(rows, heads, tokens, _HEAD)
+        last = torch.arange(length - tokens, length, device=device, dtype=torch.int32)
+        self.positions = last.repeat(rows)
+        self.values = torch.empty(count, heads * _HEAD, device=device, dtype=torch.float8_e4m3fn)
+        self.scale = torch.empty(count, 1, device=device)
+
+    def draw(self, *shape: int) -> Any:
+        return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
+
+    def write(self, layer: int, keys: Any, values: Any, table: Any = None) -> None:
+        """Writes keys and values, in pages where there is a table of them, and the queries."""
+        kernels.write_heads[len(self.qkv), self.heads + 2](
+            self.qkv, self.norms[layer, 0], self.norms[layer, 1], self.cos, self.sin,
+            self.positions, self.positions if table is None else table, self.q, keys, values,
+            self.length, H=self.heads, D=_HEAD, HALF=_HEAD // 4, EPS=_EPS, TOKENS=self.tokens,
+            PAGE=0 if table is None else _PAGE, num_warps=1, **kernels.launches(),
+        )  # fmt: skip
+
+    def quantize(self, attended: Any) -> Any:
+        """FP8 of [B, heads, tokens, 128], however that lies."""
+        of_row, of_head, of_token, _ = attended.stride()
+        kernels.quantize_heads[(len(self.qkv),)](
+            attended, self.values, self.scale, of_row, of_head, of_token, H=self.heads, D=_HEAD,
+            TOKENS=self.tokens, BLOCK=1 << (self.heads * _HEAD - 1).bit_length(), num_warps=4,
+            **kernels.launches(),
+        )  # fmt: skip
+        return self.values, self.scale
+
+    def error(self, got: Any, keys: Any, values: Any) -> float:
+        """Of what layer 0 made, with its keys and values [B, length, 128], written as they were."""
+        rows, heads, tokens = len(self.q), self.heads, self.tokens
+        wide = self.qkv[:, : heads + 1].float()
+        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + _EPS)
+        which = torch.tensor([0] * heads + [1], device=self.device)
+        wide = wide * self.norms[0, which].float()
+        first, second, rest = wide[..., :32], wide[..., 32:64], wide[..., 64:]
+        c, s = self.cos[:, None], self.sin[:, None]
+        turned = torch.cat([first * c - second * s, second * c + first * s, rest], -1)
+        turned = turned.reshape(rows, tokens, heads + 1, _HEAD)
+        is_narrow = keys.dtype == torch.float8_e4m3fn
+        keys, values = keys.float(), values.float()
+        wrote = relative(keys[:, -tokens:], turned[:, :, heads])
+        new = self.qkv[:, heads + 1].float().reshape(rows, tokens, _HEAD)
+        moved = relative(values[:, -tokens:], new)
+        worst = 0.0
+        for row in range(0, rows, max(1, rows // 4)):
+            scores = turned[row, :, :heads] @ keys[row].T / _HEAD**0.5
+            for token in range(tokens - 1):
+                scores[token, :, self.length - tokens + 1 + token :] = float("-inf")
+            want = (scores.softmax(-1) @ values[row]).reshape(tokens, -1)
+            part = slice(row * tokens, (row + 1) * tokens)
+            made = got[0][part].float() * got[1][part]
+            # Quantized, it is good for 3e-2.
+            worst = max(worst, relative(made, want) / 8)
+        return max(wrote, moved) / (8 if is_narrow else 1) + worst
+
+
+def attention(
+    rows: int, length: int, heads: int, tokens: int, layers: int, device: str = "cuda"
+) -> Made:
+    """Norms, rotary and write, attention over FP8 pages that lie scattered, quantization."""
+    around = _Heads(rows, length, heads, tokens, layers, device)
+    pages_per_row, num_queries = length // _PAGE, max(16, 1 << (heads * tokens - 1).bit_length())
     num_pages = rows * pages_per_row
     pools = [
-        [torch.randn(num_pages, _PAGE, _HEAD, device=device, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
-         for _ in range(2)]
+        [around.draw(num_pages, _PAGE, _HEAD).to(torch.float8_e4m3fn) for _ in range(2)]
         for _ in range(layers)
-    ]  # fmt: skip
-    q = torch.randn(rows, heads, _HEAD, device=device, dtype=torch.bfloat16)
+    ]
     table = torch.randperm(num_pages, device=device).to(torch.int32).reshape(rows, pages_per_row)
     lengths = torch.full((rows,), length, device=device, dtype=torch.int32)
-    out = torch.empty_like(q)
-    part = torch.empty(rows * 64 * 16 * _HEAD, device=device)
-    part_max, part_sum = (torch.empty(rows * 64 * 16, device=device) for _ in range(2))
+    out = torch.empty_like(around.q)
+    part = torch.empty(rows * 64 * num_queries * _HEAD, device=device)
+    part_max, part_sum = (torch.empty(rows * 64 * num_queries, device=device) for _ in range(2))
     arrived = torch.zeros(rows, device=device, dtype=torch.int32)
 
     def run(cut: tuple[int, ...], layer: int) -> Any:
         block, splits, stages, warps = cut
+        keys, values = pools[layer]
+        around.write(layer, keys, values, table)
         kernels.decode_attention[rows, splits](
-            q, *pools[layer], table, lengths, out, part, part_max, part_sum, arrived, pages_per_row,
-            H=heads, D=_HEAD, PAGE=_PAGE, BLOCK=block, SPLITS=splits, STAGES=stages,
-            num_warps=warps, **kernels.launches(),
+            around.q, keys, values, table, lengths, out, part, part_max, part_sum, arrived,
+            pages_per_row, H=heads, D=_HEAD, PAGE=_PAGE, BLOCK=block, SPLITS=splits, STAGES=stages,
+            TOKENS=tokens, M=num_queries, num_warps=warps, **kernels.launches(),
         )  # fmt: skip
-        return out
+        return around.quantize(out)
 
     def error(got: Any) -> float:
         keys, values = (pool[table.long()].reshape(rows, length, _HEAD) for pool in pools[0])
-        worst = 0.0
-        for row in range(0, rows, max(1, rows // 4)):
-            scores = q[row].float() @ keys[row].float().T / _HEAD**0.5
-            want = scores.softmax(-1) @ values[row].float()
-            worst = max(worst, relative(got[row], want))
-        return worst
+        return around.error(got, keys, values)
 
     return Made(ways(run, attention_cuts(rows, length)), error, kernels.overlap)
 
@@ -129,58 +197,59 @@ def attention_cuts(rows: int, length: int) -> list[tuple[int, ...]]:
     return [(tiles[0], splits, *tiles[1:]) for splits in counts or [most]]
 
 
-def write_and_attend(rows: int, length: int, heads: int, layers: int, device: str = "cuda") -> Made:
-    """Norms, rotary and write by a kernel, PyTorch's attention, and quantization by another.
-
-    Keys and values are bfloat16 and lie in one piece.
-    """
-
-    def draw(*shape: int) -> Any:
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
+def write_and_attend(
+    rows: int, length: int, heads: int, tokens: int, layers: int, device: str = "cuda"
+) -> Made:
+    """The same with PyTorch's attention: keys and values are bfloat16 and lie in one piece."""
     attend = torch.nn.functional.scaled_dot_product_attention
-    qkv, norms = draw(rows, heads + 2, _HEAD), draw(layers, 2, _HEAD)
-    caches = [(draw(rows, 1, length, _HEAD), draw(rows, 1, length, _HEAD)) for _ in range(layers)]
-    angles = torch.rand(rows, _HEAD // 4, device=device)
-    cos, sin, q = angles.cos(), angles.sin(), draw(rows, heads, 1, _HEAD)
-    positions = torch.full((rows,), length - 1, device=device, dtype=torch.int32)
-    values = torch.empty(rows, heads * _HEAD, device=device, dtype=torch.float8_e4m3fn)
-    scale = torch.empty(rows, 1, device=device)
+    around = _Heads(rows, length, heads, tokens, layers, device)
+    q = around.q
+    caches = [[around.draw(rows, 1, length, _HEAD) for _ in range(2)] for _ in range(layers)]
+    seen = torch.ones(tokens, length, dtype=torch.bool, device=device).tril(length - tokens)
+    # Tokens as more heads of one.
+    of_head = seen.repeat(heads, 1)[None, :, None]
 
-    def call(layer: int) -> Any:
-        kernels.write_heads[rows, heads + 2](
-            qkv, norms[layer, 0], norms[layer, 1], cos, sin, positions, q, *caches[layer], length,
-            H=heads, D=_HEAD, HALF=_HEAD // 4, EPS=1e-5, num_warps=1, **kernels.launches(),
-        )  # fmt: skip
-        attended = attend(q, *caches[layer], enable_gqa=True)
-        kernels.quantize_rows[(rows,)](
-            attended, values, scale, N=heads * _HEAD, BLOCK=1 << (heads * _HEAD - 1).bit_length(),
-            num_warps=4, **kernels.launches(),
-        )  # fmt: skip
-        return values, scale
+    def way(attention: Callable[..., Any], layer: int) -> Any:
+        around.write(layer, *caches[layer])
+        attended = attention(*caches[layer])
+        return around.quantize(attended)
+
+    def as_heads(keys: Any, values: Any) -> Any:
+        flat = q.view(rows, heads * tokens, 1, _HEAD)
+        made = attend(flat, keys, values, attn_mask=of_head, enable_gqa=True)
+        return made.reshape(q.shape)
+
+    def masked(keys: Any, values: Any) -> Any:
+        return attend(q, keys, values, attn_mask=seen, enable_gqa=True)
+
+    def expanded(keys: Any, values: Any) -> Any:
+        shape = rows, heads, length, _HEAD
+        return attend(q, keys.expand(shape), values.expand(shape), attn_mask=seen)
+
+    def lower_right(keys: Any, values: Any) -> Any:
+        mask: Any = bias.causal_lower_right(tokens, length)
+        return attend(q, keys, values, attn_mask=mask, enable_gqa=True)
+
+    one = {"": lambda keys, values: attend(q, keys, values, enable_gqa=True)}
+    several = {
+        "masked": masked,
+        "heads": as_heads,
+        "expanded": expanded,
+        "lower right": lower_right,
+    }
 
     def error(got: Any) -> float:
-        wide = qkv[:, : heads + 1].float()
-        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
-        which = torch.tensor([0] * heads + [1], device=device)
-        wide = wide * norms[0, which].float()
-        first, second, rest = wide[..., :32], wide[..., 32:64], wide[..., 64:]
-        c, s = cos[:, None], sin[:, None]
-        turned = torch.cat([first * c - second * s, second * c + first * s, rest], -1)
-        keys, vals = (cache.float() for cache in caches[0])
-        wrote = relative(keys[:, 0, -1], turned[:, heads])
-        moved = relative(vals[:, 0, -1], qkv[:, heads + 1].float())
-        scores = turned[:, :heads] @ keys[:, 0].mT / _HEAD**0.5
-        want = (scores.softmax(-1) @ vals[:, 0]).reshape(rows, -1)
-        # Quantized, it is good for 3e-2.
-        return max(wrote, moved, relative(got[0].float() * got[1], want) / 8)
+        return around.error(got, *(cache[:, 0] for cache in caches[0]))
 
-    return Made({"": call}, error, kernels.overlap)
+    forms = one if tokens == 1 else several
+    calls = {name: partial(way, attention) for name, attention in forms.items()}
+    return Made(calls, error, kernels.overlap)
 
 
-def norm(tokens: int, width: int, layers: int, device: str = "cuda") -> Made:
-    """Residual add, norm and quantization: a program for each row."""
-    x, added = (torch.randn(tokens, width, device=device).bfloat16() for _ in range(2))
+def norm(tokens: int, width: int, is_sum: bool, layers: int, device: str = "cuda") -> Made:
+    """Residual add, where there is one, norm and quantization: a program for each row."""
+    x, other = (torch.randn(tokens, width, device=device).bfloat16() for _ in range(2))
+    added = other if is_sum else None
     weights = torch.randn(layers, width, device=device).bfloat16()
     run = norm_call(x, weights)
 
@@ -194,29 +263,31 @@ def norm(tokens: int, width: int, layers: int, device: str = "cuda") -> Made:
 
 
 def norm_call(residual: Any, weights: Any) -> Callable[..., Any]:
-    """A function of warps, a layer, and what is added to residual: rows, or, with those of experts after
-    them, their picks, weights and how many experts are here, the shared expert's."""
+    """A function of warps, a layer, and what is added to residual: nothing, rows, or, with those of experts
+    after them, their picks, weights and how many experts are here, the shared expert's."""
     tokens, width = residual.shape
     total, normed = (torch.empty_like(residual) for _ in range(2))
     values = torch.empty_like(residual, dtype=torch.float8_e4m3fn)
     scale = torch.empty(tokens, 1, device=residual.device)
 
     def run(warps: int, layer: int, added: Any, *routed: Any) -> Any:
+        is_sum = added is not None
+        added = added if is_sum else residual
         rows, picks, shares, num_local = routed or (added, added, added, 0)
         kernels.combine_norm[(tokens,)](
             rows, added, picks, shares, residual, weights[layer], total, normed, values, scale,
-            E=num_local, N=width, PICKS=picks.shape[1] if routed else 0, EPS=_EPS,
+            E=num_local, N=width, PICKS=picks.shape[1] if routed else 0, IS_SUM=is_sum, EPS=_EPS,
             BLOCK=1 << (width - 1).bit_length(), num_warps=warps, **kernels.launches(),
         )  # fmt: skip
-        return total, normed, values, scale
+        return total if is_sum else residual, normed, values, scale
 
     return run
 
 
 def norm_error(got: Any, residual: Any, added: Any, weight: Any) -> float:
-    """Of what norm_call makes of bfloat16 rows that are added to residual."""
+    """Of what norm_call makes of bfloat16 rows, or of none, that are added to residual."""
     total, normed, values, scale = got
-    want = residual + added
+    want = residual if added is None else residual + added
     wide = want.float()
     made = (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + _EPS)).bfloat16() * weight
     # Quantized, it is good for 3e-2.
