@@ -251,9 +251,10 @@ class Glm4Moe(nnx.Module):
         """choose(logits, *rows), which knows each row by itself: where rows are many, each device
         does it for its share of them, and none gets the logits of all."""
         if not sharding.shares_rows(len(hidden)):
-            return choose(self.logits(hidden), *rows)
+            return choose(sharding.in_memory(self.logits(hidden)), *rows)
         with jax.named_scope("lm_head"):
-            logits = self.lm_head.logits_of_share(hidden, self.layers.kernels)
+            own = self.lm_head.logits_of_share(hidden, self.layers.kernels)
+            logits = sharding.in_memory(own)
         chosen = choose(logits, *map(sharding.share_of, rows))
         return sharding.all_gather(chosen, axis=chosen.ndim - 1)
 

@@ -134,6 +134,12 @@ def exchange(x: Float[Array, "T N"]) -> Float[Array, "share all_N"]:
     return lax.all_to_all(x, MESH_AXIS, split_axis=0, concat_axis=1, tiled=True)
 
 
+def in_memory(x: Array) -> Array:
+    """x as what it is for is computed from it wherever it comes from: of what several devices bring, in
+    parts, XLA would otherwise take sums by other ways than of what one has, with other bits."""
+    return lax.optimization_barrier(x) if num_devices() > 1 else x
+
+
 def sum_in_order(x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """The sum of x over all devices, added in float32 with device 0 first, and rounded once.
 

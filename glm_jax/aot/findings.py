@@ -17,12 +17,12 @@ from glm_jax.steps import StepSpecs
 
 _COLLECTIVES = frozenset(
     """all-reduce all-reduce-start all-gather all-gather-start reduce-scatter all-to-all
-    ragged-all-to-all collective-permute collective-permute-start collective-broadcast""".split()
+    all-to-all-start ragged-all-to-all collective-permute collective-permute-start collective-broadcast""".split()
 )
 # They name or hand on a value that is already in memory.
 _NAMES_ONLY = frozenset(
     """parameter get-tuple-element tuple bitcast while conditional call opt-barrier constant
-    fusion-done async-done async-update copy-done all-reduce-done all-gather-done
+    fusion-done async-done async-update copy-done all-reduce-done all-gather-done all-to-all-done
     collective-permute-done partition-id""".split()
 )
 # They write a few elements into the array they are given.
