@@ -137,8 +137,8 @@ def shapes_within(
     except ValueError as error:
         raise SizingError(f"{error} (--num-gpus)") from error
     geometry = _GEOMETRY[platform]
-    # A GPU's kernels read whole pages of one size, and rows by eights: others XLA would pad in every
-    # layer, and no launch would overlap the one before.
+    # A GPU's kernels read whole pages of one size, and rows and tokens by eights: other rows XLA would
+    # pad in every layer, and no launch would overlap the one before.
     is_gpu = platform == "gpu"
     page_size = geometry.page_size if is_gpu else min(geometry.page_size, max_seq_len)
     most_decoded = max_concurrency
@@ -152,7 +152,9 @@ def shapes_within(
             f"{max(fitting, 0)} fit beside the weights; lower --max-seq-len or use more devices"
         )
     tile = min(geometry.prefill_tile, max_batch_tokens)
-    most_rows = min(max_batch_tokens, geometry.prefill_tokens[-1]) // tile
+    if is_gpu:
+        tile = max(tile - tile % 8, 8)
+    most_rows = max(min(max_batch_tokens, geometry.prefill_tokens[-1]) // tile, 1)
     return StepShapes(
         num_slots=max_concurrency,
         num_pages=min(fitting, max_concurrency * per_sequence),

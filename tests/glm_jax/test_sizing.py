@@ -145,6 +145,15 @@ def test_a_gpu_decodes_rows_by_eights_and_has_whole_pages(max_concurrency: int, 
 
 
 @pytest.mark.parametrize(
+    ("max_batch_tokens", "tile", "rows"), [(1, 8, 1), (37, 32, 1), (300, 128, 2)]
+)
+def test_a_gpu_computes_prompts_by_eights(max_batch_tokens: int, tile: int, rows: int) -> None:
+    limits = {"max_concurrency": 1, "max_seq_len": 500, "max_batch_tokens": max_batch_tokens}
+    shapes = choose(gpu_mesh(8, 139 * GIB), glm_4_7(), **limits)
+    assert (shapes.prefill_tile, shapes.prefill_buckets[-1]) == (tile, rows)
+
+
+@pytest.mark.parametrize(
     ("max_batch_tokens", "tile", "buckets"),
     [
         (1, 1, (1,)),
