@@ -239,6 +239,10 @@ def _kernel_cells(found: Result) -> Sequence[str]:
     best = min(others, key=lambda name: others[name]["us"], default=None)
     wrong = "" if found["is_right"] else " **wrong**"
     compared = "-" if best is None else f"{_kernel_times(others[best])} {best}"
+    in_graphs = {name: x["us_graph"] for name, x in others.items() if "us_graph" in x}
+    first = min(in_graphs, key=lambda name: in_graphs[name], default=best)
+    if first != best and "us_graph" in found:
+        compared += f", ({in_graphs[first]:.1f}) {first}"
     return (
         *cells,
         (f"{found['error']:.1e}" if "error" in found else "") + wrong,
@@ -246,7 +250,7 @@ def _kernel_cells(found: Result) -> Sequence[str]:
         f"{found['floor_us'] / found['us']:.0%}",
         f"{found['small_floor_us'] / found['us']:.0%}",
         compared,
-        "-" if best is None else _ratio_of_kernels(found, others[best]),
+        "-" if best is None else _ratio_of_kernels(found, others[best]["us"], in_graphs.get(first)),
     )
 
 
@@ -255,11 +259,11 @@ def _kernel_times(times: Result) -> str:
     return f"{times['us']:.1f}{in_graph}"
 
 
-def _ratio_of_kernels(ours: Result, theirs: Result) -> str:
-    ratio = f"{theirs['us'] / ours['us']:.2f}"
-    if "us_graph" not in ours or "us_graph" not in theirs:
+def _ratio_of_kernels(ours: Result, us: float, us_graph: float | None) -> str:
+    ratio = f"{us / ours['us']:.2f}"
+    if "us_graph" not in ours or us_graph is None:
         return ratio
-    return f"{ratio} ({theirs['us_graph'] / ours['us_graph']:.2f})"
+    return f"{ratio} ({us_graph / ours['us_graph']:.2f})"
 
 
 def _layer(result: Result, path: Path) -> Iterator[str]:
@@ -276,6 +280,8 @@ def _layer_cells(found: Result) -> Iterator[Sequence[str]]:
             f"{part['floor_us']:.1f}", share,
         )  # fmt: skip
     yield (rows, "gaps", "", f"{found['gaps_us']:.1f}", "", "")
+    if "alone_us" in found:
+        yield (rows, "all, one after the other", "", f"{found['alone_us']:.1f}", "", "")
     yield (
         rows, "**all**", f"{found['launches']:.1f}", f"{found['layer_us']:.1f}",
         f"{found['floor_us']:.1f}", f"{found['floor_us'] / found['layer_us']:.0%}",
@@ -284,9 +290,11 @@ def _layer_cells(found: Result) -> Iterator[Sequence[str]]:
 
 def _layer_conditions(result: Result, path: Path) -> Iterator[str]:
     yield f"Measured {result['date']} at commit {result['commit']} on {result['device']},"
-    yield f"jax {result['jax']}, from steps of one layer and of five as XLA captures them: a layer is a"
-    yield "quarter of the difference; gaps are what its kernels, timed one after the other, do not fill, and"
-    yield "below nothing where they overlap or take less in the step. A floor is what this card's"
+    few, many = result["layers"][0], result["layers"][-1]
+    yield f"jax {result['jax']}, from steps of {few} and of {many} layers as XLA captures them: a layer is what one"
+    yield "more takes, with its share of the loop over layers. In all there one kernel begins while the one ahead"
+    yield "of it still runs. Such kernels have no times of their own: those are of steps without that, of which"
+    yield "gaps are what kernels do not fill. A floor is what this card's"
     yield f"large copy ({result['copy_bytes_per_second'] / 1e12:.2f} TB/s) would take for the bytes."
     yield f"Command: `{result['command']}`. File: `results/{path.name}`."
 

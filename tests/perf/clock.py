@@ -107,7 +107,7 @@ def in_graph(run: Callable[[], Any], num_calls: int) -> float:
 
 def _of_rounds(run: Callable[[], Any]) -> float:
     """Microseconds of a round on the device, by its own clock, the cache emptied before each."""
-    flush, block, stamp = _flush(), _blocker(), _stamp()
+    flush, block, stamp = _flush(), blocker(_BLOCKED), _stamp()
     times = []
     for _ in range(_REPEATS):
         answer: Any = block()
@@ -154,8 +154,8 @@ def _nothing() -> tuple[float, float]:
 
 
 @cache
-def _blocker() -> Callable[[], jax.Array]:
-    """A program of about _BLOCKED milliseconds on the device, which the host does not wait for."""
+def blocker(milliseconds: float) -> Callable[[], jax.Array]:
+    """A program that takes the device about so long, which the host does not wait for."""
 
     # The host looks at a loop's end in every turn unless it knows their number.
     @partial(jax.jit, static_argnums=1)
@@ -170,7 +170,7 @@ def _blocker() -> Callable[[], jax.Array]:
         return (time.perf_counter() - start) * 1e3
 
     run(50)
-    number = max(1, round(_BLOCKED / (run(50) / 50)))
+    number = max(1, round(milliseconds / (run(50) / 50)))
     run(number)
     return lambda: copies(x, number)
 

@@ -4,10 +4,11 @@
     python tests/perf/layer.py --build DIR [--target h200] …    # compiles for GPUs that are not there
     python tests/perf/layer.py --programs DIR …                 # and takes what was compiled so
 
-A layer's time is the difference of steps of few and of many layers, as XLA captures them; what its kernels
-take is counted by CUPTI in steps whose kernels do not overlap (alone.py), and the rest is launches and gaps,
-or below nothing, what overlaps. Each device has what it has in the deployment (eighths.py): one KV head with its 12 query heads, 20 of the
-160 experts that the router knows, an eighth of the shared expert and of the vocabulary. Knows no kernel.
+A layer's time is the difference of steps of few and of many layers, as XLA captures them, with its share of
+the loop over layers; and the same of steps whose kernels do not overlap (alone.py). In those CUPTI counts what
+each kernel takes, and the rest is launches and gaps. Each device has what it has in the deployment
+(eighths.py): one KV head with its 12 query heads, 20 of the 160 experts that the router knows, an eighth of
+the shared expert and of the vocabulary. Knows no kernel.
 """
 
 import argparse
@@ -20,7 +21,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ from glm_jax.targets.target import parse_target
 from tests.perf import layer_floors
 from tests.perf.alone import alone
 from tests.perf.card import Card, measure_copy
+from tests.perf.clock import blocker
 from tests.perf.clock import profile as kernel_times
 from tests.perf.eighths import eighths, even_loads, held_parts
 
@@ -164,48 +165,26 @@ def build(directory: Path, mesh: Mesh, counts: list[int], rows: list[int], conte
             print(f"{num_rows} rows, {num_layers} layers: {seconds:.0f} s", flush=True)
 
 
-def time_steps(decoding: Decoding) -> float:
-    """Milliseconds a step takes on the device, the median of several rounds.
+def time_steps(decoding: Decoding, program: Callable[..., Any]) -> float:
+    """Microseconds that a step takes on the device, by either of its programs, the median of several rounds.
 
     The host needs longer for a step of one layer than the device does. So the device is given other work
     first, for as long as the host needs for all steps; and a few steps are taken from many.
     """
-    blocker = _blocker()
-    state, outputs = decoding.run(decoding.start(), 3)
+    block = blocker(_BLOCKED)
+    state, outputs = decoding.run(decoding.start(), 3, program)
     jax.block_until_ready(outputs)
     times = []
     for _ in range(_ROUNDS):
         walls = []
         for steps in (_FEW, _MANY):
             begin = time.perf_counter()
-            blocked = blocker()
-            state, outputs = decoding.run(state, steps)
+            blocked = block()
+            state, outputs = decoding.run(state, steps, program)
             jax.block_until_ready((blocked, outputs))
             walls.append((time.perf_counter() - begin) * 1e3)
         times.append((walls[1] - walls[0]) / (_MANY - _FEW))
-    return statistics.median(times)
-
-
-@cache
-def _blocker() -> Callable[[], jax.Array]:
-    """A program of about _BLOCKED milliseconds on the device, which the host does not wait for."""
-
-    # The host looks at a loop's end in every turn unless it knows their number.
-    @partial(jax.jit, static_argnums=1)
-    def copies(x: jax.Array, number: int) -> jax.Array:
-        return jax.lax.fori_loop(0, number, lambda _, x: x + 1, x)
-
-    x = jnp.zeros(1 << 26, jnp.float32)
-
-    def run(number: int) -> float:
-        begin = time.perf_counter()
-        jax.block_until_ready(copies(x, number))
-        return (time.perf_counter() - begin) * 1e3
-
-    run(50)
-    number = max(1, round(_BLOCKED / (run(50) / 50)))
-    run(number)
-    return lambda: copies(x, number)
+    return statistics.median(times) * 1e3
 
 
 def profile(decoding: Decoding) -> dict[str, tuple[float, float]]:
@@ -244,7 +223,7 @@ def main(arguments: list[str]) -> None:
     """Prints a line for each number of layers and rows, and what the last step consists of."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--layers", default="1,5", help="numbers of layers")
+    parser.add_argument("--layers", default="8,16", help="numbers of layers, few and many")
     parser.add_argument("--rows", default="64,1,8,256", help="numbers of rows")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--build", type=Path, help="compile into this directory, and end")
@@ -267,6 +246,7 @@ def main(arguments: list[str]) -> None:
         "command": f"python tests/perf/layer.py {' '.join(arguments)}",
         "device": f"{options.devices} x {card.name}",
         "jax": jax.__version__,
+        "layers": counts,
         "copy_bytes_per_second": card.copy,
         "results": [],
     }
@@ -283,13 +263,16 @@ def measure(
 ) -> dict[str, Any]:
     """Steps of so many rows, with few layers and with many; see layer_floors.compare."""
     steps: dict[int, float] = {}
+    apart: dict[int, float] = {}
     kernels: dict[int, dict[str, tuple[float, float]]] = {}
     bits: dict[str, bool] = {}
     floors: dict[str, layer_floors.Floor] = {}
     for num_layers in counts:
         decoding = Decoding(mesh, num_layers, rows, options.context, options.programs)
-        steps[num_layers] = time_steps(decoding) * 1e3
-        print(f"{rows} rows, {num_layers} layers: {steps[num_layers]:.1f} us a step", flush=True)
+        steps[num_layers] = time_steps(decoding, decoding.program)
+        apart[num_layers] = time_steps(decoding, decoding.alone)
+        took = f"{steps[num_layers]:.1f} us a step, {apart[num_layers]:.1f} one by one"
+        print(f"{rows} rows, {num_layers} layers: {took}", flush=True)
         kernels[num_layers] = profile(decoding)
         if num_layers == counts[-1]:
             bits = compare(decoding)
@@ -299,8 +282,8 @@ def measure(
             )  # fmt: skip
         del decoding
     few, many = counts[0], counts[-1]
-    found = layer_floors.compare(steps, kernels, few, many, floors)
-    print(layer_floors.text(found), flush=True)
+    found = layer_floors.compare(steps, apart, kernels, few, many, floors)
+    print(f"{layer_floors.text(found)}\n{bits}", flush=True)
     return {"rows": rows, "context": options.context, "bits": bits, "steps_us": steps, **found}
 
 

@@ -84,6 +84,7 @@ def floors_of(
 
 def compare(
     steps_us: Mapping[int, float],
+    alone_us: Mapping[int, float],
     kernels: Mapping[int, Kernels],
     few: int,
     many: int,
@@ -91,11 +92,15 @@ def compare(
 ) -> dict[str, Any]:
     """What one more layer adds to a captured step.
 
+    Args:
+      steps_us, alone_us, kernels: of steps of so many layers: microseconds; the same where no kernels
+        overlap; and what runs then.
+
     Returns:
-      "layer_us": of a captured step; "kernels": of each purpose its "runs", "us" in kernels, "floor_us",
-      "bytes"; "floor_us": the sum of those that ran; "kernels_us", the same; "gaps_us": what is left,
-      between kernels and where they are launched.
-    """  # fmt: skip
+      "layer_us": of a captured step; "alone_us": where no kernels overlap; "kernels": of each purpose its
+      "runs", "us" in kernels, "floor_us", "bytes"; "floor_us": the sum of those that ran; "kernels_us", the
+      same; "gaps_us": what is left of alone_us, between kernels and where they are launched.
+    """
     sums: dict[str, list[float]] = {}
     for sign, count in ((1, many), (-1, few)):
         for name, (runs, us) in kernels[count].items():
@@ -115,13 +120,16 @@ def compare(
         }
         for what, runs, us in sorted(rows, key=lambda row: -row[2])
     ]
-    layer_us = (steps_us[many] - steps_us[few]) / (many - few)
+    layer_us, apart_us = (
+        (times[many] - times[few]) / (many - few) for times in (steps_us, alone_us)
+    )
     kernels_us = sum(part["us"] for part in parts)
     return {
         "layer_us": round(layer_us, 2),
+        "alone_us": round(apart_us, 2),
         "kernels_us": round(kernels_us, 2),
         "floor_us": round(sum(part["floor_us"] for part in parts), 2),
-        "gaps_us": round(layer_us - kernels_us, 2),
+        "gaps_us": round(apart_us - kernels_us, 2),
         "launches": round(sum(part["runs"] for part in parts), 1),
         "kernels": parts,
     }
@@ -135,8 +143,9 @@ def text(found: Mapping[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"a layer: {found['layer_us']:.1f} us, kernels {found['kernels_us']:.1f}, floors "
-            f"{found['floor_us']:.1f}, gaps {found['gaps_us']:.1f} in {found['launches']:.1f} launches",
+            f"a layer: {found['layer_us']:.1f} us; one by one {found['alone_us']:.1f}, kernels "
+            f"{found['kernels_us']:.1f}, gaps {found['gaps_us']:.1f}; floors {found['floor_us']:.1f}; "
+            f"{found['launches']:.1f} launches",
             *lines,
         ]
     )

@@ -16,15 +16,17 @@ def test_a_layer_is_the_difference_of_few_and_many() -> None:
         "router_picks_dispatch": (5.0, 44.0),
         "argmax": (1.0, 30.1),
     }
-    found = compare({1: 200.0, 5: 620.0}, {1: one, 5: five}, 1, 5, {"gate_up": Floor(3e8, 70.0)})
-    assert found["layer_us"] == 105.0
+    overlapping, apart = {1: 190.0, 5: 550.0}, {1: 200.0, 5: 620.0}
+    floors = {"gate_up": Floor(3e8, 70.0)}
+    found = compare(overlapping, apart, {1: one, 5: five}, 1, 5, floors)
+    assert (found["layer_us"], found["alone_us"]) == (90.0, 105.0)
     assert found["kernels"] == [
         {"kernel": "gate_up", "runs": 1.0, "us": 81.0, "floor_us": 70.0, "bytes": 300_000_000},
         {"kernel": "picks, sorting", "runs": 1.0, "us": 9.0, "floor_us": 0.0, "bytes": 0},
     ]
     assert (found["floor_us"], found["kernels_us"], found["launches"]) == (70.0, 90.0, 2.0)
     assert found["gaps_us"] == pytest.approx(15.0)
-    assert "gaps 15.0 in 2.0 launches" in text(found)
+    assert "a layer: 90.0 us; one by one 105.0, kernels 90.0, gaps 15.0" in text(found)
 
 
 def test_fused_kernels_have_a_purpose_of_their_own() -> None:

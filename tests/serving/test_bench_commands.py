@@ -147,7 +147,10 @@ def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_d
                     "floor_us": 1.0,
                     "small_floor_us": 1.5,
                     "alternatives": {"XLA": {"us": 4.0}},
-                    "peers": {"torch": {"us": 3.0, "us_graph": 4.0}},
+                    "peers": {
+                        "torch": {"us": 3.0, "us_graph": 4.0},
+                        "Triton": {"us": 3.1, "us_graph": 3.5},
+                    },
                 },
                 {"kernel": "route", "shape": "T=1", "phase": "", "failed": "ValueError: a | b"},
             ],
@@ -160,10 +163,12 @@ def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_d
             "commit": "abc",
             "command": "measure it",
             "copy_bytes_per_second": 3e12,
+            "layers": [8, 16],
             "results": [
                 {
                     "rows": 64,
                     "layer_us": 90.0,
+                    "alone_us": 95.0,
                     "floor_us": 60.0,
                     "gaps_us": 10.0,
                     "launches": 1.0,
@@ -182,9 +187,12 @@ def test_a_page_shows_every_result_with_what_it_was_measured_on(tmp_path, mock_d
     assert f"{got['runs'][0]['output_throughput']:,.0f}" in page
     assert "| 8 | them | 2.00 | 1.00 … 3.00 | 5.00 | 4.00 … 6.00 |" in page
     assert "| 8 | them | 2.0 | 5.0 |" in page and "others was left out: it ended" in page
-    cells = "1.0e-03 | 2.0 (2.5) | 50% | 75% | 3.0 (4.0) torch | 1.50 (1.60)"
+    others = "3.0 (4.0) torch, (3.5) Triton"
+    cells = f"1.0e-03 | 2.0 (2.5) | 50% | 75% | {others} | 1.50 (1.40)"
     assert f"| norm | T=1 | decode | {cells} |" in page
     assert "| 64 | gate_up | 1.0 | 80.0 | 60.0 | 75% |" in page
+    assert "| 64 | all, one after the other |  | 95.0 |  |  |" in page
+    assert "steps of 8 and of 16 layers" in page
     assert "| 64 | **all** | 1.0 | 90.0 | 60.0 | 67% |" in page
     assert "| route | T=1 | - | ValueError: a / b |" in page and "Command: `measure it`" in page
     assert "<svg" in (tmp_path / "results" / "load.svg").read_text()
