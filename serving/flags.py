@@ -33,8 +33,8 @@ def _option(
     return flag(name, default=default, help=help, group=group, envvar=variable, **kwargs)
 
 
-# Of a prompt or a completion where nothing is said of it, which is as much as it takes that a
-# longer --max-seq-len is of use to either.
+# Tokens that a prompt or a completion may have where nothing is said of it: a share of a conversation
+# as long as it is by default, all of one that was asked to be longer.
 DEFAULT_SEQ_LEN, DEFAULT_SHARE = 4096, 2048
 _SHARE = f"{DEFAULT_SHARE}; where --max-seq-len is above {DEFAULT_SEQ_LEN}, all of it"
 

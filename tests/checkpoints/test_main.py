@@ -105,6 +105,16 @@ def test_inspect_counts_the_published_models_parameters_and_bytes() -> None:
     assert 8 * mtp == pytest.approx(4.05e9, rel=0.2)  # eh_proj is whole on each
 
 
+def test_nano_s_card_counts_its_parameters_as_inspect_does() -> None:
+    nano = Path(__file__).parents[2] / "checkpoints" / "nano"
+    found = parameters_of(ModelConfig.from_directory(nano))
+    total, active, mtp = (
+        f"{number / 1e6:.1f} M" for number in (found.total, found.active, found.mtp)
+    )
+    row = f"| parameters | {total}, of which {active} work on each token; {mtp} more in the MTP layer |"
+    assert row in (nano / "README.md").read_text(encoding="utf-8")
+
+
 def test_quantize_writes_the_published_format(tmp_path: Path) -> None:
     plain, quantized = tmp_path / "plain", tmp_path / "fp8"
     plain.mkdir()
