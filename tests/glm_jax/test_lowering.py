@@ -2,16 +2,23 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glm_jax import scoring, steps
 from glm_jax.runner import compile_steps
+from glm_jax.shapes import StepShapes
 from glm_jax.sharding import make_mesh
+from tests.glm_jax.tiny import make_config
+
+_SHAPES = StepShapes(
+    num_slots=2, num_pages=8, page_size=8, max_seq_len=32, prefill_tile=8, prefill_buckets=(2,),
+    decode_buckets=(2,),
+)  # fmt: skip
 
 
 class _Lowering:
@@ -56,7 +63,15 @@ def test_buckets_are_lowered_one_at_a_time(lowering: _Lowering) -> None:
     assert (lowering.calls, lowering.most) == (8, 1)
 
 
-def test_scoring_waits_for_a_step_that_is_lowered() -> None:
-    assert scoring.LOWERING is steps.LOWERING
-    with ThreadPoolExecutor(1) as pool, steps.LOWERING:
-        assert not pool.submit(scoring.LOWERING.acquire, blocking=False).result()
+def test_scoring_is_traced_and_lowered_while_nothing_else_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_locked = []
+
+    def score(_: Any, cache: Any, *__: Any) -> Any:
+        is_locked.append(steps.LOWERING.locked())
+        return cache, jnp.zeros((1, 1), jnp.int32)
+
+    monkeypatch.setattr(scoring, "score", score)
+    scoring.lower_score(make_config(), _SHAPES, make_mesh(1), np.dtype("bfloat16"))
+    assert is_locked == [True] and not steps.LOWERING.locked()
