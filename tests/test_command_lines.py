@@ -89,15 +89,18 @@ def test_every_flag_of_serve_is_a_variable_and_stands_in_a_group() -> None:
 
 def test_kinds_of_caches_are_those_that_exist() -> None:
     """Written out on the command line, which loads no JAX to know them."""
-    kinds = {"--kv-cache-dtype": KV_DTYPES, "--kv-dtype": PLANNED_KV_DTYPES}
-    found = 0
-    for command in (serving_main.commands["serve"], *aot_main.commands.values()):
+    commands = {"serve": serving_main.commands["serve"], **aot_main.commands}
+    found = {}
+    for name, command in commands.items():
         for option in flags_of(command):
-            if option.opts[0] in kinds:
+            if option.opts[0] == "--kv-cache-dtype":
                 assert isinstance(option.type, click.Choice)
-                assert list(option.type.choices) == list(kinds[option.opts[0]])
-                found += 1
-    assert found == 4
+                found[name] = list(option.type.choices)
+    kinds = list(KV_DTYPES)
+    assert (
+        found.pop("plan") == list(PLANNED_KV_DTYPES) == [kind for kind in kinds if kind != "auto"]
+    )
+    assert found == dict.fromkeys(("serve", "build", "inspect"), kinds)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

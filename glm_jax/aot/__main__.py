@@ -124,7 +124,7 @@ def _explained() -> Iterator[None]:
         ("GLM-4.7-FP8 on eight B200s.", "python -m glm_jax.aot plan"),
         (
             "Whether more requests fit eight H200s with a cache in 8 bits.",
-            "python -m glm_jax.aot plan --target h200x8 --max-concurrency 512 --kv-dtype fp8",
+            "python -m glm_jax.aot plan --target h200x8 --max-concurrency 512 --kv-cache-dtype fp8_e4m3",
         ),
     ),
 )
@@ -132,7 +132,7 @@ def _explained() -> Iterator[None]:
     *_model_and_target(default="glm-4.7", target="b200x8"),
     *_server_limits(256, 8192, 8192),
     _limits(
-        "--kv-dtype", default="bf16", type=click.Choice(["bf16", "fp8"]),
+        "--kv-cache-dtype", "kv_dtype", default="bf16", type=click.Choice(["bf16", "fp8_e4m3"]),
         help="Of keys and values; FP8 holds twice the tokens, less exactly.",
     ),
     _output("--compile/--no-compile", "may_compile", default=True,

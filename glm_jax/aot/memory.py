@@ -242,7 +242,7 @@ def _nearest_that_fit(
     if length := pages // limits.max_concurrency * page_size:
         options.append(f"--max-seq-len {length}")
     if kv_dtype.itemsize == 2 and memory.headroom + memory.kv // 2 >= 0:
-        options.append("--kv-dtype fp8")
+        options.append("--kv-cache-dtype fp8_e4m3")
     return options
 
 

@@ -15,7 +15,10 @@ from glm_jax.config import ModelConfig
 from glm_jax.shapes import StepShapes
 from glm_jax.targets.target import Target, TargetError
 
-PLANNED_KV_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+PLANNED_KV_DTYPES = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 ACTIVATIONS = np.dtype(ml_dtypes.bfloat16)
 
 _CONTEXTS = (2048, 8192, 32768, 131072)
@@ -27,7 +30,7 @@ class Plan:
 
     Attributes:
       model: the preset or directory.
-      kv_dtype: "bf16" or "fp8".
+      kv_dtype: "bf16" or "fp8_e4m3".
       decode: (rows, context, time) of a step.
       prefill: (chunk, prompt, time) of a step.
       refusal: why the settings do not fit, and which do; None when they fit.

@@ -48,7 +48,7 @@ class Assumptions:
             "Routing is uniform: B tokens touch E(1-(1-k/E)^B) experts; the device with most of "
             "them is waited for.",
             f"A sum over devices takes {smallest * 1e6:.0f} us (one row) to {largest * 1e6:.0f} us "
-            f"(256 rows of 5120), as measured on 8 B200; beyond, {self.link_share:.0%} of the links.",
+            f"(256 rows of 5120), as others measured on 8 B200; beyond, {self.link_share:.0%} of the links.",
             f"{self.kernels_per_layer} kernels a layer, {self.launch_seconds * 1e6:.1f} us each, on "
             "top of the rest; nothing overlaps.",
             f"Products reach {self.gemm_share:.0%} of the {kind} peak, prefill's attention "

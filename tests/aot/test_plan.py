@@ -63,8 +63,8 @@ def test_a_refusal_names_the_nearest_settings_and_they_do_fit() -> None:
     assert plan(max_concurrency=concurrency + 2, max_seq_len=16384).refusal is not None
     assert plan(max_concurrency=256, max_seq_len=length).refusal is None
     assert plan(max_concurrency=256, max_seq_len=length + 64).refusal is not None
-    assert "--kv-dtype fp8" in (refusal or "")
-    assert plan(kv_dtype="fp8", max_concurrency=256, max_seq_len=16384).refusal is None
+    assert "--kv-cache-dtype fp8_e4m3" in (refusal or "")
+    assert plan(kv_dtype="fp8_e4m3", max_concurrency=256, max_seq_len=16384).refusal is None
 
 
 def test_too_few_devices_for_the_weights_are_told_how_many_would_do() -> None:
@@ -109,7 +109,7 @@ def test_a_smaller_chunk_needs_fewer_temporaries() -> None:
 
 
 def test_decode_is_shown_for_every_bucket_and_context_that_fits() -> None:
-    made = plan(max_seq_len=65536, max_concurrency=64, kv_dtype="fp8")
+    made = plan(max_seq_len=65536, max_concurrency=64, kv_dtype="fp8_e4m3")
     assert {rows for rows, _, _ in made.decode} == set(made.shapes.decode_buckets)
     assert {context for _, context, _ in made.decode} == {2048, 8192, 32768, 65536}
     assert made.holds(64, 65536) and not made.holds(1024, 65536)
