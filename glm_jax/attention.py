@@ -24,13 +24,13 @@ class Pages(NamedTuple):
     """Attends over the cache, after this step's keys and values are stored there.
 
     Attributes:
-      table: the pages of each row, in order.
+      table: the pages of each sequence, in order.
       rows_per_sequence: so many rows after one another are tokens of the same sequence: each sees
-        what this step stores for those before it.
+        what this step stores for those before it, and has the bits of a row of its own.
       rotary, counters, plan: what the layers of a step share, from Attention.prepare.
     """
 
-    table: Int32[Array, "B P"]
+    table: Int32[Array, "sequences P"]
     rows_per_sequence: int = 1
     rotary: Float[Array, "B T 2 half"] | None = None
     counters: jax.Ref | None = None

@@ -20,13 +20,14 @@ class Inputs(NamedTuple):
 
     Attributes:
       qkv: the heads of each token: queries, then the key, then the value.
+      page_table: of each row; of each sequence where rows are tokens of one.
       rotary: of the positions, as kv_write.rotary_table makes it.
     """
 
     qkv: Float[Array, "B T K G2 H"]
     norms: HeadNorms
     positions: Int32[Array, "B T"]
-    page_table: Int32[Array, "B P"]
+    page_table: Int32[Array, "sequences P"]
     layer: ops.Layer
     cache: KVCache
     rotary: Float[Array, "B T 2 half"] | None
@@ -57,8 +58,10 @@ def write_and_attend(
 ) -> tuple[Rows, KVCache]:
     """`write`, then attends over the pages; with counters, and rows of sequences of their own, one
     kernel does both: what it writes for a row no other row may read."""
+    (num_rows, num_tokens), is_alone = inputs.positions.shape, rows_per_sequence == 1
+    if not is_alone:
+        inputs = _by_sequence(inputs, rows_per_sequence)
     qkv, norms, positions, page_table, layer, cache, rotary = inputs
-    num_rows, num_tokens = positions.shape
     where = layer, page_table, positions
     on: Any = {"chip": chip, "interpret": interpret}
 
@@ -68,7 +71,7 @@ def write_and_attend(
         values, scale = attended
         return Rows(None, values.reshape(num_rows, -1), scale)
 
-    if counters is not None and rows_per_sequence == 1:
+    if counters is not None and is_alone:
         weights: Any = () if norms.q_norm is None else norms[:2]
         angles: Any = rotary
         made, *pages = decode_attention.write_and_attend(
@@ -82,6 +85,18 @@ def write_and_attend(
         return as_rows(attended, is_fp8), written
     attend: Any = decode_attention.attend_quantized if is_fp8 else decode_attention.attend
     return of_decode(attend(q, *written, *where, counters=counters, **on)), written
+
+
+def _by_sequence(inputs: Inputs, rows_per_sequence: int) -> Inputs:
+    """Rows of one token as rows of so many, whose pages kernels read once."""
+
+    def joined(x: Array) -> Array:
+        return x.reshape(-1, rows_per_sequence, *x.shape[2:])
+
+    assert inputs.rotary is not None
+    return inputs._replace(
+        qkv=joined(inputs.qkv), positions=joined(inputs.positions), rotary=joined(inputs.rotary)
+    )
 
 
 def as_rows(attended: Float[Array, "B T K G H"], is_fp8: bool) -> Rows:

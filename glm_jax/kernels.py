@@ -244,7 +244,7 @@ class Kernels(Selection):
         qkv: Float[Array, "B T K G2 H"],
         norms: HeadNorms,
         positions: Int32[Array, "B T"],
-        page_table: Int32[Array, "B P"],
+        page_table: Int32[Array, "sequences P"],
         layer: ops.Layer,
         cache: KVCache,
         rotary: Float[Array, "B T 2 half"] | None,
@@ -257,9 +257,8 @@ class Kernels(Selection):
         """`write`, then attends over the pages: rows for o_proj, with a scale for each kv head.
 
         Args:
-          counters: as attention_counters makes them.
-          plan: as attention_plan makes it; without one, a prefill step's layer makes its own.
-          rows_per_sequence: so many rows see what is written for those of them before.
+          counters, plan: as attention_counters and attention_plan make them; or a layer makes its plan.
+          rows_per_sequence: so many rows, of one of the table, see what is written for those before.
         """
         inputs = attention_kernels.Inputs(qkv, norms, positions, page_table, layer, cache, rotary)
 
@@ -270,8 +269,9 @@ class Kernels(Selection):
             )  # fmt: skip
 
         def reference() -> tuple[Rows, KVCache]:
-            q, pages = self._plain.write(*inputs)
-            attended = self._plain.paged_attention(q, *pages, layer, page_table, positions)
+            rows = inputs._replace(page_table=jnp.repeat(page_table, rows_per_sequence, axis=0))
+            q, pages = self._plain.write(*rows)
+            attended = self._plain.paged_attention(q, *pages, layer, rows.page_table, positions)
             return attention_kernels.as_rows(attended, is_fp8), pages
 
         return self._run(kernel, reference)

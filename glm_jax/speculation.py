@@ -228,7 +228,7 @@ def _follow_up(
     tokens = slots.history[page, positions % page_size].at[:, -1].set(slots.tokens[slot])
     embedded = decoder.embed_tokens.embed(tokens.reshape(-1, 1))
     rows = hidden.reshape(-1, 1, width), positions.reshape(-1, 1)
-    pages = Pages(jnp.repeat(table, per_row, axis=0), per_row)
+    pages = Pages(table, per_row)
     states, cache = mtp(embedded, *rows, drafting.cache, pages, workspace)
     return states.reshape(num_rows, per_row, width)[:, -1], cache
 
@@ -253,7 +253,7 @@ def _verify(
     wide, wide_table = (jnp.repeat(x, per_row, axis=0) for x in (batch, table))
     flat = positions.reshape(-1)
     rows = tokens.reshape(-1, 1), flat[:, None]
-    pages = Pages(wide_table, per_row)
+    pages = Pages(table, per_row)
     hidden, cache = forward(decoder, *rows, cache, pages, workspace)
     output = choose(decoder, slots, controls, wide, hidden[:, 0], flat + 1, wide_table)
     output = output.reshape(-1, num_rows, per_row).transpose(2, 0, 1)

@@ -14,7 +14,7 @@ from glm_jax.cache import KVCache
 from glm_jax.config import ModelConfig
 from glm_jax.kernels import DEFAULT_KERNELS, Kernels
 from glm_jax.model import abstract_model, abstract_weights, bind
-from glm_jax.ops import as_rows
+from glm_jax.ops import HeadNorms, as_rows
 from glm_jax.pallas.chip import Chip
 from glm_jax.sharding import MESH_AXIS, make_mesh, sharding_for
 from glm_jax.steps import compiler_options
@@ -134,6 +134,44 @@ def test_a_turn_of_the_loop_may_have_any_number_of_layers(monkeypatch: pytest.Mo
     for other in found[1:]:
         for ours, first in zip(other, found[0], strict=True):
             np.testing.assert_array_equal(ours, first)
+
+
+@pytest.mark.slow
+def test_rows_of_one_sequence_attend_to_each_other_as_if_one_came_after_the_other() -> None:
+    kernels, rng = Kernels(interpreted=Chip("sm90", num_cores=4)), np.random.default_rng(0)
+    qkv: Any = rng.normal(size=(4, 1, 1, 6, 128)).astype(BF16)
+    shape = (1, NUM_PAGES, 1, PAGE_SIZE, 128)
+    pages = [rng.normal(size=shape).astype(FP8) for _ in range(2)]
+    positions: Any = np.array([[63], [64], [5], [6]], np.int32)
+    table: Any = np.array([[1, 2], [4, 0]], np.int32)
+    norms = HeadNorms(None, None, 1e-5, 64, 1e6)
+
+    def attend(pages: Any, rows: slice, rows_per_sequence: int) -> Any:
+        where = positions[rows]
+        rotary = kernels.rotary_table(where, 64, 1e6)
+        made, cache = kernels.write_and_attend(
+            qkv[rows], norms, where, table, 0, KVCache(*pages), rotary, is_fp8=True,
+            rows_per_sequence=rows_per_sequence,
+        )  # fmt: skip
+        return made.values, made.scale, cache
+
+    @jax.jit
+    def together(*pages: Any) -> Any:
+        return attend(pages, slice(0, 4), 2)
+
+    @jax.jit
+    def in_turn(*pages: Any) -> Any:
+        first = attend(pages, slice(0, 4, 2), 1)
+        second = attend(first[2], slice(1, 4, 2), 1)
+        return list(zip(first[:2], second[:2], strict=True)), second[2]
+
+    values, scale, cache = together(*pages)
+    both, expected_cache = in_turn(*pages)
+    for found, parts in zip((values, scale), both, strict=True):
+        expected = np.stack([np.asarray(part) for part in parts], 1).reshape(found.shape)
+        np.testing.assert_array_equal(np.asarray(found), expected)
+    for found, expected in zip(cache, expected_cache, strict=True):
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
 def product_on(kernels: Kernels, *, is_fp8: bool) -> Any:
