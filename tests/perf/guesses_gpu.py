@@ -115,9 +115,11 @@ def build(options: argparse.Namespace) -> None:
                 blob, _, _ = serialize_executable.serialize(program)
                 (options.directory / file_of(kind, phase, rows)).write_bytes(blob)
                 (options.directory / f"{kind}-{phase}-{rows}.hlo").write_text(program.as_text())
+                seconds, memory = time.perf_counter() - began, program.memory_analysis()
+                assert memory is not None
+                held = f"{len(blob) / 1e6:.1f} MB, and {memory.temp_size_in_bytes / 1e6:.1f} of temporaries"
                 print(
-                    f"{kind} {phase} {rows}: {lowering:.0f} + {time.perf_counter() - began - lowering:.0f} s, "
-                    f"{len(blob) / 1e6:.1f} MB, {program.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB",
+                    f"{kind} {phase} {rows}: {seconds:.0f} s, {lowering:.0f} to lower, {held}",
                     flush=True,
                 )
 
