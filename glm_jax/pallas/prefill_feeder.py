@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from glm_jax.pallas.prefill_producer import Item, ItemAt, silence
+from glm_jax.pallas.prefill_producer import Item, ItemAt, Source, silence
 from glm_jax.pallas.widen import widen
 
 STAGES = 2
@@ -54,40 +54,17 @@ class Ahead(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Feeder:
-    """What both ways have in common.
+class Feeder(Source):
+    """What both ways have in common. There are STAGES of tiles; who has read one arrives at `empty`.
 
     Attributes:
-      layer: whose pages are read.
-      table: int32[rows, pages per row] in device memory.
-      in_order: pages are as the table would have them, one row's after the other's.
-      pages: of keys and of values, [layers, pages, kv_heads, page_size, 128].
-      pages_per_row: of the table or, in order, of as many pages.
-      tiles: of keys and of values in shared memory, [STAGES, tile, 128].
-      full: of keys and of values, of each stage; empty: arrived at by who has read them.
       warpgroup: which of the two this is.
       num_turns, item_at: the CTA's items.
     """
 
-    layer: Array
-    table: Any
-    in_order: bool
-    pages: tuple[Any, Any]
-    pages_per_row: int
-    tiles: tuple[Any, Any]
-    full: tuple[Any, Any]
-    empty: tuple[Any, Any]
     warpgroup: Array
     num_turns: Array
     item_at: ItemAt
-    interpret: bool
-
-    @property
-    def _tile(self) -> int:
-        return self.tiles[0].shape[1]
-
-    def num_tiles(self, item: Item) -> Array:
-        return (item.last + self._tile) // self._tile
 
     def _pages_of(self, course: Course, index: Array | int) -> tuple[list[Array], Array]:
         """Of tile `index` from the item's first on, at most two past its last: and its KV head.
@@ -116,32 +93,12 @@ class Feeder:
 
         index = jnp.asarray(index, jnp.int32)
         row, kv_head, place = find(course.turn, course.item, self.num_tiles(course.item), index, 0)
-        per_tile = self._tile // self.pages[0].shape[3]
+        per_tile = self._tile // self._page_size
         places = [
             jnp.minimum(place * per_tile + i, self.pages_per_row - 1) for i in range(per_tile)
         ]
-        known = jnp.maximum(row, 0)
-        if self.in_order:
-            pages = [known * self.pages_per_row + x for x in places]
-        else:
-            pages = [self.table[known, x] for x in places]
+        pages = self._found(jnp.maximum(row, 0), places)
         return [jnp.where(row < 0, -1, pages[0]), *pages[1:]], kv_head
-
-    def _fetch(
-        self, which: int, pages: list[Array], kv_head: Array, smem: Any, barrier: Any
-    ) -> None:
-        page_size = self.pages[0].shape[3]
-        for i, page in enumerate(pages):
-            plgpu.copy_gmem_to_smem(
-                self.pages[which].at[self.layer, page, kv_head],
-                smem.at[pl.ds(i * page_size, page_size)],
-                barrier,
-            )
-
-    def _await_empty(self, which: int, count: Array) -> None:
-        """Until tile `count` of all the CTA's may be written where it goes."""
-        slot = lax.rem(count, STAGES)
-        pl.when(count >= STAGES)(lambda: plgpu.barrier_wait(self.empty[which].at[slot]))
 
     def _await_values(self, course: Course, index: Array) -> None:
         plgpu.barrier_wait(self.full[_VALUES].at[lax.rem(course.begun + index, STAGES)])

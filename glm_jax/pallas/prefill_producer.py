@@ -5,7 +5,7 @@ Knows neither queries nor what is made of the tiles. FP8 pages land apart, and a
 to the tensor cores, once for all warpgroups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -44,8 +44,8 @@ _Pages = list[Array]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Producer:
-    """What brings tiles.
+class Source:
+    """Where tiles come from and go to.
 
     Attributes:
       layer: whose pages are read.
@@ -54,8 +54,6 @@ class Producer:
       pages: of keys and of values, [layers, pages, kv_heads, page_size, 128].
       pages_per_row: of the table or, in order, of as many pages.
       tiles: of keys and of values in shared memory, [stages, tile, 128].
-      narrow: FP8 pages land here, [2, tile, 128]; None where pages need no widening.
-      landed: of FP8 keys and values, or of each stage's values.
       full, empty: of keys and of values, of each stage.
       interpret: the interpreter runs it.
     """
@@ -66,8 +64,6 @@ class Producer:
     pages: tuple[Any, Any]
     pages_per_row: int
     tiles: tuple[Any, Any]
-    narrow: Any
-    landed: Any
     full: tuple[Any, Any]
     empty: tuple[Any, Any]
     interpret: bool
@@ -79,6 +75,48 @@ class Producer:
     @property
     def _tile(self) -> int:
         return self.tiles[0].shape[1]
+
+    @property
+    def _page_size(self) -> int:
+        return self.pages[0].shape[3]
+
+    def num_tiles(self, item: Item) -> Array:
+        return (item.last + self._tile) // self._tile
+
+    def _found(self, row: Array | int, places: Iterable[Array]) -> list[Array]:
+        """A row's pages at those places of its own."""
+        if self.in_order:
+            return [row * self.pages_per_row + place for place in places]
+        return [self.table[row, place] for place in places]
+
+    def _fetch(
+        self, which: int, pages: list[Array], kv_head: Array | int, smem: Any, barrier: Any
+    ) -> None:
+        """Copies a tile's pages of keys or of values, which the barrier tells of."""
+        for i, page in enumerate(pages):
+            plgpu.copy_gmem_to_smem(
+                self.pages[which].at[self.layer, page, kv_head],
+                smem.at[pl.ds(i * self._page_size, self._page_size)],
+                barrier,
+            )
+
+    def _await_empty(self, which: int, count: Array) -> None:
+        """Waits until tile `count` of all the CTA's may be written where it goes."""
+        slot = lax.rem(count, self._stages)
+        pl.when(count >= self._stages)(lambda: plgpu.barrier_wait(self.empty[which].at[slot]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Producer(Source):
+    """What brings tiles.
+
+    Attributes:
+      narrow: FP8 pages land here, [2, tile, 128]; None where pages need no widening.
+      landed: of FP8 keys and values, or of each stage's values.
+    """
+
+    narrow: Any
+    landed: Any
 
     def bring(self, num_turns: Array, item_at: ItemAt) -> None:
         """Brings all tiles of a CTA's items, one after the other."""
@@ -106,32 +144,12 @@ class Producer:
         self._begin_narrow(item)
         lax.fori_loop(0, num_turns, visit_narrow, (zero, item, self._pages_of(item, 1)))
 
-    def num_tiles(self, item: Item) -> Array:
-        return (item.last + self._tile) // self._tile
-
     def _pages_of(self, item: Item, index: Array | int) -> _Pages:
         """Of tile `index`; past the item's last position, that position's."""
-        page_size = self.pages[0].shape[3]
         last = jnp.maximum(item.last, 0)
-        starts = (index * self._tile + start for start in range(0, self._tile, page_size))
-        places = [jnp.minimum(x, last) // page_size for x in starts]
-        if self.in_order:
-            return [item.row * self.pages_per_row + place for place in places]
-        return [self.table[item.row, place] for place in places]
-
-    def _fetch(self, pages: _Pages, item: Item, which: int, smem: Any, barrier: Any) -> None:
-        page_size = self.pages[0].shape[3]
-        for i, page in enumerate(pages):
-            plgpu.copy_gmem_to_smem(
-                self.pages[which].at[self.layer, page, item.kv_head],
-                smem.at[pl.ds(i * page_size, page_size)],
-                barrier,
-            )
-
-    def _await_empty(self, which: int, count: Array) -> None:
-        """Waits until tile `count` of all the CTA's may be written where it goes."""
-        slot = lax.rem(count, self._stages)
-        pl.when(count >= self._stages)(lambda: plgpu.barrier_wait(self.empty[which].at[slot]))
+        starts = (index * self._tile + start for start in range(0, self._tile, self._page_size))
+        places = [jnp.minimum(x, last) // self._page_size for x in starts]
+        return self._found(item.row, places)
 
     def _silence(self, index: Array, last: Array, values: Any) -> None:
         silence(values, last - index * self._tile)
@@ -141,7 +159,9 @@ class Producer:
         def _() -> None:
             pages = self._pages_of(item, 0)
             for which in range(2):
-                self._fetch(pages, item, which, self.narrow.at[which], self.landed.at[which])
+                self._fetch(
+                    which, pages, item.kv_head, self.narrow.at[which], self.landed.at[which]
+                )
 
     def _bring_narrow(self, begun: Array, item: Item, second: _Pages) -> None:
         """Brings FP8 tiles of an item whose first is on its way.
@@ -167,7 +187,7 @@ class Producer:
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(self.full[which].at[slot])
                 pl.when(index + 1 < num_tiles)(
-                    lambda: self._fetch(pages, item, which, narrow, landed)
+                    lambda: self._fetch(which, pages, item.kv_head, narrow, landed)
                 )
             return following
 
@@ -181,7 +201,8 @@ class Producer:
         def start(which: int, index: Array | int, pages: _Pages) -> None:
             slot = lax.rem(begun + index, self._stages)
             self._await_empty(which, begun + index)
-            self._fetch(pages, item, which, self.tiles[which].at[slot], barriers[which].at[slot])
+            tile, barrier = self.tiles[which].at[slot], barriers[which].at[slot]
+            self._fetch(which, pages, item.kv_head, tile, barrier)
 
         def visit(index: Array, pages: _Pages) -> _Pages:
             ahead = index + self._stages - 1
