@@ -159,7 +159,11 @@ class Grammars:
                     f"{argument}: {tags[Tag.KEY]} {json.dumps(key)} {tags[Tag.END_KEY]} "
                     f"{tags[Tag.VALUE]} {value} {tags[Tag.END_VALUE]}"
                 )
+            if tools.takes_any(name):
+                arguments = ["any_argument*"]
             lines.append(f"{function}: {' '.join([json.dumps(name), *arguments])}")
+        key, value = f"{tags[Tag.KEY]} TEXT {tags[Tag.END_KEY]}", f"TEXT {tags[Tag.END_VALUE]}"
+        lines.append(f"any_argument: {key} {tags[Tag.VALUE]} {value}")
         lines.append(r"TEXT: /(.|\n)*/")
         return "\n".join(lines)
 
@@ -260,9 +264,10 @@ def _alternatives(texts: Iterable[str]) -> str:
 
 def _value(tools: Tools, name: str, key: str, schema: Mapping[str, Any]) -> str:
     """Lark of an argument as GLM writes it: strings bare, anything else as JSON."""
-    values = schema.get("enum")
-    if isinstance(values, list) and values and all(isinstance(v, str) and v for v in values):
-        return f"({_alternatives(values)})"
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if isinstance(values, list) and "" not in values and any(isinstance(v, str) for v in values):
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        return f"({_alternatives(texts)})"
     if tools.may_be_string(name, key):
         return "TEXT"
     return f"%json {json.dumps({**_SPACING, **schema})}"

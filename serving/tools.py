@@ -50,6 +50,12 @@ class Tools:
             alone = {**schema, **definitions} if isinstance(schema, Mapping) else {}
             yield key, alone, isinstance(required, list) and key in required
 
+    def takes_any(self, name: str) -> bool:
+        """Whether a tool's schema names no arguments and allows some, as `{"type": "object"}` does."""
+        root = self._schemas[name]
+        is_named = isinstance(root.get("properties"), Mapping)
+        return bool(root) and not is_named and root.get("additionalProperties") is not False
+
     def may_be_string(self, name: str, key: str) -> bool:
         """Whether an argument can be a string, as one that its schema says nothing of can."""
         types = self._types(name, key)

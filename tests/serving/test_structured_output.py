@@ -242,12 +242,19 @@ async def test_a_named_tool_is_the_one_that_is_called(tmp_path, choice):
 
 
 @pytest.mark.parametrize("is_strict", [True, False])
-async def test_arguments_of_a_strict_tool_fit_its_schema(tmp_path, is_strict):
+@pytest.mark.parametrize(
+    "city",
+    [
+        {"enum": ["Oslo", "Rome"]},
+        {"const": "Oslo", "type": "string"},
+        {"enum": ["Oslo", None], "type": ["string", "null"]},
+    ],
+)
+async def test_arguments_of_a_strict_tool_fit_its_schema(tmp_path, city, is_strict):
     # The model wants to call it with a city that the schema does not know.
     wish = "Hm.<tool_call>weather<arg_key>city</arg_key><arg_value>Bonn</arg_value></tool_call>"
     engine = ScriptedEngine(lambda request: [*tokens(wish), END])
-    cities = {"city": {"enum": ["Oslo", "Rome"]}}
-    schema = {"type": "object", "properties": cities, "required": ["city"]}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"]}
     weather = {"name": "weather", "strict": is_strict, "parameters": schema}
     async with scripted_service(engine, tmp_path) as service:
         body = {"messages": HI, "tools": [{"type": "function", "function": weather}]}
@@ -256,7 +263,32 @@ async def test_arguments_of_a_strict_tool_fit_its_schema(tmp_path, is_strict):
     assert choice["message"]["content"] == "Hm."
     [call] = choice["message"]["tool_calls"]
     arguments = json.loads(call["function"]["arguments"])
-    assert (arguments["city"] in cities["city"]["enum"]) == is_strict
+    assert (arguments["city"] in ("Oslo", "Rome", None)) == is_strict
+
+
+@pytest.mark.parametrize(
+    ("schema", "wanted"),
+    [
+        ({"type": "object"}, {"a": 1, "b": "x y"}),
+        ({"$ref": "#/$defs/f", "$defs": {"f": {"properties": {"a": {}}}}}, {"a": 1, "b": "x y"}),
+        ({"type": "object", "properties": {}}, {}),
+        ({"type": "object", "additionalProperties": False}, {}),
+        (None, {}),
+    ],
+)
+async def test_a_schema_that_names_no_arguments_may_allow_any(tmp_path, schema, wanted):
+    pairs = (("a", "1"), ("b", "x y"))
+    arguments = "".join(
+        f"<arg_key>{key}</arg_key><arg_value>{value}</arg_value>" for key, value in pairs
+    )
+    engine = ScriptedEngine(lambda request: [*tokens(f"<tool_call>f{arguments}</tool_call>"), END])
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    async with scripted_service(engine, tmp_path) as service:
+        body = {"messages": HI, "tools": [tool], "reasoning_effort": "none", "max_tokens": 200}
+        body |= {"tool_choice": "required", "parallel_tool_calls": False}
+        [choice] = (await post(create_app(service), CHAT, body))["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "No tool is for that."])
