@@ -62,20 +62,29 @@ class GenerationDefaults:
         """Reads `generation_config.json`, and `config.json` for stop tokens it does not name.
 
         Raises:
-          ValueError: neither names the stop tokens, or a file is not JSON.
+          ValueError: neither names the stop tokens, or a file says what is no JSON object or number.
         """
         config = _read_json(model_dir / "config.json")
         config |= _read_json(model_dir / "generation_config.json")
         stop = config.get("eos_token_id")
-        stop_tokens = [stop] if isinstance(stop, int) else stop
+        stop_tokens = stop if isinstance(stop, list) else [stop]
         if not stop_tokens or not all(isinstance(token, int) for token in stop_tokens):
             raise ValueError(f"{model_dir}: no eos_token_id in its generation_config.json")
+
+        def number(name: str, default: float) -> float:
+            value = _given(config.get(name), default)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(
+                    f"{model_dir}/generation_config.json: {name} is no number: {value!r}"
+                )
+            return value
+
         greedy = config.get("do_sample") is False
         return cls(
             stop_token_ids=frozenset(stop_tokens),
-            temperature=0.0 if greedy else float(config.get("temperature") or 1.0),
-            top_p=float(config.get("top_p") or 1.0),
-            top_k=int(config.get("top_k") or 0),
+            temperature=0.0 if greedy else float(number("temperature", 1.0)),
+            top_p=float(number("top_p", 1.0)) or 1.0,
+            top_k=int(number("top_k", 0)),
         )
 
 

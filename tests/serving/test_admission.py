@@ -103,9 +103,22 @@ def test_defaults_come_from_the_model_directory(tmp_path):
     found = GenerationDefaults.from_directory(tmp_path)
     assert found.stop_token_ids == {8, 9}
     assert (found.temperature, found.top_p, found.top_k) == (0.5, 0.25, 4)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0, "top_k": null}')
+    found = GenerationDefaults.from_directory(tmp_path)
+    assert (found.temperature, found.top_p, found.top_k) == (0.0, 1.0, 0)
 
 
-@pytest.mark.parametrize("text", ["{}", "{", "[1]", '{"eos_token_id": "a"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "{",
+        "[1]",
+        '{"eos_token_id": "a"}',
+        '{"eos_token_id": 1.5}',
+        '{"eos_token_id": 1, "top_p": "a"}',
+    ],
+)
 def test_a_model_directory_without_stop_tokens_is_refused(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ValueError, match="generation_config.json"):
