@@ -15,6 +15,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from glm_jax import layers, model, moe
 from glm_jax.aot.presets import PRESETS
@@ -73,10 +74,14 @@ class _PartOfVocabulary(layers.VocabTable):
     num_copies = 1
 
     def logits(self, x: jax.Array, kernels: Kernels) -> jax.Array:
-        return jnp.tile(super().logits(x, kernels), (1, self.num_copies))
+        return self._copied(super().logits(x, kernels))
 
     def logits_of_share(self, x: jax.Array, kernels: Kernels) -> jax.Array:
-        return jnp.tile(super().logits_of_share(x, kernels), (1, self.num_copies))
+        return self._copied(super().logits_of_share(x, kernels))
+
+    def _copied(self, logits: jax.Array) -> jax.Array:
+        # In memory, as the product leaves them: what is chosen from them is not to be fused with this.
+        return lax.optimization_barrier(jnp.tile(logits, (1, self.num_copies)))
 
 
 @contextmanager
