@@ -6,7 +6,6 @@ its journal stops, and is not taken for a checkpoint before its manifest, writte
 
 from __future__ import annotations
 
-import shutil
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -29,7 +28,7 @@ from checkpoints.converted import (
     read_manifest,
 )
 from checkpoints.cuts import Job
-from checkpoints.durable import make_directory, partial_path, write_whole
+from checkpoints.durable import check_space, make_directory, partial_path, write_whole
 from checkpoints.journal import Journal, Record
 from checkpoints.layout import MAX_CHUNK_BYTES, chunk_key
 from checkpoints.names import compare
@@ -166,12 +165,7 @@ def _make_pieces(
     todo = [piece for piece in plan.pieces if piece.name not in done]
     total = sum(piece.nbytes for piece in plan.pieces)
     left = sum(piece.nbytes for piece in todo)
-    free = shutil.disk_usage(destination).free
-    if free < left:
-        raise CheckpointError(
-            f"cannot write {destination}: {left / 1e9:.3f} GB are still to be written and "
-            f"{free / 1e9:.3f} GB are free; free some space and run the same command again"
-        )
+    check_space(destination, left)
     for path in plan.targets:
         make_directory(destination / WEIGHTS_NAME / path)
     running: dict[Future[Record], int] = {}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints.dummy import FP8_EXPONENT, FP8_RANDOM, distribution
+from checkpoints.durable import check_space, make_directory
 from checkpoints.names import Placement, mtp_kinds, placements
 from checkpoints.reader import DTYPES
 from checkpoints.writer import GIB, write_checkpoint
@@ -34,14 +35,29 @@ def write_dummy(directory: str | Path, raw_config: Mapping[str, Any], seed: int 
 
     Raises:
       ConfigError: the config is not supported.
+      CheckpointError: the disk has no room for it.
     """
     config = ModelConfig.from_dict(dict(raw_config))
+    make_directory(Path(directory))
+    check_space(Path(directory), _nbytes(config))
     write_checkpoint(directory, raw_config, _tensors(config, seed), max_shard_bytes=GIB)
+
+
+def _table(config: ModelConfig) -> dict[str, Placement]:
+    return placements(config, with_mtp=True) | _copies(config)
+
+
+def _nbytes(config: ModelConfig) -> int:
+    """Of all tensors together."""
+    return sum(
+        math.prod(place.shape) * _dtype(config, name, place).itemsize
+        for name, place in _table(config).items()
+    )
 
 
 def _tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     specs = weight_specs(config, DTYPES["BF16"], with_mtp=bool(config.num_nextn_predict_layers))
-    table = placements(config, with_mtp=True) | _copies(config)
+    table = _table(config)
     if config.is_fp8 and config.num_nextn_predict_layers:
         # The published draft head is FP8, of which the model's own is none.
         size = (config.vocab_size, config.hidden_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,23 @@ def make_directory(path: Path) -> None:
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
         sync_directory(path.parent)
+
+
+def check_space(directory: Path, nbytes: int) -> None:
+    """Says beforehand that a disk has no room.
+
+    Args:
+      directory: where so many bytes are still to be written.
+
+    Raises:
+      CheckpointError: fewer are free.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"cannot write {directory}: {nbytes / 1e9:.3f} GB are still to be written and "
+            f"{free / 1e9:.3f} GB are free; free some space and run the same command again"
+        )
 
 
 def sync_directory(path: Path) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import TensorSpec, serialize_file
+from safetensors import SafetensorError, TensorSpec, serialize_file
 
 from checkpoints.names import Placement, placements
-from checkpoints.reader import DTYPES, INDEX_NAME, MTP_NAME, SINGLE_NAME
+from checkpoints.reader import DTYPES, INDEX_NAME, MTP_NAME, SINGLE_NAME, CheckpointError
 from checkpoints.shards import copy
 from glm_jax.config import ModelConfig
 
@@ -74,6 +74,7 @@ def write_checkpoint(
       max_shard_bytes: most bytes of tensors in one shard; a larger tensor gets a shard to itself.
 
     Raises:
+      CheckpointError: the disk does not take it.
       ValueError: there is no tensor, a name comes twice, or a dtype has no place in a checkpoint.
     """
     directory = Path(directory)
@@ -163,7 +164,11 @@ def _write_shard(path: Path, shard: Mapping[str, np.ndarray]) -> None:
     }
     path.touch()  # with the user's umask; the library alone makes files nobody else can read
     mode = path.stat().st_mode
-    serialize_file(specs, path, {"format": "pt"})
+    try:
+        serialize_file(specs, path, {"format": "pt"})
+    except SafetensorError as error:  # the disk's, in the words of the library
+        advice = "free some space, or write elsewhere, and run the same command again"
+        raise CheckpointError(f"cannot write {path}: {error}; {advice}") from error
     path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())

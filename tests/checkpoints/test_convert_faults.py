@@ -248,7 +248,7 @@ def test_a_disk_too_small_for_what_is_left_is_told_before_the_first_byte(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="still to be written and 0.000 GB are free"):
         convert(source, tmp_path / "c", 8, progress=False)
 

@@ -1,6 +1,7 @@
 """The command line: a whole checkpoint passes, a broken one is explained."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def test_a_checkpoint_goes_through_convert_verify_inspect_and_export(
     assert "1 faults in" in run("verify", converted, code=1)
     output = run("convert", dummy, tmp_path / "x", "--target", "b200x3", code=1)
     assert "3 devices cannot share" in output
+
+
+def test_a_dummy_that_has_no_room_is_not_begun(
+    dummy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoint(dummy) as checkpoint:
+        nbytes = sum(info.nbytes for info in checkpoint)
+    usage = shutil.disk_usage(tmp_path)
+    for free, code in ((nbytes - 1, 1), (nbytes, 0)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
+        said = run("dummy", tmp_path, "--config", dummy, code=code)
+        assert ("are still to be written" in said) == (code == 1)
+        assert (tmp_path / "config.json").exists() == (code == 0)
 
 
 def test_inspect_counts_the_published_models_parameters_and_bytes() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from checkpoints.load import load_weights
 from checkpoints.reader import Checkpoint, CheckpointError
@@ -121,6 +121,18 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_no_litter(tmp_path: Path) -
 
     with pytest.raises(RuntimeError):
         write_checkpoint(tmp_path, {}, failing(), max_shard_bytes=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("checkpoints.writer.serialize_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device .*; free some space"):
+        write_checkpoint(tmp_path, {}, SOME.items())
     assert list(tmp_path.iterdir()) == []
 
 
