@@ -5,6 +5,7 @@ Knows no other kernel.
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from tests.perf.sizes import Sizes
 _HEAD = 128
 _EPS, _ROTARY, _THETA = 1e-5, 64, 1e6
 _FEW_PAGES = 4096
+# Sequences of which a step with guesses is timed.
+_MOST_GUESSING = 64
 
 
 def _pages(key: jax.Array, sizes: Sizes, rows: int, pages_per_row: int, dtype: Any) -> Any:
@@ -96,36 +99,40 @@ def decode_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
 
 def write_and_attend_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
     """The same with head norms, rotary and the write before it and the quantization after it, as an
-    engine's decode steps do it."""
+    engine's decode steps do it; and for the last two tokens of each sequence, as steps with a guess do."""
     heads = sizes.query_groups + 2
     kernels = Kernels(interpreted=chip if interpret else None)
 
-    def draw(rows: int, length: int, key: jax.Array) -> Any:
-        keys = jax.random.split(key, 3)
+    def draw(sequences: int, length: int, tokens: int, key: jax.Array) -> Any:
+        keys, rows = jax.random.split(key, 3), sequences * tokens
         qkv = jax.random.normal(keys[0], (rows, 1, 1, heads, _HEAD), jnp.bfloat16)
         norms = tuple(
             1 + jax.random.normal(k, (sizes.layers, _HEAD), jnp.bfloat16) / 4
             for k in jax.random.split(keys[1])
         )
-        *pages, table = _pages(keys[2], sizes, rows, length // sizes.page_size, FP8)
-        positions = jnp.full((rows, 1), length - 1, jnp.int32)
+        *pages, table = _pages(keys[2], sizes, sequences, length // sizes.page_size, FP8)
+        last = jnp.arange(length - tokens, length, dtype=jnp.int32)
+        positions = jnp.tile(last, sequences)[:, None]
         counters = kernels.attention_counters((rows, 1), 1)
         memory = pages if counters is None else [*pages, jax.tree.map(jax.freeze, counters)]
         angles = kernels.rotary_table(positions, _ROTARY, _THETA)
         return qkv, norms, table, positions, angles, memory
 
-    def step(operands: Any, layer: jax.Array) -> Rows:
+    def step(tokens: int, operands: Any, layer: jax.Array) -> Rows:
         qkv, (q_norm, k_norm), table, positions, angles, (k_pages, v_pages, *counters) = operands
         norms = HeadNorms(q_norm, k_norm, _EPS, _ROTARY, _THETA)
         made, _ = kernels.write_and_attend(
             qkv, norms, positions, table, layer, KVCache(k_pages, v_pages), angles, is_fp8=True,
-            counters=counters[0] if counters else None,
+            counters=counters[0] if counters else None, rows_per_sequence=tokens,
         )  # fmt: skip
         return made
 
-    def reference(operands: Any, layer: jax.Array) -> Rows:
+    def reference(tokens: int, operands: Any, layer: jax.Array) -> Rows:
         qkv, (q_norm, k_norm), table, positions, _, pages = operands
-        norms = HeadNorms(q_norm, k_norm, _EPS, _ROTARY, _THETA)
+        norms, table = (
+            HeadNorms(q_norm, k_norm, _EPS, _ROTARY, _THETA),
+            jnp.repeat(table, tokens, 0),
+        )
         q, k, v = ops.split_heads(qkv, norms, positions, layer)
         written = kv_cache.write(KVCache(*pages[:2]), layer, table, positions, k, v)
         attended = ops.paged_attention(q, *written, layer, table, positions)
@@ -140,26 +147,25 @@ def write_and_attend_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterato
             "scale": relative_error(got.scale, scale),
         }
 
-    for length in sizes.contexts:
-        for rows in sizes.tokens:
-            if rows == sizes.prefill:
-                continue
-            moved = 2 * length * _HEAD + (2 * heads + sizes.query_groups + 2) * _HEAD
-            yield Case(
-                kernel="decode_attention.write_and_attend",
-                shape=f"B={rows} S={length}",
-                draw=partial(draw, rows, length),
-                num_layers=_num_layers(sizes, rows * length // sizes.page_size),
-                step=step,
-                reference=reference,
-                errors=errors,
-                # Of scales; of values, whose roundings to FP8 differ where sums round another way, 8e-2.
-                tolerance=1e-2,
-                bytes=rows * moved,
-                operations=4 * rows * length * sizes.query_groups * _HEAD,
-                written=() if interpret else (5,),
-                peers=peers.write_and_attend(rows, length, sizes.query_groups),
-            )
+    for tokens, length, sequences in product((1, 2), sizes.contexts, sizes.tokens):
+        if sequences == sizes.prefill or (tokens > 1 and sequences > _MOST_GUESSING):
+            continue
+        of_tokens = tokens * (2 * heads + sizes.query_groups + 2) * _HEAD
+        yield Case(
+            kernel="decode_attention.write_and_attend",
+            shape=f"B={sequences} S={length}" + ", 2 tokens each" * (tokens > 1),
+            draw=partial(draw, sequences, length, tokens),
+            num_layers=_num_layers(sizes, sequences * length // sizes.page_size),
+            step=partial(step, tokens),
+            reference=partial(reference, tokens),
+            errors=errors,
+            # Of scales; of values, whose roundings to FP8 differ where sums round another way, 8e-2.
+            tolerance=1e-2,
+            bytes=sequences * (2 * length * _HEAD + of_tokens),
+            operations=4 * sequences * tokens * length * sizes.query_groups * _HEAD,
+            written=() if interpret else (5,),
+            peers=peers.write_and_attend(sequences, length, sizes.query_groups, tokens),
+        )
 
 
 def prefill_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterator[Case]:
