@@ -16,6 +16,7 @@ from glm_jax.attention import Pages
 from glm_jax.cache import CACHE_AXES, KVCache
 from glm_jax.config import ModelConfig
 from glm_jax.model import Glm4Moe, Weights, abstract_model, bind
+from glm_jax.sampling import log_sum_exp
 from glm_jax.shapes import StepShapes
 from glm_jax.sharding import partition_spec, sharding_for
 from glm_jax.steps import DEFAULT_OPTIONS, LOWERING, StepOptions, compiler_options, step_specs
@@ -59,7 +60,7 @@ def _tell(
     model: Glm4Moe, hidden: Float[Array, "T D"], targets: Int32[Array, " T"]
 ) -> Int32[Array, "score_outputs T"]:
     logits = model.logits(hidden)
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    total = log_sum_exp(logits)[:, None]
     own = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     rank = 1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
     top, top_tokens = lax.top_k(logits, min(columns.MAX_TOP_LOGPROBS, logits.shape[-1]))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.sampling import SamplingRows, sample
+from glm_jax.sampling import SamplingRows, log_sum_exp, sample
 from tests.glm_jax.tiny import compiled
 
 VOCAB = 12
@@ -294,3 +294,18 @@ def test_padding_rows_come_to_no_harm_and_do_none() -> None:
     np.testing.assert_array_equal(alone, 0)
     assert np.isfinite(alone_logprobs).all()
     np.testing.assert_allclose(padded_logprobs[:8], logprobs, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 1000, 151_552])
+def test_masses_are_whole_whatever_the_size_of_the_vocabulary(size: int) -> None:
+    logits = 5 * np.random.default_rng(size).standard_normal((2, size), np.float32)
+    expected = np.log(np.exp(logits.astype(np.float64)).sum(1))
+    np.testing.assert_allclose(compiled(log_sum_exp)(logits), expected, rtol=1e-6)
+
+
+def test_no_order_of_a_sum_over_the_vocabulary_is_left_to_the_compiler() -> None:
+    # XLA's depends on what a sum is fused with, so a row's bits did on the number of rows.
+    logits = jnp.zeros((4, 151_552), jnp.float32)
+    jaxpr = str(jax.make_jaxpr(sample)(logits, rows_of(4, top_p=0.5)))
+    assert "optimization_barrier" in jaxpr
+    assert "reduce_sum" not in jaxpr and "cumsum" not in jaxpr
