@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
@@ -42,8 +43,17 @@ def set_up(
     if stream.isatty() and not is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # a bar would stand in the middle of the lines
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    warnings.showwarning = _log_warning
     if level == "INFO":
         logging.getLogger("jax").setLevel("WARNING")  # it tells which back ends are not there
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> None:
+    """What Python would write over lines of its own is a record like any other."""
+    logger = logging.getLogger("py.warnings")
+    logger.warning("%s: %s (%s:%d)", category.__name__, message, filename, lineno)
 
 
 class _AboveBars(logging.StreamHandler[TextIO]):

@@ -188,6 +188,19 @@ def test_what_went_wrong_is_in_the_same_object(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in record["exception"]
 
 
+def test_a_warning_of_python_s_is_a_line_like_any_other() -> None:
+    script = (
+        "import sys, warnings; from serving.logs import set_up; set_up('INFO', 'json', sys.stderr)\n"
+        "warnings.warn('the cache is full')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    record = json.loads(done.stderr)
+    assert (record["level"], record["logger"]) == ("WARNING", "py.warnings")
+    assert record["message"].startswith("UserWarning: the cache is full (")
+
+
 def test_the_start_of_a_model_tells_what_it_found(caplog: pytest.LogCaptureFixture) -> None:
     seen: dict[str, float] = {}
     start = Start(seen.__setitem__)
