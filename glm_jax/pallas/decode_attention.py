@@ -9,6 +9,7 @@ that follows (decode_combine); where nothing counts arrivals, a second kernel do
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -99,14 +100,14 @@ def attend_quantized(
 
 
 def write_and_attend(
-    qkv: BFloat16[Array, "B 1 K heads H"],
+    qkv: BFloat16[Array, "B T K heads H"],
     norms: tuple[BFloat16[Array, "L H"], ...],
-    angles: BFloat16[Array, "B 1 2 half"],
+    angles: BFloat16[Array, "B T 2 half"],
     k_pages: Any,
     v_pages: Any,
     layer: Int32[Array, ""] | int,
     page_table: Int32[Array, "B P"],
-    positions: Int32[Array, "B 1"],
+    positions: Int32[Array, "B T"],
     *,
     eps: float,
     is_quantized: bool,
@@ -115,9 +116,10 @@ def write_and_attend(
     config: TuningConfig | None = None,
     interpret: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """As kv_write.write, then `attend` or `attend_quantized`, with the same bits; of one token a row.
+    """As kv_write.write, then `attend` or `attend_quantized`, with the same bits; of one or two tokens a row.
 
-    Returns attended or (values, scale), and the pages: arrays' successors, or the Refs themselves.
+    No two rows may have a page in common that one of them writes to. Returns attended or (values, scale),
+    and the pages: arrays' successors, or the Refs themselves.
 
     Args:
       qkv: of each KV head the queries, then the key, then the value.
@@ -130,14 +132,16 @@ def write_and_attend(
     del chip
     num_rows, num_tokens, kv_heads, num_heads, head_dim = qkv.shape
     rotary_dim = 2 * angles.shape[-1]
-    if num_tokens != 1 or rotary_dim % 64:
-        raise NotImplementedError(f"{num_tokens=}, {rotary_dim=}: one token, widths of 64 or 128")
-    cut = cut_of(
-        (num_rows, 1, kv_heads, num_heads - 2, head_dim), k_pages, page_table.shape[1], config
-    )
+    if num_tokens > 2 or rotary_dim % 64:
+        raise NotImplementedError(
+            f"{num_tokens=}, {rotary_dim=}: 1 or 2 tokens, widths of 64 or 128"
+        )
+    q_shape = num_rows, num_tokens, kv_heads, num_heads - 2, head_dim
+    # In CTAs of their own, one would have to wait for the other's key.
+    cut = replace(cut_of(q_shape, k_pages, page_table.shape[1], config), num_tokens=num_tokens)
     least = decode_splits.products_of(cut, interpret).query_rows
     heads = TokenHeads(cut.query_groups, rotary_dim, eps, cut.cache_dtype, least)
-    new = decode_write.Kind(heads, has_norms=bool(norms))
+    new = decode_write.Kind(heads, num_tokens, has_norms=bool(norms))
     pages = k_pages, v_pages
     are_arrays = isinstance(k_pages, jax.Array)
     refs = [jax.new_ref(x) for x in pages] if are_arrays else pages
@@ -185,7 +189,7 @@ def _run(
 
 
 def _partial_types(cut: Cut) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return memory_types(cut.num_rows, cut.kv_heads, cut.num_parts, cut.stored_rows)
+    return memory_types(cut.num_rows * cut.kv_heads, cut.num_parts, cut.stored_rows)
 
 
 def _parts_kernel(cut: Cut, interpret: bool, new: decode_write.Kind | None) -> Any:
@@ -228,29 +232,28 @@ def _whole_kernel(cut: Cut, is_quantized: bool, new: decode_write.Kind | None) -
         inputs, refs = decode_splits.Inputs(*refs[:num_inputs]), refs[num_inputs:]
         more, counters, refs = refs[:num_more], refs[num_more], refs[num_more + 1 :]
         results_gmem, refs = refs[: len(results)], refs[len(results) :]
-        partials, words, scratch = refs[:2], refs[2], decode_splits.Scratch(*refs[3:])
+        partials, scratch = refs[:2], decode_splits.Scratch(*refs[2:])
         part = decode_splits.part_here(cut, inputs, False)
-        num_ctas = cut.num_ctas(part.last)
         token = new.here(inputs.q, more, scratch, False) if new else None
 
-        @pl.when(part.number < num_ctas)
+        @pl.when(part.number < cut.num_ctas(part.last))
         def _work() -> None:
             decode_splits.attend_part(cut, products, inputs, scratch, part, partials, token)
-            place = part.row * cut.kv_heads + part.kv_head
-            is_last = last_arrival.is_last(counters, words, place, num_ctas)
+            is_last = last_arrival.is_last(counters, scratch.words)
             *_, result_smem = scratch.warps
 
             @pl.when(is_last)
             def _combine() -> None:
+                positions = decode_splits.positions_again(cut, scratch, part)
                 at = (part.row, part.kv_head)
-                combine(cut, *at, part.positions, partials, results_gmem, result_smem)
+                combine(cut, *at, positions, partials, results_gmem, result_smem)
 
     over_warps = (*(new.scratch_types() if new else ()), result_scratch(cut, is_quantized))
     scratch = decode_splits.scratch_types(cut, products, *over_warps)
     return launch_order.kernel(
         body,
         out_type=(*results, *_partial_types(cut)),
-        scratch_types=(plgpu.SMEM((last_arrival.WORDS,), jnp.int32), *scratch),
+        scratch_types=tuple(scratch),
         kernel_name="decode_attention",
         **_grid(cut),
     )

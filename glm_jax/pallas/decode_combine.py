@@ -66,7 +66,7 @@ def combine(
 
     Args:
       positions: of the row's tokens.
-      partials: refs of memory_types of [rows, kv_heads, num_parts, stored_rows].
+      partials: refs of memory_types of [rows * kv_heads, num_parts, stored_rows].
       results: refs of result_types.
       smem: of result_scratch.
     """
@@ -89,7 +89,7 @@ def combine(
     def fold_all(num_parts: Array, per_split: int, step_size: int) -> None:
         for token in range(cut.num_tokens):
             parts = num_parts, per_split, step_size
-            answers = _fold_parts(cut, (row, kv_head), token, partials, *parts)
+            answers = _fold_parts(cut, cut.place_of(row, kv_head), token, partials, *parts)
             if cut.num_tokens > 1:
                 answers = where_below(-1, positions[token], answers)
             _write(cut, (row, kv_head), token, answers, results, smem)
@@ -106,7 +106,7 @@ def combine(
 
 def _fold_parts(
     cut: Cut,
-    at: tuple[Array, Array],
+    place: Array,
     token: int,
     partials: Any,
     num_parts: Array,
@@ -120,7 +120,7 @@ def _fold_parts(
         first = step * step_size
         # All of them are asked for before one is waited for; past the end it is the last one again.
         found = [
-            load(partials, rows, (*at, jnp.minimum(first + i, num_parts - 1)))
+            load(partials, rows, (place, jnp.minimum(first + i, num_parts - 1)))
             for i in range(step_size)
         ]
         found = [_silenced_from(first + i, num_parts, answers) for i, answers in enumerate(found)]

@@ -120,6 +120,10 @@ class Cut:
         first = row % self.rows_per_sequence * self.num_tokens
         return jnp.minimum(first + index, self.sequence_tokens - 1)
 
+    def place_of(self, row: Array, kv_head: Array) -> Array:
+        """A row's KV head among all."""
+        return row * self.kv_heads + kv_head
+
     @property
     def token_rows(self) -> int:
         """Rows that are read for one token's queries: they are read in fours."""

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxtyping import Array
 
+from glm_jax.pallas import last_arrival
 from glm_jax.pallas.decode_cut import (
     HEAD_DIM,
     SCALE,
@@ -31,7 +32,7 @@ from glm_jax.pallas.decode_cut import (
     store,
     where_below,
 )
-from glm_jax.pallas.decode_write import NewToken
+from glm_jax.pallas.decode_write import NewTokens
 from glm_jax.pallas.warp_products import ROWS, WarpProducts
 
 # Not put off, moved or left out.
@@ -54,6 +55,7 @@ class Scratch(NamedTuple):
     """Shared memory and barriers of a CTA.
 
     Attributes:
+      words: last_arrival's, then positions of the row's tokens.
       keys, values: tiles, as many as there are stages.
       rows: maxima and sums of one token's warps, then of a split's leaves so far. Each place in shared
         memory takes up 1 KB at least.
@@ -62,6 +64,7 @@ class Scratch(NamedTuple):
       queries: of each token, as they come, and as warp_products reads them, in one place.
     """
 
+    words: Any
     keys: Any
     values: Any
     rows: Any
@@ -120,6 +123,7 @@ def scratch_types(cut: Cut, products: WarpProducts, *over_warps: Any) -> Scratch
 
     query_rows = cut.num_tokens * products.query_rows
     return Scratch(
+        words=plgpu.SMEM((last_arrival.WORDS + cut.num_tokens,), jnp.int32),
         keys=pages,
         values=pages,
         rows=plgpu.SMEM((2, ROWS + stored), jnp.float32),
@@ -191,6 +195,18 @@ def positions_of(cut: Cut, positions: Any, row: Array) -> list[Array]:
     return [positions[sequence, cut.token_of(row, index)] for index in range(cut.num_tokens)]
 
 
+def positions_again(cut: Cut, scratch: Scratch, part: Part) -> list[Array]:
+    """Positions of a row's tokens, once attend_part has begun: two tokens leave no registers for them."""
+    if cut.num_tokens == 1:
+        return part.positions
+    return [scratch.words[last_arrival.WORDS + token] for token in range(cut.num_tokens)]
+
+
+def place_again(cut: Cut, scratch: Scratch, part: Part) -> Array:
+    """Which of all rows' KV heads it is, likewise."""
+    return cut.place_of(part.row, part.kv_head) if cut.num_tokens == 1 else scratch.words[1]
+
+
 def _places_of_tile(cut: Cut, start: Array) -> list[Array]:
     """Where a row of the page table has a tile's pages."""
     page = start // cut.page_size
@@ -212,13 +228,13 @@ def attend_part(
     scratch: Scratch,
     part: Part,
     partials: tuple[Any, ...],
-    new: NewToken | None = None,
+    new: NewTokens | None = None,
 ) -> None:
     """Stores the partial answers of a part that begins at or before the row's last position.
 
     Args:
-      partials: refs of memory_types of [rows, kv_heads, num_parts, stored_rows].
-      new: the row's token at that position, if it is still to be written.
+      partials: refs of memory_types of [rows * kv_heads, num_parts, stored_rows].
+      new: the row's tokens, if they are still to be written. They are all of their sequence's.
     """
     config, groups, tile = cut.config, cut.query_groups, cut.config.tile_size
     query_rows, warp_keys = products.query_rows, products.keys_per_warp
@@ -228,10 +244,14 @@ def attend_part(
     row, layer, row_positions, last = part.row, part.layer, part.positions, part.last
     table = inputs.page_table.at[part.sequence]
 
+    place = cut.place_of(row, part.kv_head)
+    last_arrival.prepare(scratch.words, place, cut.num_ctas(last))
+    for token in tokens:
+        scratch.words[last_arrival.WORDS + token] = row_positions[token]
     span = cut.choose(last, [jnp.int32(size) for size in cut.spans])
     first = part.number * span
     num_tiles = jnp.minimum(span, last + 1 - first + tile - 1) // tile
-    turning: Any = None
+    turnings: Any = None
     if new is None:
         for token in tokens:
             plgpu.copy_gmem_to_smem(
@@ -240,7 +260,7 @@ def attend_part(
                 scratch.query_barrier,
             )
     else:
-        turning = new.fetch(row, part.kv_head, layer)
+        turnings = new.fetch(row, part.kv_head, layer)
 
     def fetch(index: Array, pages: list[Array]) -> None:
         slot = lax.rem(index, config.stages)
@@ -263,15 +283,22 @@ def attend_part(
         for page in zip(*part.ahead, strict=True)
     ]
 
-    def new_place() -> tuple[Any, ...]:
-        position = jnp.maximum(last, 0)
+    def new_places(position: Array) -> tuple[Any, Any]:
+        position = jnp.maximum(position, 0)
         word = table[position // cut.page_size]
         at = pl.ds(position % cut.page_size, 1)
-        return layer, _page(inputs, word), part.kv_head, at
+        place = layer, _page(inputs, word), part.kv_head, at
+        return inputs.k_pages.at[place], inputs.v_pages.at[place]
 
-    # A tile that is still to be written comes last.
-    is_owner = (last >= 0) & (last < first + span)
-    num_ready = num_tiles if new is None else num_tiles - is_owner.astype(jnp.int32)
+    # Tiles that are still to be written come last.
+    are_here = [(first <= x) & (x < first + span) for x in row_positions]
+    is_owner, num_ready = reduce(jnp.logical_or, are_here), num_tiles
+    if new is not None:
+        ready = [
+            jnp.where(is_here, (x - first) // tile, num_tiles)
+            for x, is_here in zip(row_positions, are_here, strict=True)
+        ]
+        num_ready = reduce(jnp.minimum, ready)
 
     def fetch_firsts(is_time: Callable[[int], Array], before: Callable[[], None]) -> None:
         for index, pages in enumerate(firsts):
@@ -283,21 +310,18 @@ def attend_part(
 
     # Every place is filled before anything is waited for.
     fetch_firsts(lambda index: index < num_ready, lambda: None)
+    of_tokens = [pl.ds(token * query_rows, query_rows) for token in tokens]
     if new is None:
         plgpu.barrier_wait(scratch.query_barrier)
+        made = [q_smem.at[rows] for rows in of_tokens]
     else:
-        place = new_place()
-        places = inputs.k_pages.at[place], inputs.v_pages.at[place]
-        q_smem = new.turn(turning, is_owner, *places).at[pl.ds(0, query_rows)]
+        turned = new.turn(turnings, are_here, [new_places(x) for x in row_positions])
+        made = [rows.at[pl.ds(0, query_rows)] for rows in turned]
         fetch_firsts(
             lambda index: (index >= num_ready) & (index < num_tiles), new.wait_until_written
         )
-    of_tokens = [pl.ds(token * query_rows, query_rows) for token in tokens]
     # All are read before one is kept where they lay.
-    queries = [
-        plgpu.load(q_smem.at[rows], layout=products.query_layout, optimized=False)
-        for rows in of_tokens
-    ]
+    queries = [plgpu.load(x, layout=products.query_layout, optimized=False) for x in made]
     for rows, of_token in zip(of_tokens, queries, strict=True):
         products.keep(of_token, kept_smem.at[rows])
     row_of, column_of = (
@@ -305,11 +329,11 @@ def attend_part(
         for axis in range(2)
     )
 
-    def is_visible(start: Array, token: int) -> Array:
-        last_visible = jnp.full((ROWS, warp_keys), row_positions[token], jnp.int32)
+    def is_visible(start: Array, position: Array) -> Array:
+        last_visible = jnp.full((ROWS, warp_keys), position, jnp.int32)
         return start + row_of // query_rows * warp_keys + column_of <= last_visible
 
-    def silence(start: Array, values_smem: Any) -> None:
+    def silence(start: Array, last: Array, values_smem: Any) -> None:
         # A share of 0 does not silence what another sequence left there: 0 * inf is NaN.
         @pl.when(start + tile > last + 1)
         def _silence() -> None:
@@ -324,7 +348,7 @@ def attend_part(
         # Where the next copies go, the tile before may still be read.
         plgpu.commit_smem()
         if new is not None:
-            # Before the last tile is copied, and before warps' answers take the place of its key.
+            # Before the last tiles are copied, and before warps' answers take the place of keys.
             is_time = index == min(tiles_per_leaf - 1, 1)
             pl.when(is_owner & is_time)(new.wait_until_written)
         pl.when((index > 0) & (ahead < num_tiles))(lambda: fetch(ahead, pages))
@@ -332,12 +356,10 @@ def attend_part(
         pages = pages_of(ahead + 1)
         plgpu.barrier_wait(scratch.key_barrier.at[slot])
         of_tokens = products.scores(kept_smem, scratch.keys.at[slot])
-        made = []
-        for token, (scores, (largest, total, out)) in enumerate(
-            zip(of_tokens, streams, strict=True)
-        ):
+        made, ends = [], positions_again(cut, scratch, part) if is_masked else row_positions
+        for scores, (largest, total, out), end in zip(of_tokens, streams, ends, strict=True):
             if is_masked:
-                scores = jnp.where(is_visible(start, token), scores, -jnp.inf)
+                scores = jnp.where(is_visible(start, end), scores, -jnp.inf)
             new_largest = jnp.maximum(largest, scores.max(axis=1) * SCALE)
             along = lax.broadcast_in_dim(new_largest, scores.shape, [0])
             shares = jnp.exp2(scores * SCALE - along)
@@ -348,7 +370,7 @@ def attend_part(
         all_largest, totals, outs, all_shares = zip(*made, strict=True)
         plgpu.barrier_wait(scratch.value_barrier.at[slot])
         if is_masked:
-            silence(start, scratch.values.at[slot])
+            silence(start, reduce(jnp.maximum, ends), scratch.values.at[slot])
         outs = products.add(list(outs), list(all_shares), scratch.values.at[slot])
         return list(zip(all_largest, totals, outs, strict=True)), pages
 
@@ -381,7 +403,7 @@ def attend_part(
         rows = cut.rows_of(token)
         if config.leaves_per_split == 1:
             place = (first + number * config.leaf_size) // config.split_size
-            store(partials, of_leaf, rows, (row, part.kv_head, place))
+            store(partials, of_leaf, rows, (place_again(cut, scratch, part), place))
             return
         at = lax.rem(number, config.leaves_per_split)
         # Each thread reads there what it has stored itself.
@@ -396,7 +418,7 @@ def attend_part(
             # A leaf that is a part by itself stands where a split of that number would.
             sizes = config.leaf_size, config.split_size
             place = jnp.where(span < config.split_size, *(start // size for size in sizes))
-            store(partials, of_split, rows, (row, part.kv_head, place))
+            store(partials, of_split, rows, (place_again(cut, scratch, part), place))
 
     def sum_up(number: Array, pages: list[Array]) -> list[Array]:
         start = number * tiles_per_leaf

@@ -43,18 +43,26 @@ def make_counters(*shape: int) -> jax.Ref:
     return jax.new_ref(jnp.zeros(shape, jnp.int32))
 
 
-def is_last(counters: Any, words: Any, place: jax.Array, num_ctas: jax.Array) -> jax.Array:
-    """Whether the other num_ctas - 1 CTAs that share a counter have all been here.
+def prepare(words: Any, place: jax.Array, num_ctas: jax.Array) -> None:
+    """Says who counts, before anything else that a CTA does, which so need not keep it in registers.
+
+    Args:
+      words: int32[WORDS], or more, in shared memory.
+      place: of the counter, as if they were one row; num_ctas is the same for all that share it.
+    """
+    words[0] = num_ctas - 1
+    words[1] = place
+
+
+def is_last(counters: Any, words: Any) -> jax.Array:
+    """Whether the other CTAs that share a counter have all been here.
 
     What their threads stored before they were, the threads of the last one read after.
 
     Args:
       counters: what make_counters makes, in the kernel; at rest they are 0.
-      words: int32[WORDS] in shared memory.
-      place: of the counter, as if they were one row; num_ctas is the same for all that share it.
+      words: as `prepare` left them.
     """
-    words[0] = num_ctas - 1
-    words[1] = place
 
     def arrive(_: Any, counters: Any, words: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
