@@ -166,10 +166,6 @@ class GenerationRequest(RuledRequest):
         """The field that limits the completion's tokens, and its value."""
         return "max_tokens", self.max_tokens
 
-    @property
-    def includes_usage(self) -> bool:
-        return self.stream_options.include_usage
-
 
 _TEXT = {"type": "string", "minLength": 1}
 _TOKENS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
