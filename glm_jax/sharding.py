@@ -180,11 +180,3 @@ def round_partials(partials: Float[Array, "R T D"], dtype: jnp.dtype) -> Float[A
     # reduce_precision, unlike a pair of converts, may not be optimized away.
     rounded = lax.reduce_precision(partials, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     return rounded.astype(dtype) if partials.shape[0] == 1 else rounded
-
-
-def as_partials(x: Float[Array, "T D"], num_partials: int) -> Float[Array, "R T D"]:
-    """What is whole already, as so many rounded partials: x first, then zeros."""
-    if num_partials == 1:
-        return x[None]
-    padding = ((0, num_partials - 1), (0, 0), (0, 0))
-    return jnp.pad(x[None].astype(jnp.float32), padding)
