@@ -7,6 +7,7 @@ the rest of the batch; a grammar begins to hold where the reasoning ends.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ _NUM_CACHED = 256
 # Between the parts of JSON: a space, or a new line and its indentation. A small model that may say
 # any white space at times says nothing else until its tokens run out.
 _SPACING = {"x-guidance": {"whitespace_pattern": r"[ ]?|\n[ \t]{0,20}"}}
+
+# What the compiler's words begin with, and the lines of the grammar that it shows after them.
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
+_EXCERPT = re.compile(r"^ +\d+ \|.*", re.MULTILINE | re.DOTALL)
 
 
 class _Masks(NamedTuple):
@@ -136,6 +141,9 @@ class Grammars:
             message = f"Invalid '{param}': it has more than {MAX_RULE_LENGTH} characters."
             raise errors.invalid(param, message)
         if problem := self._checked(grammar):
+            problem = _EXCERPT.sub("", problem)
+            if param in ("tools", "tool_choice"):
+                problem = _PLACE.sub("", problem)  # in lines that the client never saw
             raise errors.invalid(param, f"Invalid '{param}': {' '.join(problem.split())}")
         return grammar
 
