@@ -45,6 +45,10 @@ Conversation = Sequence[dict[str, Any]]
 _INTEGERS = int | np.integer
 # Forward passes are compiled per length: lengths are rounded up to a multiple of this.
 _LENGTH_STEP = 64
+# Of a chat request, what the template is told; the rest has no say here, and is refused.
+_TEMPLATE_FIELDS = frozenset(
+    "add_generation_prompt chat_template_kwargs continue_final_message reasoning_effort thinking tools".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,7 @@ class LLM:
           ignore_eos: whether the model's own stop tokens are tokens like others.
 
         Raises:
-          ValueError: a prompt can never fit.
+          ValueError: a prompt is empty, leaves the vocabulary, or can never fit.
           RuntimeError: the engine died.
         """
         completions = [Completion(self._tokens(prompt)) for prompt in _several_prompts(prompts)]
@@ -192,10 +196,12 @@ class LLM:
         Args:
           conversations: lists of messages as OpenAI writes them; one alone is a list of one.
           sampling, stop: as of generate.
-          fields: what else a chat request may say to the template: tools, reasoning_effort.
+          fields: what else a chat request may say to the template: tools, reasoning_effort and the
+            like.
 
         Raises:
-          ValueError: a message is malformed, or a conversation can never fit.
+          ValueError: a message is malformed, a field is none for the template, or a conversation can
+            never fit.
           RuntimeError: the engine died.
         """
         prompts = [self.render(each, **fields) for each in _several_conversations(conversations)]
@@ -203,7 +209,11 @@ class LLM:
         readers = self._complete(messages, sampling, stop, ignore_eos=False)
         tools = Tools(fields["tools"]) if fields.get("tools") else None
         for prompt, message, reader in zip(prompts, messages, readers, strict=True):
-            parser = ChatParser(tools, starts_in_reasoning=prompt.starts_in_reasoning)
+            parser = ChatParser(
+                tools,
+                starts_in_reasoning=prompt.starts_in_reasoning,
+                is_continued=prompt.is_continued,
+            )
             take_apart(message, reader.pieces, parser)
         return messages
 
@@ -227,6 +237,9 @@ class LLM:
 
     def render(self, messages: Conversation, **fields: Any) -> ChatPrompt:
         """The prompt of a conversation, by the model's template; arguments are those of chat."""
+        if unknown := sorted(fields.keys() - _TEMPLATE_FIELDS):
+            known = ", ".join(sorted(_TEMPLATE_FIELDS))
+            raise ValueError(f"{unknown[0]} is nothing that the template is told: {known} are")
         body = {"messages": list(messages), **fields}
         return self.template.encode(ChatRequest.model_validate(body))
 
@@ -255,7 +268,13 @@ class LLM:
         return forward_function(model.config, model.mesh, model.dtype, with_attention=True)
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt)
+        tokens, size = tuple(tokens), self.model.config.vocab_size
+        if not tokens:
+            raise ValueError("a prompt must have at least one token")
+        if not all(0 <= token < size for token in tokens):
+            raise ValueError(f"token ids must be in 0 to {size - 1}")
+        return tokens
 
     def _sampling(
         self, prompt: Sequence[int], sampling: SamplingParams | None, ignore_eos: bool

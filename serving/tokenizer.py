@@ -94,7 +94,7 @@ class ModelTokenizer:
         """
         path = model_dir / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{path} does not exist; --model-dir must name a model's directory")
+            raise ValueError(f"{path} does not exist: give the directory of a model")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception

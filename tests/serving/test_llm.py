@@ -104,6 +104,23 @@ def test_what_cannot_fit_is_refused_and_leaves_the_engine_as_it_was(llm: LLM):
     assert llm.generate("a", GREEDY)[0].tokens
 
 
+def test_what_nothing_would_heed_is_refused(llm: LLM):
+    with pytest.raises(ValueError, match="response_format is nothing that the template is told"):
+        llm.chat(QUESTION, response_format={"type": "json_object"})
+    with pytest.raises(ValueError, match="temperature is nothing that the template is told"):
+        llm.chat(QUESTION, temperature=1.0)
+    for ask in (llm.generate, llm.forward, lambda prompt: next(llm.stream(prompt))):
+        for prompt, words in (("", "at least one token"), ([5, 99999], "in 0 to 2047")):
+            with pytest.raises(ValueError, match=words):
+                ask(prompt)
+
+
+def test_a_message_that_is_continued_keeps_its_white_space(llm: LLM):
+    begun = [*QUESTION, {"role": "assistant", "content": "The capital of France is"}]
+    [answer] = llm.chat(begun, GREEDY, reasoning_effort="none", continue_final_message=True)
+    assert answer.content.startswith(" Paris")
+
+
 def test_the_inside_agrees_with_the_outside(llm: LLM):
     prompt = llm.render(QUESTION).tokens
     seen = llm.forward(prompt)
