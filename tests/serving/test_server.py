@@ -313,6 +313,7 @@ async def test_while_the_model_loads_the_server_says_so_and_can_be_ended(tmp_pat
 )
 def test_a_longer_conversation_needs_one_flag(tmp_path, flags, fits, exceeds):
     with served(tmp_path / "tiny", "--mock-rate", "0", *flags) as process:
+        wait_until_ready(process)
         for tokens, status in ((fits, 200), (exceeds, 400)):
             answer = httpx.post(
                 f"{process.url}/v1/completions", json={"prompt": [5] * tokens, "max_tokens": 1}
