@@ -15,6 +15,10 @@ from glm_jax.pallas import decode_attention, kv_write, prefill_attention
 from glm_jax.pallas.chip import Chip
 
 
+# Tokens of a sequence whose CTAs write what they attend to.
+_MOST_IN_ONE_KERNEL = 2
+
+
 class Inputs(NamedTuple):
     """A layer's QKV, and where its keys and values go.
 
@@ -56,10 +60,10 @@ def write_and_attend(
     rows_per_sequence: int,
     interpret: bool,
 ) -> tuple[Rows, KVCache]:
-    """`write`, then attends over the pages; with counters, and rows of sequences of their own, one
-    kernel does both: what it writes for a row no other row may read."""
-    (num_rows, num_tokens), is_alone = inputs.positions.shape, rows_per_sequence == 1
-    if not is_alone:
+    """`write`, then attends over the pages; with counters, and one or two tokens a sequence, one kernel
+    does both: of what it writes, a CTA reads what is its own, and no other sequence reads any."""
+    num_rows, num_tokens = inputs.positions.shape
+    if rows_per_sequence > 1:
         inputs = _by_sequence(inputs, rows_per_sequence)
     qkv, norms, positions, page_table, layer, cache, rotary = inputs
     where = layer, page_table, positions
@@ -71,7 +75,7 @@ def write_and_attend(
         values, scale = attended
         return Rows(None, values.reshape(num_rows, -1), scale)
 
-    if counters is not None and is_alone:
+    if counters is not None and rows_per_sequence <= _MOST_IN_ONE_KERNEL:
         weights: Any = () if norms.q_norm is None else norms[:2]
         angles: Any = rotary
         made, *pages = decode_attention.write_and_attend(

@@ -24,8 +24,8 @@ pytestmark = [needs_compiler, pytest.mark.usefixtures("without_compilation_cache
 BF16 = np.dtype(ml_dtypes.bfloat16)
 ROWS, LAYERS = 8, 2
 
-# A kernel's name, and of how many rows it is.
-Kernel = tuple[str, int]
+# A kernel's name, of how many rows it is, and of how many tokens each.
+Kernel = tuple[str, tuple[int, ...]]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
         kernel: Callable[..., Any] = getattr(module, name)
 
         def seen(heads: Any, *operands: Any, **options: Any) -> Any:
-            found.append((name, heads.shape[0] * heads.shape[1]))
+            found.append((name, heads.shape[:2]))
             return kernel(heads, *operands, **options)
 
         monkeypatch.setattr(module, name, seen)
@@ -62,16 +62,18 @@ def test_rows_of_sequences_of_their_own_are_written_where_they_are_attended_to(
     traced: list[Kernel],
 ) -> None:
     trace(0)
-    assert traced == [("write_and_attend", ROWS)] * LAYERS
+    assert traced == [("write_and_attend", (ROWS, 1))] * LAYERS
 
 
-@pytest.mark.parametrize("num_drafts", [1, 2])
-def test_rows_of_one_sequence_are_all_written_before_any_attends(
-    num_drafts: int, traced: list[Kernel]
+def test_two_tokens_of_a_sequence_are_one_row_of_the_kernel_that_writes_them(
+    traced: list[Kernel],
 ) -> None:
-    trace(num_drafts)
-    fed = ROWS * (1 + num_drafts)
-    layer = [("write", fed), ("attend_quantized", fed)]
+    trace(1)
+    assert traced == [("write_and_attend", (ROWS, 2))] * (1 + LAYERS)
+
+
+def test_more_tokens_of_a_sequence_are_all_written_before_any_attends(traced: list[Kernel]) -> None:
+    trace(2)
+    layer = [("write", (ROWS, 3)), ("attend_quantized", (ROWS, 3))]
     # A row of a further guess sees itself and what earlier kernels wrote.
-    further = [("write_and_attend", ROWS)] if num_drafts > 1 else []
-    assert traced == layer + further + layer * LAYERS
+    assert traced == [*layer, ("write_and_attend", (ROWS, 1)), *layer * LAYERS]
