@@ -130,13 +130,17 @@ def _http_options(flags: dict[str, Any]) -> HttpOptions:
 
     file = flags.pop("api_key_file")
     lines = file.read_text().splitlines() if file else []
-    keys = [key.strip() for key in (*flags.pop("api_key"), *lines)]
+    given = [key.strip() for key in flags.pop("api_key")]
+    keys = [key for key in (*given, *map(str.strip, lines)) if key]
+    if not keys and (given or file):
+        # Whoever says that there are keys does not want to be open to all for a slip.
+        raise click.UsageError(f"{file or '--api-key'} holds no key")
     is_logged = flags.pop("access_log")
     if is_logged:
         _log_access()
     return HttpOptions(
         access=Access(
-            api_keys=tuple(key for key in keys if key),
+            api_keys=tuple(keys),
             cors_origins=flags.pop("cors_origin"),
             is_logged=is_logged,
         ),

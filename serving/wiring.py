@@ -111,7 +111,8 @@ def _places(options: Options, name: str) -> dict[str, str]:
     where = f"{url} (on every interface)" if is_any else url
     body = {"model": name, "messages": [{"role": "user", "content": "Hello!"}]}
     words = ["curl", f"{url}/v1/chat/completions", "-H", "content-type: application/json"]
-    if options.http.access.api_keys:
+    num_keys = len(options.http.access.api_keys)
+    if num_keys:
         words += ["-H", "authorization: Bearer $API_KEY"]
     if address.certificate is not None:
         words += ["--cacert", str(address.certificate)]
@@ -120,6 +121,9 @@ def _places(options: Options, name: str) -> dict[str, str]:
     curl = " ".join(f'"{word}"' if "$" in word else shlex.quote(word) for word in words)
     return {
         "listening": f"{where}: /v1, a chat page at /, the API at /docs, /metrics, /readyz",
+        "access": f"with a key, of {num_keys} known"
+        if num_keys
+        else "for all: there is no --api-key",
         "try": curl,
     }
 

@@ -351,6 +351,8 @@ def test_https_works_with_a_certificate(tmp_path):
         (["--tls-cert", __file__], "go together"),
         (["--tls-cert", __file__, "--tls-key", __file__], "cannot listen"),
         (["--max-concurrency", "many"], "not a valid integer"),
+        (["--api-key-file", os.devnull], f"{os.devnull} holds no key"),
+        (["--api-key", " "], "--api-key holds no key"),
     ],
 )
 def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path, flags, words):

@@ -116,6 +116,7 @@ def test_in_a_pipe_every_line_is_plain_and_whole(tmp_path: Path) -> None:
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", "".join(lines))
     assert any("port = " + str(port) in line for line in lines)
     assert any(re.search(r"ready after \d+\.\d\d s$", line) for line in lines)
+    assert any(line.endswith("access    for all: there is no --api-key") for line in lines)
     words = curl_of(lines)
     assert words[1] == f"http://127.0.0.1:{port}/v1/chat/completions"
     assert json.loads(words[-1])["model"] == "tiny"
@@ -157,6 +158,7 @@ def test_json_is_an_object_a_line_with_what_was_found_out(tmp_path: Path) -> Non
     (ready,) = (record for record in records if record.get("event") == "ready")
     assert ready["model"] == {"rate": 50.0} and ready["seconds"] > 0
     assert "$API_KEY" in ready["try"] and "hush" not in json.dumps(records)
+    assert ready["access"] == "with a key, of 1 known"
     (flags,) = (record["flags"] for record in records if "flags" in record)
     assert flags["model_dir"] == str(tmp_path / "tiny")
 
