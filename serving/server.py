@@ -95,7 +95,7 @@ async def serve(
     if stalled:
         logger.warning("some client did not read its answer in %d s", _FLUSH_SECONDS)
     if cause is not None:
-        logger.critical("ending because of the engine: %s", cause)
+        logger.critical("ending, since there is no engine")  # the bridge has told why
         return 1
     logger.info("all requests have finished")
     return 0
