@@ -67,7 +67,7 @@ class GenerationDefaults:
         config = _read_json(model_dir / "config.json")
         config |= _read_json(model_dir / "generation_config.json")
         stop = config.get("eos_token_id")
-        stop_tokens = stop if isinstance(stop, list) else [stop]
+        stop_tokens: list[Any] = stop if isinstance(stop, list) else [stop]
         if not stop_tokens or not all(isinstance(token, int) for token in stop_tokens):
             raise ValueError(f"{model_dir}: no eos_token_id in its generation_config.json")
 
