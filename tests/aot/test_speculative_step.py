@@ -65,15 +65,13 @@ def test_rows_of_sequences_of_their_own_are_written_where_they_are_attended_to(
     assert traced == [("write_and_attend", (ROWS, 1))] * LAYERS
 
 
-def test_two_tokens_of_a_sequence_are_one_row_of_the_kernel_that_writes_them(
-    traced: list[Kernel],
+@pytest.mark.parametrize("num_drafts", [1, 2])
+def test_tokens_of_a_sequence_are_all_written_before_any_attends(
+    num_drafts: int, traced: list[Kernel]
 ) -> None:
-    trace(1)
-    assert traced == [("write_and_attend", (ROWS, 2))] * (1 + LAYERS)
-
-
-def test_more_tokens_of_a_sequence_are_all_written_before_any_attends(traced: list[Kernel]) -> None:
-    trace(2)
-    layer = [("write", (ROWS, 3)), ("attend_quantized", (ROWS, 3))]
+    trace(num_drafts)
+    fed = ROWS, 1 + num_drafts
+    layer = [("write", fed), ("attend_quantized", fed)]
     # A row of a further guess sees itself and what earlier kernels wrote.
-    assert traced == [*layer, ("write_and_attend", (ROWS, 1)), *layer * LAYERS]
+    further = [("write_and_attend", (ROWS, 1))] if num_drafts > 1 else []
+    assert traced == layer + further + layer * LAYERS
