@@ -145,7 +145,7 @@ FLAGS = (
     ),
     _devices(
         "--plain-sums", False,
-        "Sum over devices by XLA and NCCL, slower, where a kernel may not write into the memory of "
+        "Sum over devices by NCCL alone, slower, where a kernel may not write into the memory of "
         "another device.",
     ),
     _devices(

@@ -80,7 +80,7 @@ _HOW = [
     ),
     _speed(
         "--plain-sums", is_flag=True,
-        help="Sum over devices by XLA and NCCL, not by kernels that write into each other's memory.",
+        help="Sum over devices by NCCL, not by kernels that write into each other's memory.",
     ),
 ]  # fmt: skip
 
