@@ -27,7 +27,7 @@ _HEAD = 128
 _EPS, _ROTARY, _THETA = 1e-5, 64, 1e6
 _FEW_PAGES = 4096
 # Sequences of which a step with guesses is timed.
-_MOST_GUESSING = 64
+_GUESSING = (1, 2, 16, 64)
 
 
 def _pages(key: jax.Array, sizes: Sizes, rows: int, pages_per_row: int, dtype: Any) -> Any:
@@ -148,7 +148,7 @@ def write_and_attend_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterato
         }
 
     for tokens, length, sequences in product((1, 2), sizes.contexts, sizes.tokens):
-        if sequences == sizes.prefill or (tokens > 1 and sequences > _MOST_GUESSING):
+        if sequences == sizes.prefill or (tokens > 1 and sequences not in _GUESSING):
             continue
         of_tokens = tokens * (2 * heads + sizes.query_groups + 2) * _HEAD
         yield Case(

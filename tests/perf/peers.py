@@ -62,18 +62,19 @@ def attention(rows: int, tokens: int, length: int, heads: int) -> dict[str, Peer
 
 def write_and_attend(rows: int, length: int, heads: int, tokens: int = 1) -> dict[str, Peer]:
     """Head norms, rotary, the write, attention and quantization of the last tokens of each row: PyTorch's
-    attention as above, or Triton's over FP8 pages, the rest by Triton."""
+    attention as above, or, of several tokens, Triton's over FP8 pages, the rest by Triton."""
     operands = rows, length, heads, tokens
-    return _there({}, {
-        "Triton, torch sdpa": partial(_of_module, "triton_peers", "write_and_attend", *operands),
-        "Triton": partial(_of_module, "triton_peers", "attention", *operands),
-    })  # fmt: skip
+    both = partial(_of_module, "triton_peers", "write_and_attend", *operands)
+    paged = partial(_of_module, "triton_peers", "attention", *operands)
+    # Of one token Triton's is slower everywhere (docs/kernel-log.md).
+    return _there({}, {"Triton, torch sdpa": both} | ({"Triton": paged} if tokens > 1 else {}))
 
 
-def norm(tokens: int, width: int, *, is_sum: bool) -> dict[str, Peer]:
-    """Residual add, where there is one, norm and quantization."""
+def norm(tokens: int, width: int, *, is_sum: bool, is_compiled: bool) -> dict[str, Peer]:
+    """Residual add, where there is one, norm and quantization; of torch.compile too, where it is asked for."""
     in_triton = partial(_of_module, "triton_peers", "norm", tokens, width, is_sum)
-    return _there({"torch.compile": partial(_norm, tokens, width, is_sum)}, {"Triton": in_triton})
+    compiled = {"torch.compile": partial(_norm, tokens, width, is_sum)}
+    return _there(compiled if is_compiled else {}, {"Triton": in_triton})
 
 
 def prepare(peer: Peer) -> None:
