@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from serving import errors
 from serving.output_rules import MAX_RULE_LENGTH, Rule
+from serving.protocol import ChatRequest, GenerationRequest
 from serving.tokenizer import ModelTokenizer, Tag
 from serving.tools import Tools
 
@@ -70,6 +71,24 @@ class Grammars:
             reasoning=self._mask(set(range(tokenizer.size)) - control | {end_think}),
             end_think=self._mask([end_think]),
             stop=self._mask(self._stop_tokens),
+        )
+
+    def of(self, body: GenerationRequest, tools: Tools | None) -> str | None:
+        """The grammar that a request asks for; None when it asks for none.
+
+        Args:
+          tools: those that it offers.
+
+        Raises:
+          ApiError: 400, it asks for forms that exclude each other, or for none that there is.
+        """
+        is_chat = isinstance(body, ChatRequest)
+        return self.grammar(
+            body.rule,
+            tools,
+            required=body.required_tools if is_chat else (),
+            is_strict=is_chat and body.has_strict_tools,
+            has_one_call=is_chat and body.parallel_tool_calls is False,
         )
 
     def grammar(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
@@ -22,13 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_jax.engine.engine import Engine
-from glm_jax.engine.request import Request, SamplingParams, TokenEvent
+from glm_jax.engine.request import Constraint, Request, SamplingParams, TokenEvent
 from glm_jax.forward import forward_function
 from glm_jax.mtp import PREFIX
 from serving.admission import GenerationDefaults
 from serving.chat import ChatTemplate
 from serving.chat import Prompt as ChatPrompt
+from serving.grammars import Grammars
 from serving.model_engine import engine_of, load_model
+from serving.output_rules import RuledRequest
 from serving.parsers import ChatParser
 from serving.protocol import ChatRequest
 from serving.server import Address
@@ -45,9 +48,10 @@ Conversation = Sequence[dict[str, Any]]
 _INTEGERS = int | np.integer
 # Forward passes are compiled per length: lengths are rounded up to a multiple of this.
 _LENGTH_STEP = 64
-# Of a chat request, what the template is told; the rest has no say here, and is refused.
-_TEMPLATE_FIELDS = frozenset(
-    "add_generation_prompt chat_template_kwargs continue_final_message reasoning_effort thinking tools".split()
+# Of a chat request, what is honored here; the rest is SamplingParams' to say, and is refused.
+_FIELDS = RuledRequest.model_fields.keys() | set(
+    "add_generation_prompt chat_template_kwargs continue_final_message parallel_tool_calls "
+    "reasoning_effort thinking thinking_token_budget tool_choice tools".split()
 )
 
 
@@ -179,8 +183,8 @@ class LLM:
           ValueError: a prompt is empty, leaves the vocabulary, or can never fit.
           RuntimeError: the engine died.
         """
-        completions = [Completion(self._tokens(prompt)) for prompt in _several_prompts(prompts)]
-        self._complete(completions, sampling, stop, ignore_eos)
+        completions = [Completion(self._tokens(prompt)) for prompt in _several(prompts, _INTEGERS)]
+        self._complete(completions, sampling, stop, ignore_eos=ignore_eos)
         return completions
 
     def chat(
@@ -196,23 +200,34 @@ class LLM:
         Args:
           conversations: lists of messages as OpenAI writes them; one alone is a list of one.
           sampling, stop: as of generate.
-          fields: what else a chat request may say to the template: tools, reasoning_effort and the
-            like.
+          fields: what else a chat request may say of thinking, tools and the answer's form:
+            reasoning_effort, tools, tool_choice, response_format and the like.
 
         Raises:
-          ValueError: a message is malformed, a field is none for the template, or a conversation can
-            never fit.
+          ValueError: a message or a field is none, or a conversation can never fit.
+          ApiError: fields exclude each other, or no answer can have the form asked for.
           RuntimeError: the engine died.
         """
-        prompts = [self.render(each, **fields) for each in _several_conversations(conversations)]
+        bodies = [_chat(each, fields) for each in _several(conversations, dict)]
+        prompts = list(map(self.template.encode, bodies))
         messages = [Message(prompt.tokens) for prompt in prompts]
-        readers = self._complete(messages, sampling, stop, ignore_eos=False)
-        tools = Tools(fields["tools"]) if fields.get("tools") else None
-        for prompt, message, reader in zip(prompts, messages, readers, strict=True):
+        tools = [Tools(body.offered_tools) if body.offered_tools else None for body in bodies]
+        asked = list(zip(bodies, tools, prompts, strict=True))
+        constraints = [
+            self._grammars.constraint(
+                self._grammars.of(body, offered),
+                starts_in_reasoning=prompt.starts_in_reasoning,
+                budget=body.thinking_token_budget,
+            )
+            for body, offered, prompt in asked
+        ]
+        readers = self._complete(messages, sampling, stop, constraints=constraints)
+        for (body, offered, prompt), message, reader in zip(asked, messages, readers, strict=True):
             parser = ChatParser(
-                tools,
+                offered,
                 starts_in_reasoning=prompt.starts_in_reasoning,
                 is_continued=prompt.is_continued,
+                max_calls=1 if body.parallel_tool_calls is False else None,
             )
             take_apart(message, reader.pieces, parser)
         return messages
@@ -237,11 +252,7 @@ class LLM:
 
     def render(self, messages: Conversation, **fields: Any) -> ChatPrompt:
         """The prompt of a conversation, by the model's template; arguments are those of chat."""
-        if unknown := sorted(fields.keys() - _TEMPLATE_FIELDS):
-            known = ", ".join(sorted(_TEMPLATE_FIELDS))
-            raise ValueError(f"{unknown[0]} is nothing that the template is told: {known} are")
-        body = {"messages": list(messages), **fields}
-        return self.template.encode(ChatRequest.model_validate(body))
+        return self.template.encode(_chat(messages, fields))
 
     def forward(self, prompt: Prompt) -> Insight:
         """Reads a prompt once, without the cache, and shows what happened in every layer."""
@@ -296,14 +307,16 @@ class LLM:
         completions: Sequence[Completion],
         sampling: SamplingParams | None,
         stop: Sequence[str],
-        ignore_eos: bool,
+        *,
+        ignore_eos: bool = False,
+        constraints: Sequence[Constraint | None] = (),
     ) -> list[Reader]:
         """Fills completions in; all are submitted before the first is read."""
         readers = [Reader(self.tokenizer, stop) for _ in completions]
         with ExitStack() as undo:
             streams = [
-                undo.enter_context(closing(self._submit(each.prompt, wanted)))
-                for each in completions
+                undo.enter_context(closing(self._submit(each.prompt, wanted, constraint)))
+                for each, constraint in zip_longest(completions, constraints)
                 for wanted in [self._sampling(each.prompt, sampling, ignore_eos)]
             ]
             for completion, reader, events in zip(completions, readers, streams, strict=True):
@@ -316,11 +329,22 @@ class LLM:
                 completion.prompt_logprobs = reader.prompt_logprobs
         return readers
 
-    def _submit(self, prompt: tuple[int, ...], sampling: SamplingParams) -> _Events:
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.defaults.stop_token_ids)
+
+    def _submit(
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        constraint: Constraint | None = None,
+    ) -> _Events:
         id = str(next(self._ids))
         self._queues[id] = SimpleQueue()
         try:
-            self.engine.submit(Request(id=id, prompt=prompt, sampling=sampling))
+            self.engine.submit(
+                Request(id=id, prompt=prompt, sampling=sampling, constraint=constraint)
+            )
         except BaseException:
             del self._queues[id]
             raise
@@ -364,13 +388,13 @@ def _read(events: _Events, reader: Reader) -> Iterator[Token]:
             return
 
 
-def _several_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
-    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], _INTEGERS))
-    return [prompts] if is_one else prompts
+def _chat(messages: Conversation, fields: Mapping[str, Any]) -> ChatRequest:
+    if unknown := sorted(fields.keys() - _FIELDS):
+        raise ValueError(f"{unknown[0]} is nothing to say of a chat here: {sorted(_FIELDS)} are")
+    return ChatRequest.model_validate({"messages": list(messages), **fields})
 
 
-def _several_conversations(
-    conversations: Conversation | Sequence[Conversation],
-) -> Sequence[Any]:
-    is_one = len(conversations) > 0 and isinstance(conversations[0], dict)
-    return [conversations] if is_one else conversations
+def _several(asked: Any, one: Any) -> Sequence[Any]:
+    """A list of what was asked for; one alone is a text, or begins with such an element."""
+    is_one = isinstance(asked, str) or (len(asked) > 0 and isinstance(asked[0], one))
+    return [asked] if is_one else asked

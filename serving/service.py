@@ -197,20 +197,10 @@ class Service:
         return self._open(id, body, [opening], endpoint, arrived)
 
     async def _grammar(self, body: GenerationRequest, tools: Tools | None) -> str | None:
-        rule = body.rule
         is_chat = isinstance(body, ChatRequest)
-        required = body.required_tools if is_chat else []
-        is_strict = is_chat and body.has_strict_tools
-        if rule is None and not required and not is_strict:
+        if body.rule is None and not (is_chat and (body.required_tools or body.has_strict_tools)):
             return None
-        return await asyncio.to_thread(
-            self.grammars.grammar,
-            rule,
-            tools,
-            required=required,
-            is_strict=is_strict,
-            has_one_call=is_chat and body.parallel_tool_calls is False,
-        )
+        return await asyncio.to_thread(self.grammars.of, body, tools)
 
     async def _encode(self, prompt: str | list[int], body: CompletionRequest) -> Sequence[int]:
         if not isinstance(prompt, str):

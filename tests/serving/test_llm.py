@@ -1,8 +1,10 @@
 """The bundled model from Python: batches, streams, conversations, and a look inside."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,14 +107,27 @@ def test_what_cannot_fit_is_refused_and_leaves_the_engine_as_it_was(llm: LLM):
 
 
 def test_what_nothing_would_heed_is_refused(llm: LLM):
-    with pytest.raises(ValueError, match="response_format is nothing that the template is told"):
-        llm.chat(QUESTION, response_format={"type": "json_object"})
-    with pytest.raises(ValueError, match="temperature is nothing that the template is told"):
+    with pytest.raises(ValueError, match="temperature is nothing to say of a chat here"):
         llm.chat(QUESTION, temperature=1.0)
     for ask in (llm.generate, llm.forward, lambda prompt: next(llm.stream(prompt))):
         for prompt, words in (("", "at least one token"), ([5, 99999], "in 0 to 2047")):
             with pytest.raises(ValueError, match=words):
                 ask(prompt)
+
+
+def test_a_chat_has_the_form_that_is_asked_for(llm: LLM):
+    long = SamplingParams(max_new_tokens=120, temperature=0.0)
+    fast: dict[str, Any] = {"reasoning_effort": "none"}
+    asked = [QUESTION, [{"role": "user", "content": "Hello!"}]]
+    for answer in llm.chat(asked, long, guided_regex="[a-z]{3} [0-9]{2}", **fast):
+        assert re.fullmatch("[a-z]{3} [0-9]{2}", answer.content)
+    [alone] = llm.chat(QUESTION, long, response_format={"type": "json_object"}, **fast)
+    assert alone.content.startswith("{")
+    tool = {"type": "function", "function": {"name": "now"}}
+    [called] = llm.chat(QUESTION, long, tools=[tool], tool_choice="required", **fast)
+    assert [call.name for call in called.calls][:1] == ["now"] and not called.content
+    [brief] = llm.chat(QUESTION, long, thinking_token_budget=2)
+    assert len(llm.tokenizer.encode(brief.reasoning)) == 2 and brief.content
 
 
 def test_a_message_that_is_continued_keeps_its_white_space(llm: LLM):
