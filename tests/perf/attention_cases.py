@@ -152,8 +152,8 @@ def write_and_attend_cases(sizes: Sizes, chip: Chip, interpret: bool) -> Iterato
             continue
         of_tokens = tokens * (2 * heads + sizes.query_groups + 2) * _HEAD
         yield Case(
-            kernel="decode_attention.write_and_attend",
-            shape=f"B={sequences} S={length}" + ", 2 tokens each" * (tokens > 1),
+            kernel="decode_attention.write_and_attend" + f", {tokens} tokens" * (tokens > 1),
+            shape=f"B={sequences} S={length}",
             draw=partial(draw, sequences, length, tokens),
             num_layers=_num_layers(sizes, sequences * length // sizes.page_size),
             step=partial(step, tokens),
