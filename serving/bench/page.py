@@ -294,7 +294,7 @@ def _layer_conditions(result: Result, path: Path) -> Iterator[str]:
     yield f"jax {result['jax']}, from steps of {few} and of {many} layers as XLA captures them: a layer is what one"
     yield "more takes, with its share of the loop over layers. In all there one kernel begins while the one ahead"
     yield "of it still runs. Such kernels have no times of their own: those are of steps without that, of which"
-    yield "gaps are what kernels do not fill. A floor is what this card's"
+    yield "gaps are what kernels do not fill, below nothing where they take less in a graph. A floor is what this card's"
     yield f"large copy ({result['copy_bytes_per_second'] / 1e12:.2f} TB/s) would take for the bytes."
     yield f"Command: `{result['command']}`. File: `results/{path.name}`."
 
@@ -315,10 +315,13 @@ def _card_conditions(result: Result, path: Path) -> Iterator[str]:
     yield ""
     yield 'Steps run the rows that name them. "router … norm" is a layer of a decode step from the norm after'
     yield "attention to the next layer's, kernel for kernel, and the rows that begin with … are its parts, theirs"
-    yield "the same parts of the same calls. Rows with - are no kernel of a step by themselves: attention without"
-    yield "the write and the quantization that steps have in the same kernel, beside others' that do as little;"
-    yield "the write alone; and, split, a layout with a part of every expert on each device, which nothing loads"
-    yield "yet. PyTorch's attention reads bfloat16 keys that lie in one piece, ours FP8 pages."
+    yield "the same parts of the same calls; the first norm begins a step, once; two tokens of a sequence are what"
+    yield "steps with a guess run. Rows with - are no kernel of a step by themselves: attention without the write and"
+    yield "the quantization that steps have with it, beside others' that do as little; the write alone; the norm of a"
+    yield "sum, which decode steps run only where XLA sums over devices; and, split, a layout with a part of every"
+    yield "expert on each device, which nothing loads yet. PyTorch's attention reads bfloat16 keys that lie in one"
+    yield "piece, ours and Triton's FP8 pages. In a graph attention follows attention, and its CTAs crowd on the"
+    yield "multiprocessors that come free first, which in a step another kernel is ahead of."
     yield ""
     yield f"Command: `{result['command']}`. File: `results/{path.name}`."
 
