@@ -95,6 +95,9 @@ def _kernel(qkv_shape, cache_dtype, page_size, rotary_dim, eps, has_norms, inter
         layer = layer_gmem[0]
         of_token.fetch(qkv_gmem.at[row, column, kv_head], scratch, barrier)
         turning = of_token.load(table_gmem.at[row, column], norms, layer)
+        # Beside the copy: one load tells where the other is.
+        position = positions_gmem[token]
+        page = page_table_gmem[row, jnp.maximum(position, 0) // page_size]
         plgpu.barrier_wait(barrier)
         of_token.turn_queries(turning, scratch)
         of_token.turn_key(turning, scratch)
@@ -102,11 +105,9 @@ def _kernel(qkv_shape, cache_dtype, page_size, rotary_dim, eps, has_norms, inter
         plgpu.copy_smem_to_gmem(
             scratch.turned.at[pl.ds(0, query_groups)], q_gmem.at[row, column, kv_head]
         )
-        position = positions_gmem[token]
 
         @pl.when(position >= 0)
         def _store():
-            page = page_table_gmem[row, position // page_size]
             place = (layer, page, kv_head, pl.ds(position % page_size, 1))
             of_token.store(scratch, k_gmem.at[place], v_gmem.at[place])
 
