@@ -3,6 +3,7 @@
 Traced for a GPU that is not there: on a CPU, references and interpreted kernels run one after the other.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,18 +12,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from glm_jax.aot.findings import find
+from glm_jax.aot.graphs import Graphs, compile_with_graphs
 from glm_jax.aot.memory import Limits, shapes_for
 from glm_jax.aot.presets import find_config
 from glm_jax.aot.topology import mesh_of
+from glm_jax.config import ModelConfig
 from glm_jax.pallas import decode_attention, kv_write
-from glm_jax.steps import lower
+from glm_jax.shapes import StepShapes
+from glm_jax.steps import lower, step_specs
 from glm_jax.targets.target import parse_target
 from tests.pallas.compiled import needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("without_compilation_cache")]
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-ROWS, LAYERS = 8, 2
+TARGET, ROWS, LAYERS = parse_target("h200x8"), 8, 2
 
 # A kernel's name, of how many rows it is, and of how many tokens each.
 Kernel = tuple[str, tuple[int, ...]]
@@ -48,14 +53,22 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
     return found
 
 
+def config_of(num_layers: int) -> ModelConfig:
+    """One dense layer, then layers of experts."""
+    whole = find_config("glm-4.7")
+    return replace(whole, num_hidden_layers=num_layers, first_k_dense_replace=1)
+
+
+def shapes_of(config: ModelConfig, rows: int, num_drafts: int) -> StepShapes:
+    limits = Limits(max_concurrency=rows, max_seq_len=1024, max_batch_tokens=1024)
+    shapes = shapes_for(config, TARGET, BF16, BF16, limits)
+    return replace(shapes, decode_buckets=(rows,), num_drafts=num_drafts)
+
+
 def trace(num_drafts: int) -> None:
-    """A decode step of one dense layer and one of experts."""
-    target, whole = parse_target("h200x8"), find_config("glm-4.7")
-    config = replace(whole, num_hidden_layers=LAYERS, first_k_dense_replace=1)
-    limits = Limits(max_concurrency=ROWS, max_seq_len=1024, max_batch_tokens=1024)
-    shapes = shapes_for(config, target, BF16, BF16, limits)
-    shapes = replace(shapes, decode_buckets=(ROWS,), num_drafts=num_drafts)
-    lower(config, shapes, mesh_of(target), BF16, "decode", ROWS)
+    config = config_of(LAYERS)
+    shapes = shapes_of(config, ROWS, num_drafts)
+    lower(config, shapes, mesh_of(TARGET), BF16, "decode", ROWS)
 
 
 def test_rows_of_sequences_of_their_own_are_written_where_they_are_attended_to(
@@ -75,3 +88,21 @@ def test_tokens_of_a_sequence_are_all_written_before_any_attends(
     # A row of a further guess sees itself and what earlier kernels wrote.
     further = [("write_and_attend", (ROWS, 1))] if num_drafts > 1 else []
     assert traced == layer + further + layer * LAYERS
+
+
+@pytest.mark.slow
+def test_a_step_with_guesses_is_one_graph_that_copies_neither_weights_nor_pages() -> None:
+    # Two turns of the loop over layers of experts, and one layer before them.
+    config, rows = config_of(10), 32
+    shapes = shapes_of(config, rows, 1)
+    lowered = lower(config, shapes, mesh_of(TARGET), BF16, "decode", rows)
+    compiled, graphs = compile_with_graphs(lowered, is_gpu=True)
+    found = find(compiled, step_specs(config, shapes, BF16), TARGET.num_devices, graphs)
+    assert (found.graphs, found.copies) == (Graphs(1, 0), ())
+    # The draft's layer and the decoder's sum through the same inbox; embeddings are summed twice.
+    assert found.fused_sums == 2 * (10 + 1)
+    kinds = Counter[str]()
+    for each in found.collectives:
+        kinds[each.kind] += each.executions
+    # Logits of 32 and of 64 rows change places, and the tokens chosen of them are gathered.
+    assert kinds == {"all-reduce": 2, "all-to-all": 2, "all-gather": 2}
