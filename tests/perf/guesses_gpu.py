@@ -65,7 +65,7 @@ KINDS: dict[str, dict[str, int]] = {
     "row8": {"decode_steps": 8},
 }
 # Compiled for one number of rows.
-_OF_ONE_SIZE = ("racing", "row8")
+_OF_ONE_SIZE = ("racing", "row8", "guess3")
 # Prefill is the same with a kind that takes the same arrays.
 _PREFILL = {"racing": "guess", "row8": "single"}
 _NEW_TOKENS = 40
