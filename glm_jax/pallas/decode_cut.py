@@ -51,7 +51,7 @@ class TuningConfig:
         many keep every multiprocessor busy, and a second split's first tiles come while the first one
         is finished.
       alone_to: tokens times KV heads of a step up to which tokens of one row are in CTAs of their own:
-        so few leave multiprocessors idle, and each is done the sooner.
+        two in one CTA take longer than one, which counts until the memory does.
     """
 
     leaf_size: int = 512
@@ -61,7 +61,7 @@ class TuningConfig:
     leaf_rows: int = 16
     leaf_to: int = 128
     pair_from: int = 384
-    alone_to: int = 8
+    alone_to: int = 64
 
     def __post_init__(self) -> None:
         if self.tile_size % 64:

@@ -112,7 +112,7 @@ def deployment_programs(chip: Chip) -> dict[str, Program]:
         integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
 
         def step(qkv, q_norm, k_norm, angles, k, v, *where):
-            counters = decode_attention.make_counters(num_rows, 1)
+            counters = decode_attention.make_counters(num_rows * num_tokens, 1)
             return decode_attention.write_and_attend(
                 qkv, (q_norm, k_norm), angles, k, v, *where, eps=EPS, chip=chip,
                 is_quantized=dtype == FP8, counters=counters,
@@ -148,11 +148,11 @@ def test_the_bits_are_those_of_the_two_on_a_gpu(num_tokens: int) -> None:
     step = some_step(3, positions, 1, 12, FP8)
 
     def whole(step: Any) -> Any:
-        counters = decode_attention.make_counters(len(positions), 1)
+        counters = decode_attention.make_counters(len(positions) * num_tokens, 1)
         return together(step, is_quantized=True, counters=counters, config=TuningConfig())
 
     def parted(step: Any) -> Any:
-        counters = decode_attention.make_counters(len(positions), 1)
+        counters = decode_attention.make_counters(len(positions) * num_tokens, 1)
         how = {"counters": counters, "config": TuningConfig(), "interpret": False}
         return apart(step, is_quantized=True, **how)
 
