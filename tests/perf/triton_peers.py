@@ -219,13 +219,6 @@ def write_and_attend(
         made = attend(flat, keys, values, attn_mask=of_head, enable_gqa=True)
         return made.reshape(q.shape)
 
-    def masked(keys: Any, values: Any) -> Any:
-        return attend(q, keys, values, attn_mask=seen, enable_gqa=True)
-
-    def expanded(keys: Any, values: Any) -> Any:
-        shape = rows, heads, length, _HEAD
-        return attend(q, keys.expand(shape), values.expand(shape), attn_mask=seen)
-
     def lower_right(keys: Any, values: Any) -> Any:
         mask: Any = bias.causal_lower_right(tokens, length)
         return attend(q, keys, values, attn_mask=mask, enable_gqa=True)
