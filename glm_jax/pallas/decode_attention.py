@@ -245,7 +245,7 @@ def _whole_kernel(cut: Cut, is_quantized: bool, new: decode_write.Kind | None) -
             @pl.when(is_last)
             def _combine() -> None:
                 positions = decode_splits.positions_again(cut, scratch, part)
-                at = (part.row, part.kv_head)
+                at = decode_splits.row_again(cut, scratch, part), part.kv_head
                 combine(cut, *at, positions, partials, results_gmem, result_smem)
 
     over_warps = (*(new.scratch_types() if new else ()), result_scratch(cut, is_quantized))

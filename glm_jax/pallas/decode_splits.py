@@ -55,7 +55,7 @@ class Scratch(NamedTuple):
     """Shared memory and barriers of a CTA.
 
     Attributes:
-      words: last_arrival's, then positions of the row's tokens.
+      words: last_arrival's, then positions of the row's tokens, then the row.
       keys, values: tiles, as many as there are stages.
       rows: maxima and sums of one token's warps, then of a split's leaves so far. Each place in shared
         memory takes up 1 KB at least.
@@ -123,7 +123,7 @@ def scratch_types(cut: Cut, products: WarpProducts, *over_warps: Any) -> Scratch
 
     query_rows = cut.num_tokens * products.query_rows
     return Scratch(
-        words=plgpu.SMEM((last_arrival.WORDS + cut.num_tokens,), jnp.int32),
+        words=plgpu.SMEM((last_arrival.WORDS + cut.num_tokens + 1,), jnp.int32),
         keys=pages,
         values=pages,
         rows=plgpu.SMEM((2, ROWS + stored), jnp.float32),
@@ -202,6 +202,11 @@ def positions_again(cut: Cut, scratch: Scratch, part: Part) -> list[Array]:
     return [scratch.words[last_arrival.WORDS + token] for token in range(cut.num_tokens)]
 
 
+def row_again(cut: Cut, scratch: Scratch, part: Part) -> Array:
+    """The row, likewise."""
+    return part.row if cut.num_tokens == 1 else scratch.words[last_arrival.WORDS + cut.num_tokens]
+
+
 def place_again(cut: Cut, scratch: Scratch, part: Part) -> Array:
     """Which of all rows' KV heads it is, likewise."""
     return cut.place_of(part.row, part.kv_head) if cut.num_tokens == 1 else scratch.words[1]
@@ -248,6 +253,7 @@ def attend_part(
     last_arrival.prepare(scratch.words, place, cut.num_ctas(last))
     for token in tokens:
         scratch.words[last_arrival.WORDS + token] = row_positions[token]
+    scratch.words[last_arrival.WORDS + cut.num_tokens] = row
     span = cut.choose(last, [jnp.int32(size) for size in cut.spans])
     first = part.number * span
     num_tiles = jnp.minimum(span, last + 1 - first + tile - 1) // tile

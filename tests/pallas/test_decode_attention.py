@@ -204,7 +204,7 @@ def deployment_programs(chip: Chip) -> dict[str, Program]:
         "bfloat16": program(64, 1, jnp.bfloat16),
         "a guess": program(64, 2, FP8),
         "a guess, bfloat16": program(64, 2, jnp.bfloat16),
-        "guesses": program(64, 4, FP8),
+        "guesses": program(64, 5, FP8),
     }
 
 
@@ -218,7 +218,7 @@ def test_it_compiles_for_the_deployment_without_local_memory(target: str) -> Non
         assert not kernel.uses_local_memory, f"{name}: {kernel}"
         # Who arrives last finds its counter, and leaves it, at zero.
         assert kernel.ptx.count("atom.acq_rel.gpu.global.inc.u32") == 1, name
-    for name in ("float8", "few rows"):
+    for name in ("float8", "few rows", "a guess", "guesses"):
         kernel = programs[name]
         assert "mma.sync.aligned.m16n8k16.row.col.f32.f16" in kernel.ptx
         # Keys are read 16 bytes a lane and values transposed on their way, neither a byte at a time.
