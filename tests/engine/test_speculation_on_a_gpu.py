@@ -63,7 +63,7 @@ def expected(mesh: Mesh) -> dict[str, list[tuple[int, float]]]:
 
 
 # Two tokens of a sequence are written where they are attended to, more before that.
-@pytest.mark.parametrize("num_drafts", [1, 2])
+@pytest.mark.parametrize("num_drafts", [1, 2, 3])
 def test_answers_are_those_without_guesses(
     mesh: Mesh, expected: dict[str, list[tuple[int, float]]], num_drafts: int
 ) -> None:
