@@ -171,23 +171,17 @@ def _draft(
         return decoder.choose(state, (batch, position + 1), draw)
 
     state, cache = _follow_up(models, slots, slot, positions[:, 0], table, workspace)
-    first = guess(state, positions[:, 0])
-    if positions.shape[1] == 2:
-        return first[:, None], cache
-
-    def link(
-        carry: tuple[Array, Array, KVCache], position: Int32[Array, " B"]
-    ) -> tuple[tuple[Array, Array, KVCache], Int32[Array, " B"]]:
-        token, hidden, cache = carry
-        embedded = decoder.embed_tokens.embed(token)
-        place = position[:, None]
-        states, cache = mtp(embedded[:, None], hidden[:, None], place, cache, Pages(table))
-        drawn = guess(states[:, 0], position)
-        return (drawn, states[:, 0], cache), drawn
-
-    start = (first, state, cache)
-    (_, _, cache), others = lax.scan(link, start, positions[:, 1:-1].T)
-    return jnp.concatenate([first[:, None], others.T], axis=1), cache
+    drafts = [guess(state, positions[:, 0])]
+    # No loop: XLA would make it a graph within the step's, where CUDA lets nothing be conditional.
+    for place in range(1, positions.shape[1] - 1):
+        position = positions[:, place]
+        embedded = decoder.embed_tokens.embed(drafts[-1])
+        states, cache = mtp(
+            embedded[:, None], state[:, None], position[:, None], cache, Pages(table)
+        )
+        state = states[:, 0]
+        drafts.append(guess(state, position))
+    return jnp.stack(drafts, axis=1), cache
 
 
 def draw(
