@@ -16,6 +16,7 @@ from glm_jax.aot.findings import find
 from glm_jax.aot.graphs import Graphs, compile_with_graphs
 from glm_jax.aot.memory import Limits, shapes_for
 from glm_jax.aot.presets import find_config
+from glm_jax.aot.program import Program, parse_program
 from glm_jax.aot.topology import mesh_of
 from glm_jax.config import ModelConfig
 from glm_jax.pallas import decode_attention, kv_write
@@ -88,6 +89,42 @@ def test_tokens_of_a_sequence_are_all_written_before_any_attends(
     # A row of a further guess sees itself and what earlier kernels wrote.
     further = [("write_and_attend", (ROWS, 1))] if num_drafts > 1 else []
     assert traced == layer + further + layer * LAYERS
+
+
+def kinds_within(program: Program, name: str) -> set[str]:
+    """The opcodes of a computation, and of those that it runs."""
+    kinds: set[str] = set()
+    for each in program.computations[name].values():
+        kinds.add(each.opcode)
+        if each.opcode in ("while", "conditional", "call"):
+            kinds = kinds.union(*(kinds_within(program, called) for called in each.called))
+    return kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_drafts": 1}, {"num_drafts": 2}, {"num_drafts": 3}, {"decode_steps": 8}],
+    ids=str,
+)
+def test_a_loop_that_is_unrolled_into_a_graph_of_its_own_holds_nothing_conditional(
+    changes: dict[str, int],
+) -> None:
+    config = config_of(10)
+    shapes = replace(shapes_of(config, ROWS, 0), **changes)
+    lowered = lower(config, shapes, mesh_of(TARGET), BF16, "decode", ROWS)
+    program = parse_program(lowered.compile().as_text() or "")
+    loops = [
+        each
+        for instructions in program.computations.values()
+        for each in instructions.values()
+        # A loop of which it is not known how often it turns is a conditional itself.
+        if each.opcode == "while" and each.trips is not None
+    ]
+    assert loops
+    for loop in loops:
+        within = set[str]().union(*(kinds_within(program, called) for called in loop.called))
+        assert "conditional" not in within, loop.op_name
 
 
 @pytest.mark.slow
