@@ -85,7 +85,12 @@ def check(
 def _traffic(findings: Findings, num_layers: int) -> list[Violation]:
     # A sum in a fixed order is an all-to-all, after which everyone gathers the sums; that of logits
     # gives each device those of its share of the rows, of whose tokens everyone gathers what they are.
-    logits = [each for each in findings.collectives if (each.kind, each.dtype) == _SHARED_LOGITS]
+    # What is exchanged so in every layer is a sum that nobody rounded.
+    logits = [
+        each
+        for each in findings.collectives
+        if (each.kind, each.dtype) == _SHARED_LOGITS and each.executions <= _GATHERS_OUTSIDE
+    ]
     found = [each for each in findings.collectives if each not in logits]
     sums = [each for each in found if each.kind in ("all-reduce", "all-to-all")]
     gathers = [each for each in found if each.kind == "all-gather"]
