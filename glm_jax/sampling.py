@@ -213,7 +213,7 @@ def _sums(of: Callable[..., Array], *rows: Array) -> Float32[Array, " B"]:
     """Sums of of(*rows) along rows [B, V], in an order that is written here.
 
     XLA's own order depends on what it fuses a sum with, which differs from one number of rows to
-    another: so did the last bit of every twentieth log-probability (on an H200).
+    another: so did the last bit of log-probabilities, in 67 of 843 answers that an H200 gave in company.
 
     Args:
       of: knows each element by itself.
